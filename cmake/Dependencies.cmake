@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+# Third-party libraries. Debian packages where present; libtorch comes from the torch wheel of .venv.
+find_package(fmt REQUIRED)
+find_package(nlohmann_json REQUIRED)
+find_package(tomlplusplus REQUIRED)
+find_package(CLI11 REQUIRED)
+find_package(Threads REQUIRED)
+find_path(XXHASH_INCLUDE_DIR xxhash.h REQUIRED)
+find_path(SENTENCEPIECE_INCLUDE_DIR sentencepiece_processor.h REQUIRED)
+find_library(SENTENCEPIECE_LIBRARY sentencepiece REQUIRED)
+find_library(SENTENCEPIECE_TRAIN_LIBRARY sentencepiece_train REQUIRED)
+
+add_library(collegium_xxhash INTERFACE)
+target_compile_definitions(collegium_xxhash INTERFACE XXH_INLINE_ALL)
+target_include_directories(collegium_xxhash SYSTEM INTERFACE ${XXHASH_INCLUDE_DIR})
+add_library(collegium_sentencepiece INTERFACE)
+target_include_directories(collegium_sentencepiece SYSTEM INTERFACE ${SENTENCEPIECE_INCLUDE_DIR})
+target_link_libraries(collegium_sentencepiece INTERFACE ${SENTENCEPIECE_LIBRARY} ${SENTENCEPIECE_TRAIN_LIBRARY})
+
+# libtorch: an imported target by hand, because the wheel's own CMake package asks for CUDA and MKL
+# that a CPU build does not need. Only the libgomp that torch brings may be loaded: a second OpenMP
+# runtime would own a second set of threads.
+file(GLOB COLLEGIUM_TORCH_CANDIDATES
+     ${CMAKE_SOURCE_DIR}/.venv/lib/python3*/site-packages/torch)
+set(COLLEGIUM_TORCH_DIR "${COLLEGIUM_TORCH_CANDIDATES}" CACHE PATH "Folder of the torch wheel (holds include/ and lib/)")
+if(NOT EXISTS "${COLLEGIUM_TORCH_DIR}/lib/libtorch_cpu.so")
+  message(FATAL_ERROR "libtorch not found at '${COLLEGIUM_TORCH_DIR}'; run ./dev setup or set COLLEGIUM_TORCH_DIR")
+endif()
+add_library(collegium_torch INTERFACE)
+target_include_directories(collegium_torch SYSTEM INTERFACE
+                           ${COLLEGIUM_TORCH_DIR}/include
+                           ${COLLEGIUM_TORCH_DIR}/include/torch/csrc/api/include)
+target_compile_options(collegium_torch INTERFACE -fopenmp)
+target_link_libraries(collegium_torch INTERFACE
+                      ${COLLEGIUM_TORCH_DIR}/lib/libtorch.so
+                      ${COLLEGIUM_TORCH_DIR}/lib/libtorch_cpu.so
+                      ${COLLEGIUM_TORCH_DIR}/lib/libc10.so
+                      ${COLLEGIUM_TORCH_DIR}/lib/libgomp.so.1
+                      Threads::Threads)

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/base/fields.h"
+
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <numeric>
+
+namespace collegium {
+
+namespace {
+
+std::size_t edit_distance(std::string_view a, std::string_view b) {
+  std::vector<std::size_t> row(b.size() + 1);
+  std::iota(row.begin(), row.end(), std::size_t{0});
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    std::size_t diagonal = row[0];
+    row[0] = i + 1;
+    for (std::size_t j = 0; j < b.size(); ++j) {
+      const std::size_t substitution = diagonal + (a[i] == b[j] ? 0 : 1);
+      diagonal = row[j + 1];
+      row[j + 1] = std::min({row[j + 1] + 1, row[j] + 1, substitution});
+    }
+  }
+  return row.back();
+}
+
+std::string hint(std::string_view word, std::span<const std::string> known) {
+  const auto nearest = nearest_name(word, known);
+  if (nearest) return fmt::format("did you mean '{}'?", *nearest);
+  return fmt::format("known here: {}", fmt::join(known, ", "));
+}
+
+}  // namespace
+
+std::optional<std::string> nearest_name(std::string_view word, std::span<const std::string> candidates) {
+  std::optional<std::string> best;
+  std::size_t best_distance = std::max<std::size_t>(2, word.size() / 2) + 1;
+  for (const std::string& candidate : candidates) {
+    const std::size_t distance = edit_distance(word, candidate);
+    if (distance < best_distance) {
+      best_distance = distance;
+      best = candidate;
+    }
+  }
+  return best;
+}
+
+namespace internal {
+
+std::string join_path(const std::string& parent, std::string_view name) {
+  return parent.empty() ? std::string(name) : fmt::format("{}.{}", parent, name);
+}
+
+void throw_wrong_type(const std::string& path, const Json& value, std::string_view expected) {
+  throw ConfigError(fmt::format("{} = {}: expected {}", path.empty() ? "top level" : path, value.dump(), expected));
+}
+
+void throw_unknown_key(const std::string& path, const std::string& key, std::span<const std::string> known) {
+  throw ConfigError(fmt::format("unknown key '{}'; {}", join_path(path, key), hint(key, known)));
+}
+
+void throw_unknown_enum(const std::string& path, const std::string& value, std::span<const std::string> known) {
+  const auto nearest = nearest_name(value, known);
+  throw ConfigError(fmt::format("{} = \"{}\": must be one of {}{}", path, value, fmt::join(known, ", "),
+                                nearest ? fmt::format(" (did you mean '{}'?)", *nearest) : ""));
+}
+
+}  // namespace internal
+
+}  // namespace collegium

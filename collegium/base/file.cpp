@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/base/file.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "collegium/base/error.h"
+
+namespace collegium {
+
+namespace {
+
+constexpr mode_t kFileMode = 0644;
+
+std::string system_reason() { return std::strerror(errno); }  // NOLINT(concurrency-mt-unsafe)
+
+}  // namespace
+
+std::string read_file(const std::filesystem::path& path) {
+  const MappedFile file(path);
+  const auto bytes = file.bytes();
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+AtomicFile::AtomicFile(std::filesystem::path path) : path_(std::move(path)) {
+  temporary_path_ = path_;
+  temporary_path_ += fmt::format(".tmp-{}", ::getpid());
+  descriptor_ = ::open(temporary_path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, kFileMode);
+  if (descriptor_ < 0) throw Error(fmt::format("cannot write {}: {}", path_.string(), system_reason()));
+}
+
+AtomicFile::~AtomicFile() {
+  if (descriptor_ < 0) return;
+  ::close(descriptor_);
+  ::unlink(temporary_path_.c_str());
+}
+
+void AtomicFile::write(std::span<const std::byte> bytes) {
+  COLLEGIUM_CHECK(descriptor_ >= 0, "write to {} after commit", path_.string());
+  while (!bytes.empty()) {
+    const ssize_t written = ::write(descriptor_, bytes.data(), bytes.size());
+    if (written < 0) {
+      if (errno == EINTR) continue;
+      throw Error(fmt::format("cannot write {}: {}", path_.string(), system_reason()));
+    }
+    bytes = bytes.subspan(static_cast<std::size_t>(written));
+  }
+}
+
+void AtomicFile::write(std::string_view text) { write(std::as_bytes(std::span(text.data(), text.size()))); }
+
+void AtomicFile::commit() {
+  COLLEGIUM_CHECK(descriptor_ >= 0, "{} committed twice", path_.string());
+  if (::fsync(descriptor_) != 0) throw Error(fmt::format("cannot sync {}: {}", path_.string(), system_reason()));
+  ::close(std::exchange(descriptor_, -1));
+  if (::rename(temporary_path_.c_str(), path_.c_str()) != 0) {
+    const std::string reason = system_reason();
+    ::unlink(temporary_path_.c_str());
+    throw Error(fmt::format("cannot rename {} to {}: {}", temporary_path_.string(), path_.string(), reason));
+  }
+  sync_folder(path_.parent_path());
+}
+
+void write_file_atomically(const std::filesystem::path& path, std::string_view text) {
+  AtomicFile file(path);
+  file.write(text);
+  file.commit();
+}
+
+void sync_folder(const std::filesystem::path& folder) {
+  const std::filesystem::path target = folder.empty() ? std::filesystem::path(".") : folder;
+  const int descriptor = ::open(target.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (descriptor < 0) throw Error(fmt::format("cannot open folder {}: {}", target.string(), system_reason()));
+  const int status = ::fsync(descriptor);
+  const std::string reason = status == 0 ? std::string() : system_reason();
+  ::close(descriptor);
+  if (status != 0) throw Error(fmt::format("cannot sync folder {}: {}", target.string(), reason));
+}
+
+MappedFile::MappedFile(const std::filesystem::path& path) {
+  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (descriptor < 0) throw ConfigError(fmt::format("cannot read {}: {}", path.string(), system_reason()));
+  struct stat status {};
+  if (::fstat(descriptor, &status) != 0 || !S_ISREG(status.st_mode)) {
+    ::close(descriptor);
+    throw ConfigError(fmt::format("cannot read {}: not a regular file", path.string()));
+  }
+  size_ = static_cast<std::size_t>(status.st_size);
+  void* address = size_ == 0 ? nullptr : ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, descriptor, 0);
+  const std::string reason = system_reason();
+  ::close(descriptor);
+  if (address == MAP_FAILED) throw ConfigError(fmt::format("cannot map {}: {}", path.string(), reason));
+  data_ = static_cast<const std::byte*>(address);
+}
+
+MappedFile::~MappedFile() {
+  if (data_ != nullptr) ::munmap(const_cast<std::byte*>(data_), size_);
+}
+
+MappedFile::MappedFile(MappedFile&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+
+MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(size_, other.size_);
+  return *this;
+}
+
+std::string checksum(std::span<const std::byte> bytes) {
+  return fmt::format("{:016x}", XXH3_64bits(bytes.data(), bytes.size()));
+}
+
+std::string checksum_file(const std::filesystem::path& path) {
+  const MappedFile file(path);
+  return checksum(file.bytes());
+}
+
+}  // namespace collegium

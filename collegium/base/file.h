@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// Files: whole reads, atomic writes (temporary name, fsync, rename), read-only memory maps, checksums.
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <string>
+#include <string_view>
+
+namespace collegium {
+
+/// What     The whole content of a file.
+/// Throws   ConfigError naming the path and the system's reason when it cannot be read.
+std::string read_file(const std::filesystem::path& path);
+
+/// What     Writes a file so that a reader sees the old content or the new one, never a part: the bytes go to a
+///          temporary name in the same folder, are synced to disk, and renamed.
+/// Throws   Error naming the path and the system's reason (full disk, no permission); the temporary file is removed.
+class AtomicFile {
+ public:
+  explicit AtomicFile(std::filesystem::path path);
+  ~AtomicFile();  ///< discards what was not committed
+  AtomicFile(const AtomicFile&) = delete;
+  AtomicFile& operator=(const AtomicFile&) = delete;
+
+  void write(std::span<const std::byte> bytes);
+  void write(std::string_view text);
+  /// Syncs, renames to the final name, syncs the folder.
+  void commit();
+
+ private:
+  std::filesystem::path path_;
+  std::filesystem::path temporary_path_;
+  int descriptor_ = -1;
+};
+
+/// AtomicFile for content that is at hand as one text.
+void write_file_atomically(const std::filesystem::path& path, std::string_view text);
+
+/// What     Makes a folder's entries durable (fsync of the folder): call after creating or renaming inside it.
+void sync_folder(const std::filesystem::path& folder);
+
+/// What     A read-only memory map of a whole file; an empty file maps to an empty span.
+/// Throws   ConfigError naming the path when it cannot be opened or mapped.
+class MappedFile {
+ public:
+  MappedFile() = default;
+  explicit MappedFile(const std::filesystem::path& path);
+  ~MappedFile();
+  MappedFile(MappedFile&& other) noexcept;
+  MappedFile& operator=(MappedFile&& other) noexcept;
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+
+  std::span<const std::byte> bytes() const { return {data_, size_}; }
+
+ private:
+  const std::byte* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+/// What     XXH3 64-bit checksum, as 16 hexadecimal digits.
+std::string checksum(std::span<const std::byte> bytes);
+/// The same of a file's content (memory-mapped).
+std::string checksum_file(const std::filesystem::path& path);
+
+}  // namespace collegium

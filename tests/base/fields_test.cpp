@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/base/fields.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+namespace collegium {
+enum class Colour { kRed, kGreen };
+template <>
+struct EnumNames<Colour> {
+  static constexpr std::pair<std::string_view, Colour> names[] = {{"red", Colour::kRed}, {"green", Colour::kGreen}};
+};
+
+namespace {
+
+struct Inner {
+  std::int64_t steps = 3;
+};
+template <class Fields>
+void describe(Fields& fields, Inner& inner) {
+  fields("steps", inner.steps, "number of steps");
+}
+
+struct Outer {
+  double rate = 0.5;
+  Colour colour = Colour::kRed;
+  std::optional<std::string> name;
+  std::vector<std::int64_t> sizes;
+  Inner inner;
+};
+template <class Fields>
+void describe(Fields& fields, Outer& outer) {
+  fields("rate", outer.rate, "learning rate");
+  fields("colour", outer.colour, "a colour");
+  fields("name", outer.name, "optional name");
+  fields("sizes", outer.sizes, "some sizes");
+  fields("inner", outer.inner, "nested");
+}
+
+std::string message_of(const char* text) {
+  Outer outer;
+  try {
+    read_fields(Json::parse(text), "", outer);
+  } catch (const ConfigError& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+TEST(Fields, reads_what_is_given_and_keeps_defaults) {
+  Outer outer;
+  read_fields(Json::parse(R"({"rate": 2, "colour": "green", "sizes": [1, 2], "inner": {"steps": 9}})"), "", outer);
+  EXPECT_EQ(outer.rate, 2.0);
+  EXPECT_EQ(outer.colour, Colour::kGreen);
+  EXPECT_THAT(outer.sizes, testing::ElementsAre(1, 2));
+  EXPECT_EQ(outer.inner.steps, 9);
+  EXPECT_FALSE(outer.name.has_value());
+}
+
+TEST(Fields, written_struct_reads_back_equal) {
+  Outer outer{.rate = 0.25, .colour = Colour::kGreen, .name = "n", .sizes = {4}, .inner = {.steps = 1}};
+  const Json json = write_fields(outer);
+  Outer copy;
+  read_fields(json, "", copy);
+  EXPECT_EQ(write_fields(copy), json);
+}
+
+TEST(Fields, unknown_key_names_path_and_nearest) {
+  EXPECT_EQ(message_of(R"({"inner": {"step": 1}})"), "unknown key 'inner.step'; did you mean 'steps'?");
+}
+
+TEST(Fields, wrong_types_name_field_value_and_rule) {
+  EXPECT_EQ(message_of(R"({"rate": "fast"})"), "rate = \"fast\": expected a number");
+  EXPECT_EQ(message_of(R"({"inner": {"steps": 1.5}})"), "inner.steps = 1.5: expected a whole number");
+  EXPECT_EQ(message_of(R"({"sizes": [1, "x"]})"), "sizes[1] = \"x\": expected a whole number");
+  EXPECT_EQ(message_of(R"({"colour": "gren"})"), "colour = \"gren\": must be one of red, green (did you mean 'green'?)");
+}
+
+TEST(Fields, documents_every_key_with_its_default) {
+  const auto docs = document_fields<Outer>();
+  ASSERT_EQ(docs.size(), 6U);
+  EXPECT_EQ(docs[5].path, "inner.steps");
+  EXPECT_EQ(docs[5].default_value, "3");
+}
+
+}  // namespace
+}  // namespace collegium
