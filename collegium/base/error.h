@@ -31,7 +31,8 @@ class InternalError : public Error {
 };
 
 namespace internal {
-[[noreturn]] void throw_check_failure(const char* file, int line, const char* condition, const std::string& detail);
+[[noreturn]] void throw_check_failure(const char* file, int line, const char* condition,
+                                      const std::string& detail);
 }  // namespace internal
 
 /// Throws ConfigError with a fmt-formatted message when `ok` is false.
@@ -43,10 +44,10 @@ void require_config(bool ok, fmt::format_string<Args...> format, Args&&... args)
 }  // namespace collegium
 
 /// Invariant, always on: COLLEGIUM_CHECK(condition, "format {}", values...).
-#define COLLEGIUM_CHECK(condition, ...)                                                        \
-  do {                                                                                         \
-    if (!(condition)) [[unlikely]] {                                                           \
-      ::collegium::internal::throw_check_failure(__FILE__, __LINE__, #condition,               \
-                                                 ::fmt::format(__VA_ARGS__));                  \
-    }                                                                                          \
+#define COLLEGIUM_CHECK(condition, ...)                                          \
+  do {                                                                           \
+    if (!(condition)) [[unlikely]] {                                             \
+      ::collegium::internal::throw_check_failure(__FILE__, __LINE__, #condition, \
+                                                 ::fmt::format(__VA_ARGS__));    \
+    }                                                                            \
   } while (false)

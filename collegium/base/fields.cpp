@@ -53,14 +53,16 @@ std::string join_path(const std::string& parent, std::string_view name) {
 }
 
 void throw_wrong_type(const std::string& path, const Json& value, std::string_view expected) {
-  throw ConfigError(fmt::format("{} = {}: expected {}", path.empty() ? "top level" : path, value.dump(), expected));
+  throw ConfigError(
+      fmt::format("{} = {}: expected {}", path.empty() ? "top level" : path, value.dump(), expected));
 }
 
 void throw_unknown_key(const std::string& path, const std::string& key, std::span<const std::string> known) {
   throw ConfigError(fmt::format("unknown key '{}'; {}", join_path(path, key), hint(key, known)));
 }
 
-void throw_unknown_enum(const std::string& path, const std::string& value, std::span<const std::string> known) {
+void throw_unknown_enum(const std::string& path, const std::string& value,
+                        std::span<const std::string> known) {
   const auto nearest = nearest_name(value, known);
   throw ConfigError(fmt::format("{} = \"{}\": must be one of {}{}", path, value, fmt::join(known, ", "),
                                 nearest ? fmt::format(" (did you mean '{}'?)", *nearest) : ""));

@@ -8,8 +8,9 @@
 //     fields("beta1", adam.beta1, "decay of the first moment, in [0, 1)");
 //   }
 //
-// `describe` is found by argument-dependent lookup. Values may be bool, integers, floating point, std::string, enums with
-// EnumNames, std::optional and std::vector of those, std::map from string, and nested structs with their own `describe`.
+// `describe` is found by argument-dependent lookup. Values may be bool, integers, floating point,
+// std::string, enums with EnumNames, std::optional and std::vector of those, std::map from string, and nested
+// structs with their own `describe`.
 
 #include <concepts>
 #include <cstdint>
@@ -28,7 +29,8 @@ namespace collegium {
 
 using Json = nlohmann::ordered_json;
 
-/// What     Specialise with `static constexpr std::pair<std::string_view, E> names[]` to let an enum appear in fields.
+/// What     Specialise with `static constexpr std::pair<std::string_view, E> names[]` to let an enum appear
+/// in fields.
 template <typename E>
 struct EnumNames;
 
@@ -57,8 +59,10 @@ struct FieldDoc {
 namespace internal {
 
 [[noreturn]] void throw_wrong_type(const std::string& path, const Json& value, std::string_view expected);
-[[noreturn]] void throw_unknown_key(const std::string& path, const std::string& key, std::span<const std::string> known);
-[[noreturn]] void throw_unknown_enum(const std::string& path, const std::string& value, std::span<const std::string> known);
+[[noreturn]] void throw_unknown_key(const std::string& path, const std::string& key,
+                                    std::span<const std::string> known);
+[[noreturn]] void throw_unknown_enum(const std::string& path, const std::string& value,
+                                     std::span<const std::string> known);
 std::string join_path(const std::string& parent, std::string_view name);
 
 template <typename T>
@@ -164,7 +168,9 @@ void read_value(const Json& json, const std::string& path, T& value) {
     if (!json.is_number_integer()) throw_wrong_type(path, json, "a whole number");
     if (json.is_number_unsigned() ? !std::in_range<T>(json.get<std::uint64_t>())
                                   : !std::in_range<T>(json.get<std::int64_t>())) {
-      throw_wrong_type(path, json, std::is_unsigned_v<T> ? "a whole number that is not negative" : "a smaller whole number");
+      throw_wrong_type(
+          path, json,
+          std::is_unsigned_v<T> ? "a whole number that is not negative" : "a smaller whole number");
     }
     value = json.get<T>();
   } else if constexpr (std::floating_point<T>) {
@@ -230,7 +236,8 @@ Json write_value(T& value) {
 }  // namespace internal
 
 /// What     Reads every key of `json` into `value`; keys that are absent keep the value's defaults.
-/// Throws   ConfigError: a wrong type (path, value, what was expected), an unknown key (with the nearest known one).
+/// Throws   ConfigError: a wrong type (path, value, what was expected), an unknown key (with the nearest
+/// known one).
 template <typename T>
 void read_fields(const Json& json, const std::string& path, T& value) {
   internal::read_value(json, path, value);

@@ -58,7 +58,8 @@ void AtomicFile::write(std::string_view text) { write(std::as_bytes(std::span(te
 
 void AtomicFile::commit() {
   COLLEGIUM_CHECK(descriptor_ >= 0, "{} committed twice", path_.string());
-  if (::fsync(descriptor_) != 0) throw Error(fmt::format("cannot sync {}: {}", path_.string(), system_reason()));
+  if (::fsync(descriptor_) != 0)
+    throw Error(fmt::format("cannot sync {}: {}", path_.string(), system_reason()));
   ::close(std::exchange(descriptor_, -1));
   if (::rename(temporary_path_.c_str(), path_.c_str()) != 0) {
     const std::string reason = system_reason();
@@ -87,7 +88,7 @@ void sync_folder(const std::filesystem::path& folder) {
 MappedFile::MappedFile(const std::filesystem::path& path) {
   const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (descriptor < 0) throw ConfigError(fmt::format("cannot read {}: {}", path.string(), system_reason()));
-  struct stat status {};
+  struct stat status{};
   if (::fstat(descriptor, &status) != 0 || !S_ISREG(status.st_mode)) {
     ::close(descriptor);
     throw ConfigError(fmt::format("cannot read {}: not a regular file", path.string()));

@@ -16,9 +16,11 @@ namespace collegium {
 /// Throws   ConfigError naming the path and the system's reason when it cannot be read.
 std::string read_file(const std::filesystem::path& path);
 
-/// What     Writes a file so that a reader sees the old content or the new one, never a part: the bytes go to a
+/// What     Writes a file so that a reader sees the old content or the new one, never a part: the bytes go to
+/// a
 ///          temporary name in the same folder, are synced to disk, and renamed.
-/// Throws   Error naming the path and the system's reason (full disk, no permission); the temporary file is removed.
+/// Throws   Error naming the path and the system's reason (full disk, no permission); the temporary file is
+/// removed.
 class AtomicFile {
  public:
   explicit AtomicFile(std::filesystem::path path);
@@ -40,7 +42,8 @@ class AtomicFile {
 /// AtomicFile for content that is at hand as one text.
 void write_file_atomically(const std::filesystem::path& path, std::string_view text);
 
-/// What     Makes a folder's entries durable (fsync of the folder): call after creating or renaming inside it.
+/// What     Makes a folder's entries durable (fsync of the folder): call after creating or renaming inside
+/// it.
 void sync_folder(const std::filesystem::path& folder);
 
 /// What     A read-only memory map of a whole file; an empty file maps to an empty span.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// Counter-based random numbers. A value is a pure function of (key, index): nothing is carried from one draw to the
-// next, so weights, noise and data order do not depend on the number of ranks, threads or restarts.
+// Counter-based random numbers. A value is a pure function of (key, index): nothing is carried from one draw
+// to the next, so weights, noise and data order do not depend on the number of ranks, threads or restarts.
 
 #include <array>
 #include <cstdint>
@@ -12,7 +12,8 @@ namespace collegium {
 
 /// What     One 128-bit block of Philox4x32 with 10 rounds.
 /// Ref      [Salmon2011, Sec 3.3]: J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
-std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> counter, std::array<std::uint32_t, 2> key);
+std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> counter,
+                                        std::array<std::uint32_t, 2> key);
 
 /// What     A stable 64-bit hash of a name (FNV-1a), for keys such as tensor names.
 std::uint64_t hash_name(std::string_view name);
@@ -24,7 +25,8 @@ std::uint64_t mix(std::uint64_t a, std::uint64_t b);
 /// Order    Deterministic: the same key and index give the same value on every machine and thread.
 class RandomStream {
  public:
-  /// The key is usually built from (seed, purpose, step, layer): RandomStream(seed, "router/jitter", step, layer).
+  /// The key is usually built from (seed, purpose, step, layer): RandomStream(seed, "router/jitter", step,
+  /// layer).
   RandomStream(std::uint64_t seed, std::string_view purpose, std::uint64_t a = 0, std::uint64_t b = 0);
 
   /// 64 random bits for `index` (and a second coordinate, for instance token and expert).

@@ -8,7 +8,8 @@ namespace collegium {
 enum class Colour { kRed, kGreen };
 template <>
 struct EnumNames<Colour> {
-  static constexpr std::pair<std::string_view, Colour> names[] = {{"red", Colour::kRed}, {"green", Colour::kGreen}};
+  static constexpr std::pair<std::string_view, Colour> names[] = {{"red", Colour::kRed},
+                                                                  {"green", Colour::kGreen}};
 };
 
 namespace {
@@ -49,7 +50,8 @@ std::string message_of(const char* text) {
 
 TEST(Fields, reads_what_is_given_and_keeps_defaults) {
   Outer outer;
-  read_fields(Json::parse(R"({"rate": 2, "colour": "green", "sizes": [1, 2], "inner": {"steps": 9}})"), "", outer);
+  read_fields(Json::parse(R"({"rate": 2, "colour": "green", "sizes": [1, 2], "inner": {"steps": 9}})"), "",
+              outer);
   EXPECT_EQ(outer.rate, 2.0);
   EXPECT_EQ(outer.colour, Colour::kGreen);
   EXPECT_THAT(outer.sizes, testing::ElementsAre(1, 2));
@@ -73,7 +75,8 @@ TEST(Fields, wrong_types_name_field_value_and_rule) {
   EXPECT_EQ(message_of(R"({"rate": "fast"})"), "rate = \"fast\": expected a number");
   EXPECT_EQ(message_of(R"({"inner": {"steps": 1.5}})"), "inner.steps = 1.5: expected a whole number");
   EXPECT_EQ(message_of(R"({"sizes": [1, "x"]})"), "sizes[1] = \"x\": expected a whole number");
-  EXPECT_EQ(message_of(R"({"colour": "gren"})"), "colour = \"gren\": must be one of red, green (did you mean 'green'?)");
+  EXPECT_EQ(message_of(R"({"colour": "gren"})"),
+            "colour = \"gren\": must be one of red, green (did you mean 'green'?)");
 }
 
 TEST(Fields, documents_every_key_with_its_default) {

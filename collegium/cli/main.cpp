@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cstdio>
+#include <exception>
+
+#include "collegium/base/error.h"
+#include "collegium/base/log.h"
+#include "collegium/cli/verb.h"
+
+namespace {
+
+constexpr int kFailed = 1;
+constexpr int kWrongUsage = 2;
+
+int run(int argc, char** argv) {
+  CLI::App app("Collegium trains Mixture-of-Experts language models and shows what every expert did.",
+               "collegium");
+  app.require_subcommand(1);
+  app.failure_message(CLI::FailureMessage::simple);
+  collegium::cli::add_doctor(app);
+  try {
+    app.parse(argc, argv);
+    return 0;
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : kWrongUsage;
+  } catch (const collegium::ConfigError& error) {
+    fmt::print(stderr, "collegium: {}\n", error.what());
+    return kWrongUsage;
+  } catch (const std::exception& error) {
+    fmt::print(stderr, "collegium: {}\n", error.what());
+    return kFailed;
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  collegium::set_log_sink([](collegium::LogLevel level, std::string_view message) {
+    fmt::print(stderr, "{}{}\n", level == collegium::LogLevel::kWarning ? "warning: " : "", message);
+  });
+  return run(argc, argv);
+}

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// The description of a decoder, independent of the file it came from. model/families/ converts Hugging Face's
+// config.json of each family to and from it.
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "collegium/base/fields.h"
+#include "collegium/moe/options.h"
+
+namespace collegium::model {
+
+/// kCollegium: a model that no family can express; transformers refuses its model_type "collegium_moe".
+enum class Family { kMixtral, kOlmoe, kQwen3Moe, kCollegium };
+/// kNone; kPerHead: over the head dim after the split (Qwen3); kProjection: over the whole projection
+/// (OLMoE).
+enum class QkNorm { kNone, kPerHead, kProjection };
+
+struct ModelConfig {
+  Family family = Family::kMixtral;
+  std::int64_t vocab_size = 0;   ///< V
+  std::int64_t hidden_size = 0;  ///< D
+  std::int64_t num_layers = 0;
+  std::int64_t num_heads = 0;       ///< H
+  std::int64_t num_kv_heads = 0;    ///< J
+  std::int64_t head_dim = 0;        ///< A
+  std::int64_t dense_ffn_size = 0;  ///< F of layers without experts
+  std::int64_t max_positions = 4096;
+  double rope_theta = 10000.0;
+  double norm_eps = 1e-5;
+  double initializer_range = 0.02;
+  double clip_qkv = 0.0;            ///< clamp of q, k, v to [-c, c]; 0 = none (OLMoE)
+  std::int64_t sliding_window = 0;  ///< keys visible to a query; 0 = all
+  QkNorm qk_norm = QkNorm::kNone;
+  bool tie_embeddings = false;
+  std::vector<bool> moe_layers;  ///< per layer: experts (true) or a dense block
+  moe::MoeOptions moe;
+  bool output_router_logits = false;  ///< transformers adds the pooled aux loss to the loss when set
+  double router_aux_loss_coef = 0.001;
+
+  Json source =
+      Json::object();  ///< the config.json it was read from: keys we do not use survive a round trip
+};
+
+/// What     Reads `DIR/config.json` (or a path to a .json file) in the dialect of transformers 4 or 5.
+/// Throws   ConfigError naming file, key, value and rule for anything that cannot be represented exactly.
+ModelConfig read_model_config(const std::filesystem::path& path);
+/// The same from JSON at hand; `origin` names it in messages.
+ModelConfig parse_model_config(const Json& json, const std::string& origin);
+/// What     The config.json of this model: its family's where the family can express it, else model_type
+/// "collegium_moe".
+///          Options the family has no key for, and that do not change what the model computes in evaluation
+///          (noise, balance losses, capacity in training), go under "collegium".
+Json write_model_config(const ModelConfig& config, const std::string& dtype_name);
+/// Throws ConfigError for contradictory sizes, before anything is allocated.
+void validate(const ModelConfig& config, bool training);
+
+}  // namespace collegium::model
+
+namespace collegium {
+template <>
+struct EnumNames<model::Family> {
+  static constexpr std::pair<std::string_view, model::Family> names[] = {
+      {"mixtral", model::Family::kMixtral},
+      {"olmoe", model::Family::kOlmoe},
+      {"qwen3_moe", model::Family::kQwen3Moe},
+      {"collegium_moe", model::Family::kCollegium}};
+};
+template <>
+struct EnumNames<model::QkNorm> {
+  static constexpr std::pair<std::string_view, model::QkNorm> names[] = {
+      {"none", model::QkNorm::kNone},
+      {"per_head", model::QkNorm::kPerHead},
+      {"projection", model::QkNorm::kProjection}};
+};
+}  // namespace collegium

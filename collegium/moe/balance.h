@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// Balance losses. Each is a function of the layers' RouterStatistics (already summed over ranks where its
+// scope says so); what goes back to a layer is dLoss/dStatistics, so pooled forms and sums that are reduced
+// late need no autograd.
+
+#include <map>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "collegium/moe/options.h"
+#include "collegium/moe/routing.h"
+
+namespace collegium::moe {
+
+struct BalanceLoss {
+  double total = 0.0;                   ///< sum of coefficient times loss, averaged over layers
+  std::map<std::string, double> terms;  ///< by option name, without its coefficient, averaged over layers
+  double normalized_balance = 0.0;      ///< E sum f P per layer, averaged: 1.0 = perfectly balanced
+  std::vector<RouterStatisticsGradient> layers;  ///< d total / d statistics, one per layer
+};
+
+/// What     All balance losses with a coefficient, over the MoE layers of one micro-step.
+/// Math     docs/balance_losses.md has each formula, its scope and its source.
+/// Shape    `layers`: statistics of the micro-step's tokens, one entry per MoE layer.
+/// Order    A micro-step without tokens gives 0 and zero gradients.
+BalanceLoss balance_loss(const MoeOptions& options, std::span<const RouterStatistics> layers);
+
+/// What     The update of loss-free balancing: bias_e += rate * sign(mean(counts) - counts_e), sign(0) = 0.
+/// Dtype    counts int64, exact over the whole optimizer step and all ranks; bias fp32 or fp64.
+/// Ref      [Wang2024, Alg 1] arXiv 2408.15664
+void update_expert_bias(at::Tensor& expert_bias_E, const at::Tensor& choice_counts_E, double rate);
+
+}  // namespace collegium::moe
