@@ -28,6 +28,13 @@ struct BalanceLoss {
 /// Order    A micro-step without tokens gives 0 and zero gradients.
 BalanceLoss balance_loss(const MoeOptions& options, std::span<const RouterStatistics> layers);
 
+/// What     Hugging Face's form: counts (not divided by K) and probabilities are pooled over all layers
+/// before the product,
+///          E sum_e (C_e / (layers T)) (P_e / (layers T)). Returned without its coefficient; `coefficient`
+///          times its gradient is added to `gradients` (empty = value only).
+double hf_pooled_loss(const MoeOptions& options, std::span<const RouterStatistics> layers, double coefficient,
+                      std::span<RouterStatisticsGradient> gradients);
+
 /// What     The update of loss-free balancing: bias_e += rate * sign(mean(counts) - counts_e), sign(0) = 0.
 /// Dtype    counts int64, exact over the whole optimizer step and all ranks; bias fp32 or fp64.
 /// Ref      [Wang2024, Alg 1] arXiv 2408.15664

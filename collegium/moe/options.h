@@ -102,6 +102,7 @@ void describe(Fields& fields, CapacityOptions& o) {
 }
 
 enum class LossScope { kSequence, kBatch };
+enum class ImportanceOf { kWeights, kProbabilities };
 
 /// Coefficients of the balance losses; 0 switches a loss off. Each is computed per layer and averaged over
 /// the layers.
@@ -111,6 +112,7 @@ struct BalanceOptions {
   double gshard = 0.0;
   double switch_top1 = 0.0;
   double importance_cv2 = 0.0;
+  ImportanceOf importance_of = ImportanceOf::kWeights;
   double load_cv2 = 0.0;
   double hf_pooled = 0.0;
   double z_loss = 0.0;
@@ -125,7 +127,10 @@ void describe(Fields& fields, BalanceOptions& o) {
          "coefficient of l_aux = (1/E) sum_e (c_e/S) m_e, c_e = first choices before dropping, per sequence");
   fields("switch_top1", o.switch_top1,
          "coefficient of E sum_e f_e P_e with f from first choices only (Switch)");
-  fields("importance_cv2", o.importance_cv2, "coefficient of CV^2 of the experts' summed weights (Shazeer)");
+  fields("importance_cv2", o.importance_cv2, "coefficient of CV^2 of the experts' importance");
+  fields("importance_of", o.importance_of,
+         "importance sums weights (of the K selected, Shazeer) or probabilities (of all experts) over the "
+         "batch");
   fields("load_cv2", o.load_cv2,
          "coefficient of CV^2 of the smooth load (Shazeer; needs noise = noisy_top_k)");
   fields("hf_pooled", o.hf_pooled,
@@ -236,6 +241,11 @@ template <>
 struct EnumNames<moe::LossScope> {
   static constexpr std::pair<std::string_view, moe::LossScope> names[] = {
       {"sequence", moe::LossScope::kSequence}, {"batch", moe::LossScope::kBatch}};
+};
+template <>
+struct EnumNames<moe::ImportanceOf> {
+  static constexpr std::pair<std::string_view, moe::ImportanceOf> names[] = {
+      {"weights", moe::ImportanceOf::kWeights}, {"probabilities", moe::ImportanceOf::kProbabilities}};
 };
 
 }  // namespace collegium

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/moe/capacity.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "collegium/base/error.h"
+#include "collegium/base/rng.h"
+
+namespace collegium::moe {
+
+namespace {
+
+// The order in which the slots of tokens [begin, end) ask for a place.
+std::vector<std::int64_t> slot_order(DropPolicy policy, std::int64_t begin, std::int64_t end,
+                                     std::int64_t top_k, const double* weights, const TokenContext& context) {
+  std::vector<std::int64_t> order;
+  order.reserve(static_cast<std::size_t>((end - begin) * top_k));
+  if (policy == DropPolicy::kPosition) {
+    for (std::int64_t k = 0; k < top_k; ++k) {
+      for (std::int64_t token = begin; token < end; ++token) order.push_back(token * top_k + k);
+    }
+    return order;
+  }
+  order.resize(static_cast<std::size_t>((end - begin) * top_k));
+  std::iota(order.begin(), order.end(), begin * top_k);
+  if (policy == DropPolicy::kProbability) {
+    std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return weights[a] > weights[b]; });
+    return order;
+  }
+  const RandomStream stream(context.seed, "capacity/random", static_cast<std::uint64_t>(context.step),
+                            static_cast<std::uint64_t>(context.layer));
+  const auto priority = [&](std::int64_t slot) {
+    return stream.bits(static_cast<std::uint64_t>(context.first_token() * top_k + slot));
+  };
+  std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return priority(a) < priority(b); });
+  return order;
+}
+
+}  // namespace
+
+Decimal parse_decimal(const std::string& text, const std::string& path) {
+  constexpr int kMaxDigits = 9;
+  Decimal decimal;
+  int digits = 0;
+  bool point = false;
+  bool ok = !text.empty();
+  for (const char c : text) {
+    if (c == '.' && !point) {
+      point = true;
+    } else if (c >= '0' && c <= '9' && digits < kMaxDigits) {
+      ++digits;
+      decimal.numerator = decimal.numerator * 10 + (c - '0');
+      if (point) decimal.denominator *= 10;
+    } else {
+      ok = false;
+    }
+  }
+  require_config(ok && decimal.numerator > 0,
+                 "{} = \"{}\": must be a positive decimal number of at most {} digits, such as \"1.25\"",
+                 path, text, kMaxDigits);
+  return decimal;
+}
+
+std::int64_t expert_capacity(const MoeOptions& options, std::int64_t tokens_per_group) {
+  const Decimal factor = parse_decimal(options.capacity.factor, "capacity.factor");
+  // 128 bits: S K can reach 2^40, the numerator 2^30.
+  const auto numerator = static_cast<__int128>(tokens_per_group) * options.top_k * factor.numerator;
+  const auto denominator = static_cast<__int128>(options.num_experts) * factor.denominator;
+  const auto capacity = static_cast<std::int64_t>((numerator + denominator - 1) / denominator);
+  return std::max(capacity, options.capacity.min_capacity);
+}
+
+at::Tensor kept_slots(const MoeOptions& options, const at::Tensor& ids_TK, const at::Tensor& weights_TK,
+                      const TokenContext& context) {
+  const std::int64_t group_sequences = options.capacity.group_sequences;
+  require_config(
+      context.first_sequence % group_sequences == 0 && context.num_sequences % group_sequences == 0,
+      "capacity.group_sequences = {}: a group must lie on one rank within one micro-step, but this rank "
+      "holds "
+      "{} sequences from number {}",
+      group_sequences, context.num_sequences, context.first_sequence);
+  const at::Tensor ids_cpu = ids_TK.cpu().contiguous();
+  const at::Tensor weights_cpu = weights_TK.detach().cpu().to(at::kDouble).contiguous();
+  at::Tensor kept_TK = at::zeros_like(ids_cpu, at::kBool);
+  const auto* ids = ids_cpu.const_data_ptr<std::int32_t>();
+  auto* kept = kept_TK.mutable_data_ptr<bool>();
+  const std::int64_t top_k = ids_cpu.size(1);
+  const std::int64_t group_tokens = group_sequences * context.sequence_length;
+  const std::int64_t capacity = expert_capacity(options, group_tokens);
+  for (std::int64_t begin = 0; begin < ids_cpu.size(0); begin += group_tokens) {
+    std::vector<std::int64_t> used(static_cast<std::size_t>(options.num_experts), 0);
+    for (const std::int64_t slot : slot_order(options.capacity.drop_policy, begin, begin + group_tokens,
+                                              top_k, weights_cpu.const_data_ptr<double>(), context)) {
+      if (ids[slot] < 0) continue;
+      std::int64_t& places = used[static_cast<std::size_t>(ids[slot])];
+      kept[slot] = places < capacity;
+      if (kept[slot]) ++places;
+    }
+  }
+  return kept_TK.to(ids_TK.device());
+}
+
+}  // namespace collegium::moe

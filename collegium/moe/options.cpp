@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/moe/options.h"
+
+#include "collegium/base/error.h"
+#include "collegium/moe/capacity.h"
+
+namespace collegium::moe {
+
+namespace {
+
+void validate_sizes(const MoeOptions& o, const std::string& path) {
+  require_config(o.num_experts >= 1, "{}.num_experts = {}: must be at least 1", path, o.num_experts);
+  require_config(o.top_k >= 1 && o.top_k <= o.num_experts,
+                 "{}.top_k = {}: must lie between 1 and num_experts = {}", path, o.top_k, o.num_experts);
+  require_config(o.ffn_size >= 1, "{}.ffn_size = {}: must be at least 1", path, o.ffn_size);
+  const SharedExpertOptions& shared = o.shared_expert;
+  require_config(shared.kind == SharedExpert::kNone || shared.ffn_size >= 1,
+                 "{}.shared_expert.ffn_size = {}: must be at least 1 for kind = \"{}\"", path,
+                 shared.ffn_size, enum_name(shared.kind));
+}
+
+void validate_groups(const MoeOptions& o, const std::string& path) {
+  const RouterOptions& r = o.router;
+  require_config(r.num_groups >= 1 && o.num_experts % r.num_groups == 0,
+                 "{}.router.num_groups = {}: must divide num_experts = {}", path, r.num_groups,
+                 o.num_experts);
+  require_config(r.top_groups >= 1 && r.top_groups <= r.num_groups,
+                 "{}.router.top_groups = {}: must lie between 1 and num_groups = {}", path, r.top_groups,
+                 r.num_groups);
+  const std::int64_t reachable = r.top_groups * (o.num_experts / r.num_groups);
+  require_config(o.top_k <= reachable, "{}.top_k = {}: {} groups of {} experts hold only {}", path, o.top_k,
+                 r.top_groups, o.num_experts / r.num_groups, reachable);
+}
+
+void validate_router(const MoeOptions& o, const std::string& path, bool causal, bool training) {
+  const RouterOptions& r = o.router;
+  require_config(r.scaling_factor > 0.0, "{}.router.scaling_factor = {}: must be positive", path,
+                 r.scaling_factor);
+  require_config(r.jitter_epsilon >= 0.0 && r.jitter_epsilon < 1.0,
+                 "{}.router.jitter_epsilon = {}: must lie in [0, 1)", path, r.jitter_epsilon);
+  require_config(r.sinkhorn_iterations >= 1, "{}.router.sinkhorn_iterations = {}: must be at least 1", path,
+                 r.sinkhorn_iterations);
+  require_config(r.forced_skew >= 1.0, "{}.router.forced_skew = {}: must be at least 1 (1 = balanced)", path,
+                 r.forced_skew);
+  require_config(r.bias_update_rate >= 0.0, "{}.router.bias_update_rate = {}: must not be negative", path,
+                 r.bias_update_rate);
+  require_config(r.noise != Noise::kRandomSecondExpert || o.top_k == 2,
+                 "{}.router.noise = \"random_second_expert\": needs top_k = 2, not {}", path, o.top_k);
+  require_config(r.noise != Noise::kGumbel || !r.bias_balancing,
+                 "{}.router.noise = \"gumbel\": cannot be combined with bias_balancing = true", path);
+  if (r.selection == Selection::kExpertChoice) {
+    require_config(
+        !causal || r.allow_non_causal,
+        "{}.router.selection = \"expert_choice\": looks at future tokens, so a causal model refuses it; set "
+        "allow_non_causal = true to do it all the same",
+        path);
+    require_config(
+        r.order == ScoreOrder::kScoreFirst && r.renormalize == Renormalize::kNever,
+        "{}.router.selection = \"expert_choice\": needs order = \"score_first\" and renormalize = \"never\"",
+        path);
+    require_config(r.expert_choice_factor > 0.0, "{}.router.expert_choice_factor = {}: must be positive",
+                   path, r.expert_choice_factor);
+  }
+  const bool constant_weight = r.renormalize != Renormalize::kNever ||
+                               (r.order == ScoreOrder::kSelectFirst && r.score == ScoreFunction::kSoftmax);
+  require_config(!training || o.top_k > 1 || !constant_weight,
+                 "{}.top_k = 1 with renormalised weights: the weight is always 1 and the router's gradient "
+                 "is exactly zero; "
+                 "set router.renormalize = \"never\" and router.order = \"score_first\" to train",
+                 path);
+}
+
+void validate_losses(const MoeOptions& o, const std::string& path) {
+  const BalanceOptions& b = o.balance;
+  const std::pair<const char*, double> coefficients[] = {{"load_balance", b.load_balance},
+                                                         {"gshard", b.gshard},
+                                                         {"switch_top1", b.switch_top1},
+                                                         {"importance_cv2", b.importance_cv2},
+                                                         {"load_cv2", b.load_cv2},
+                                                         {"hf_pooled", b.hf_pooled},
+                                                         {"z_loss", b.z_loss}};
+  for (const auto& [name, value] : coefficients) {
+    require_config(value >= 0.0, "{}.balance.{} = {}: must not be negative", path, name, value);
+  }
+  require_config(b.load_cv2 == 0.0 || o.router.noise == Noise::kNoisyTopK,
+                 "{}.balance.load_cv2 = {}: the smooth load needs router.noise = \"noisy_top_k\", not \"{}\"",
+                 path, b.load_cv2, enum_name(o.router.noise));
+}
+
+}  // namespace
+
+void validate(const MoeOptions& options, const std::string& path, bool causal, bool training) {
+  validate_sizes(options, path);
+  validate_groups(options, path);
+  validate_router(options, path, causal, training);
+  validate_losses(options, path);
+  const CapacityOptions& capacity = options.capacity;
+  parse_decimal(capacity.factor, path + ".capacity.factor");
+  require_config(capacity.min_capacity >= 0, "{}.capacity.min_capacity = {}: must not be negative", path,
+                 capacity.min_capacity);
+  require_config(capacity.group_sequences >= 1, "{}.capacity.group_sequences = {}: must be at least 1", path,
+                 capacity.group_sequences);
+  require_config(
+      options.router.renormalize != Renormalize::kAfterDrop || capacity.drop_policy != DropPolicy::kNone ||
+          options.router.noise == Noise::kRandomSecondExpert,
+      "{}.router.renormalize = \"after_drop\": nothing is dropped with capacity.drop_policy = \"none\"",
+      path);
+}
+
+}  // namespace collegium::moe

@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/moe/router.h"
+
+#include <ATen/ATen.h>
+
+#include "collegium/base/error.h"
+#include "collegium/moe/noise.h"
+#include "collegium/moe/router_state.h"
+#include "collegium/moe/selection.h"
+#include "collegium/ops/topk.h"
+
+namespace collegium::moe {
+
+namespace {
+
+at::ScalarType router_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
+// 1. The router's input and logits, in the router's dtype before the product.
+void compute_logits(const RouterWeights& weights, const at::Tensor& x_TD, const TokenContext& context,
+                    RouterState& state) {
+  const RouterOptions& options = state.options.router;
+  const auto dtype = router_dtype(x_TD.scalar_type());
+  state.x_TD = x_TD.to(dtype);
+  state.gate_ED = weights.gate_ED.to(dtype);
+  state.input_jitter = options.noise == Noise::kJitterInput;
+  if (context.training && (options.noise == Noise::kJitterRouter || state.input_jitter)) {
+    const at::Tensor uniform_TD =
+        random_values(context, "router/jitter", Distribution::kUniform, x_TD.size(1), dtype)
+            .to(x_TD.device());
+    state.jitter_TD = 1.0 - options.jitter_epsilon + 2.0 * options.jitter_epsilon * uniform_TD;
+    state.x_TD = state.x_TD * state.jitter_TD;
+  }
+  state.clean_TE = at::mm(state.x_TD, state.gate_ED.t());
+  if (options.noise == Noise::kNoisyTopK && context.training) {
+    state.noise_ED = weights.noise_ED.to(dtype);
+    const at::Tensor normal_TE =
+        random_values(context, "router/noisy_top_k", Distribution::kNormal, state.options.num_experts, dtype);
+    state.noisy = add_learned_noise(state.clean_TE, at::mm(state.x_TD, state.noise_ED.t()),
+                                    normal_TE.to(x_TD.device()));
+    state.load = smooth_load(state.noisy, state.options.top_k);
+  }
+}
+
+const at::Tensor& logits(const RouterState& state) {
+  return state.noisy.noisy_TE.defined() ? state.noisy.noisy_TE : state.clean_TE;
+}
+
+// 2. The K experts that every token asks for; -1 = none.
+at::Tensor select(const RouterWeights& weights, const TokenContext& context, const RouterState& state) {
+  const MoeOptions& options = state.options;
+  const RouterOptions& router = options.router;
+  if (router.selection == Selection::kForcedBalance || router.selection == Selection::kForcedSkew) {
+    return forced_ids(options, context).to(state.x_TD.device());
+  }
+  if (router.selection == Selection::kExpertChoice) {
+    const at::Tensor taken_TE = expert_choice(options, state.scores_TE, context);
+    const at::Tensor ids_E = at::arange(options.num_experts, state.x_TD.options().dtype(at::kInt));
+    return at::where(taken_TE, ids_E.unsqueeze(0), at::full({}, -1, ids_E.options()));
+  }
+  at::Tensor preference_TE = router.order == ScoreOrder::kSelectFirst ? logits(state) : state.scores_TE;
+  if (context.training && router.selection == Selection::kSinkhorn) {
+    preference_TE = sinkhorn(logits(state), router.sinkhorn_iterations);
+  }
+  if (context.training && router.noise == Noise::kGumbel) {
+    preference_TE = logits(state) + random_values(context, "router/gumbel", Distribution::kGumbel,
+                                                  options.num_experts, state.x_TD.scalar_type())
+                                        .to(state.x_TD.device());
+  }
+  if (weights.expert_bias_E.defined()) preference_TE = preference_TE + weights.expert_bias_E;
+  return ops::topk_stable(limit_groups(router, options.top_k, preference_TE), options.top_k);
+}
+
+at::Tensor without_padding(const at::Tensor& ids_TK, const TokenContext& context) {
+  if (!context.padding_T.defined()) return ids_TK;
+  return ids_TK.masked_fill(context.padding_T.unsqueeze(1), -1);
+}
+
+// 3. Weights before renormalisation.
+void compute_raw_weights(const at::Tensor& chosen_ids_TK, RouterState& state) {
+  const at::Tensor ids_TK = chosen_ids_TK.to(at::kLong);
+  state.slot_ids_TK = ids_TK.clamp_min(0);
+  state.chosen_TK = (ids_TK >= 0).to(state.x_TD.scalar_type());
+  const bool softmax_of_selected = state.options.router.order == ScoreOrder::kSelectFirst &&
+                                   state.options.router.score == ScoreFunction::kSoftmax;
+  if (!softmax_of_selected) {
+    state.raw_TK = state.scores_TE.gather(1, state.slot_ids_TK) * state.chosen_TK;
+    return;
+  }
+  constexpr double kLowest = -1e30;  // finite: a token without choices must not become NaN
+  const at::Tensor selected_TK =
+      logits(state).gather(1, state.slot_ids_TK).masked_fill(state.chosen_TK == 0, kLowest);
+  state.raw_TK = at::softmax(selected_TK, 1) * state.chosen_TK;
+}
+
+}  // namespace
+
+RouterOutput route(const MoeOptions& options, const RouterWeights& weights, const at::Tensor& x_TD,
+                   const TokenContext& context, const at::Tensor& replayed_ids_TK) {
+  COLLEGIUM_CHECK(x_TD.dim() == 2 && x_TD.size(0) == context.num_tokens(), "{} rows for {} tokens",
+                  x_TD.size(0), context.num_tokens());
+  const at::NoGradGuard no_grad;
+  RouterOutput output;
+  output.state = std::make_shared<RouterState>();
+  RouterState& state = *output.state;
+  state.options = options;
+  state.num_sequences = context.num_sequences;
+  compute_logits(weights, x_TD, context, state);
+  if (context.padding_T.defined()) {
+    state.valid_T1 = context.padding_T.logical_not().unsqueeze(1).to(state.x_TD.scalar_type());
+  }
+  const bool softmax = options.router.score == ScoreFunction::kSoftmax;
+  state.scores_TE = softmax ? at::softmax(logits(state), 1) : at::sigmoid(logits(state));
+  if (!softmax) state.score_sum_T1 = state.scores_TE.sum(1, true);
+  state.lse_T1 = at::logsumexp(state.clean_TE, {1}, true);
+
+  const at::Tensor wanted_TK = replayed_ids_TK.defined() ? replayed_ids_TK : select(weights, context, state);
+  output.routing.chosen_ids_TK = without_padding(wanted_TK, context).contiguous();
+  compute_raw_weights(output.routing.chosen_ids_TK, state);
+  finish_weights(state, output, context);
+  output.statistics = collect_statistics(state, context);
+  output.expert_input_TD =
+      state.input_jitter && state.jitter_TD.defined() ? state.x_TD.to(x_TD.scalar_type()) : x_TD.detach();
+  return output;
+}
+
+namespace {
+
+// dLoss/d(scores) of the statistics' probability sums; every token of a sequence has its sequence's row.
+at::Tensor per_token(const RouterState& state, const at::Tensor& rows_BE) {
+  const std::int64_t num_tokens = state.x_TD.size(0);
+  const std::int64_t length = state.num_sequences == 0 ? 0 : num_tokens / state.num_sequences;
+  const at::Tensor all_BE = rows_BE.expand({state.num_sequences, rows_BE.size(1)});
+  at::Tensor rows_TE = all_BE.unsqueeze(1)
+                           .expand({state.num_sequences, length, rows_BE.size(1)})
+                           .reshape({num_tokens, rows_BE.size(1)});
+  return state.valid_T1.defined() ? rows_TE * state.valid_T1 : rows_TE;
+}
+
+at::Tensor scores_gradient(const RouterState& state, const at::Tensor& grad_raw_TK,
+                           const RouterStatisticsGradient& statistics, bool raw_from_scores) {
+  at::Tensor grad_TE = at::zeros_like(state.scores_TE);
+  if (statistics.prob_sums_BE.defined()) {
+    const at::Tensor coefficient_TE = per_token(state, statistics.prob_sums_BE);
+    if (state.score_sum_T1.defined()) {
+      const at::Tensor mean_T1 = (coefficient_TE * state.scores_TE).sum(1, true) / state.score_sum_T1;
+      grad_TE = (coefficient_TE - mean_T1) / state.score_sum_T1;
+    } else {
+      grad_TE = coefficient_TE;
+    }
+  }
+  if (!raw_from_scores) return grad_TE;
+  // The slots of a token name different experts, except that absent ones point to expert 0 and carry exactly
+  // zero.
+  return grad_TE.scatter_add(1, state.slot_ids_TK, grad_raw_TK * state.chosen_TK);
+}
+
+at::Tensor logits_gradient(const RouterState& state, const at::Tensor& grad_scores_TE) {
+  if (state.options.router.score == ScoreFunction::kSigmoid) {
+    return grad_scores_TE * state.scores_TE * (1 - state.scores_TE);
+  }
+  return state.scores_TE * (grad_scores_TE - (grad_scores_TE * state.scores_TE).sum(1, true));
+}
+
+}  // namespace
+
+RouterGradients route_backward(const RouterState& state, const at::Tensor& grad_weights_TK,
+                               const RouterStatisticsGradient& grad_statistics) {
+  const at::NoGradGuard no_grad;
+  at::Tensor grad_importance_TK;
+  if (grad_statistics.importance_BE.defined()) {
+    grad_importance_TK =
+        per_token(state, grad_statistics.importance_BE).gather(1, state.slot_ids_TK) * state.chosen_TK;
+  }
+  const at::Tensor grad_raw_TK = weights_backward(state, grad_weights_TK, grad_importance_TK);
+  const bool select_first = state.options.router.order == ScoreOrder::kSelectFirst &&
+                            state.options.router.score == ScoreFunction::kSoftmax;
+  at::Tensor grad_logits_TE =
+      logits_gradient(state, scores_gradient(state, grad_raw_TK, grad_statistics, !select_first));
+  if (select_first) {
+    const at::Tensor inner_T1 = (grad_raw_TK * state.raw_TK).sum(1, true);
+    grad_logits_TE =
+        grad_logits_TE.scatter_add(1, state.slot_ids_TK, state.raw_TK * (grad_raw_TK - inner_T1));
+  }
+
+  RouterGradients gradients;
+  at::Tensor grad_clean_TE = grad_logits_TE;
+  if (state.noisy.noisy_TE.defined()) {
+    const at::Tensor grad_load_TE =
+        grad_statistics.load_BE.defined() ? per_token(state, grad_statistics.load_BE) : at::Tensor();
+    const NoisyGradients noisy = noisy_backward(state.noisy, state.load, grad_logits_TE, grad_load_TE);
+    grad_clean_TE = noisy.clean_TE;
+    gradients.noise_ED = at::mm(noisy.raw_std_TE.t(), state.x_TD);
+    gradients.x_TD = at::mm(noisy.raw_std_TE, state.noise_ED);
+  }
+  if (grad_statistics.squared_lse != 0.0) {
+    const at::Tensor pull_TE =
+        2.0 * grad_statistics.squared_lse * state.lse_T1 * at::exp(state.clean_TE - state.lse_T1);
+    grad_clean_TE = grad_clean_TE + (state.valid_T1.defined() ? pull_TE * state.valid_T1 : pull_TE);
+  }
+  gradients.gate_ED = at::mm(grad_clean_TE.t(), state.x_TD);
+  const at::Tensor grad_x_TD = at::mm(grad_clean_TE, state.gate_ED);
+  gradients.x_TD = gradients.x_TD.defined() ? gradients.x_TD + grad_x_TD : grad_x_TD;
+  if (state.jitter_TD.defined()) gradients.x_TD = gradients.x_TD * state.jitter_TD;
+  return gradients;
+}
+
+const at::Tensor& input_jitter_TD(const RouterState& state) {
+  static const at::Tensor none;
+  return state.input_jitter ? state.jitter_TD : none;
+}
+
+}  // namespace collegium::moe

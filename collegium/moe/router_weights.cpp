@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// From the scores of the selected experts to the weights that travel with the rows, and the sums over tokens.
+
+#include <ATen/ATen.h>
+
+#include "collegium/moe/capacity.h"
+#include "collegium/moe/noise.h"
+#include "collegium/moe/router_state.h"
+
+namespace collegium::moe {
+
+namespace {
+
+// DeepSeek-V3's guard for sigmoid scores, which may all be tiny; a softmax's K best never sum to zero.
+constexpr double kSigmoidGuard = 1e-20;
+
+// raw / sum(raw): the divisor is 1 for a token without any choice, whose weights are 0, not 0/0.
+at::Tensor divisor(const RouterState& state, const at::Tensor& raw_TK) {
+  at::Tensor sum_T1 = raw_TK.sum(1, true);
+  if (state.options.router.score == ScoreFunction::kSigmoid) sum_T1 = sum_T1 + kSigmoidGuard;
+  return at::where(raw_TK.abs().sum(1, true) == 0, at::ones_like(sum_T1), sum_T1);
+}
+
+// GShard: the second expert is kept with probability min(1, 2 g2), g2 its normalised weight.
+at::Tensor keep_second(const at::Tensor& normalized_TK, const TokenContext& context) {
+  const at::Tensor uniform_T1 =
+      random_values(context, "router/second_expert", Distribution::kUniform, 1, normalized_TK.scalar_type())
+          .to(normalized_TK.device());
+  at::Tensor kept_TK = at::ones_like(normalized_TK);
+  kept_TK.narrow(1, 1, 1).copy_(uniform_T1 < 2.0 * normalized_TK.narrow(1, 1, 1));
+  return kept_TK;
+}
+
+at::Tensor sum_by_sequence(const at::Tensor& values, std::int64_t num_sequences, std::int64_t length) {
+  return values.reshape({num_sequences, length, values.size(1)}).sum(1);
+}
+
+}  // namespace
+
+void finish_weights(RouterState& state, RouterOutput& output, const TokenContext& context) {
+  const RouterOptions& options = state.options.router;
+  Routing& routing = output.routing;
+  at::Tensor weights_TK = state.raw_TK;
+  if (options.renormalize == Renormalize::kBeforeDrop) {
+    state.divisor_T1 = divisor(state, state.raw_TK);
+    weights_TK = state.raw_TK / state.divisor_T1;
+  }
+  state.kept_TK = state.chosen_TK;
+  if (options.noise == Noise::kRandomSecondExpert && context.training) {
+    const at::Tensor normalized_TK = state.raw_TK / divisor(state, state.raw_TK);
+    state.kept_TK = state.kept_TK * keep_second(normalized_TK, context);
+  }
+  const CapacityOptions& capacity = state.options.capacity;
+  if (capacity.drop_policy != DropPolicy::kNone && (context.training || capacity.drop_in_evaluation)) {
+    const at::Tensor ids_TK = routing.chosen_ids_TK.masked_fill(state.kept_TK == 0, -1);
+    state.kept_TK = kept_slots(state.options, ids_TK, weights_TK, context).to(state.kept_TK.scalar_type());
+  }
+  if (options.renormalize == Renormalize::kAfterDrop) {
+    const at::Tensor kept_raw_TK = state.raw_TK * state.kept_TK;
+    state.divisor_T1 = divisor(state, kept_raw_TK);
+    weights_TK = kept_raw_TK / state.divisor_T1;
+  }
+  state.normalized_TK = weights_TK;
+  routing.expert_ids_TK = routing.chosen_ids_TK.masked_fill(state.kept_TK == 0, -1);
+  routing.weights_TK = weights_TK * state.kept_TK * options.scaling_factor;
+  const at::Tensor kept_N = routing.expert_ids_TK.reshape({-1});
+  routing.counts_E = at::bincount(kept_N.masked_select(kept_N >= 0), {}, state.options.num_experts);
+}
+
+at::Tensor weights_backward(const RouterState& state, const at::Tensor& grad_weights_TK,
+                            const at::Tensor& grad_importance_TK) {
+  at::Tensor grad_TK = grad_weights_TK * state.kept_TK * state.options.router.scaling_factor;
+  switch (state.options.router.renormalize) {
+    case Renormalize::kBeforeDrop: {
+      if (grad_importance_TK.defined()) grad_TK = grad_TK + grad_importance_TK;
+      const at::Tensor mean_T1 = (grad_TK * state.normalized_TK).sum(1, true);
+      return (grad_TK - mean_T1) / state.divisor_T1;
+    }
+    case Renormalize::kAfterDrop: {
+      const at::Tensor mean_T1 = (grad_TK * state.normalized_TK).sum(1, true);
+      grad_TK = state.kept_TK * (grad_TK - mean_T1) / state.divisor_T1;
+      break;
+    }
+    case Renormalize::kNever:
+      break;
+  }
+  return grad_importance_TK.defined() ? grad_TK + grad_importance_TK : grad_TK;
+}
+
+RouterStatistics collect_statistics(const RouterState& state, const TokenContext& context) {
+  const std::int64_t num_sequences = context.num_sequences;
+  const std::int64_t length = context.sequence_length;
+  const auto by_sequence = [&](const at::Tensor& values) {
+    return sum_by_sequence(state.valid_T1.defined() ? values * state.valid_T1 : values, num_sequences,
+                           length);
+  };
+  const at::Tensor zeros_TE = at::zeros_like(state.scores_TE);
+  const at::Tensor probs_TE =
+      state.score_sum_T1.defined() ? state.scores_TE / state.score_sum_T1 : state.scores_TE;
+  const bool before_drop = state.options.router.renormalize == Renormalize::kBeforeDrop;
+  const at::Tensor importance_TK = before_drop ? state.normalized_TK : state.raw_TK;
+  const at::Tensor first_TK =
+      at::cat({state.chosen_TK.narrow(1, 0, 1), at::zeros_like(state.chosen_TK.slice(1, 1))}, 1);
+
+  RouterStatistics statistics;
+  const at::Tensor ones_T1 = at::ones({context.num_tokens(), 1}, state.scores_TE.options());
+  statistics.num_tokens_B = by_sequence(ones_T1).reshape({num_sequences}).to(at::kLong);
+  statistics.choice_counts_BE =
+      by_sequence(zeros_TE.scatter_add(1, state.slot_ids_TK, state.chosen_TK)).to(at::kLong);
+  statistics.first_counts_BE =
+      by_sequence(zeros_TE.scatter_add(1, state.slot_ids_TK, first_TK)).to(at::kLong);
+  statistics.prob_sums_BE = by_sequence(probs_TE);
+  statistics.importance_BE =
+      by_sequence(zeros_TE.scatter_add(1, state.slot_ids_TK, importance_TK * state.chosen_TK));
+  if (state.load.probability_TE.defined()) statistics.load_BE = by_sequence(state.load.probability_TE);
+  statistics.squared_lse_B = by_sequence(state.lse_T1 * state.lse_T1).reshape({num_sequences});
+  statistics.entropy_B = by_sequence(-at::xlogy(probs_TE, probs_TE).sum(1, true)).reshape({num_sequences});
+  statistics.num_dropped = static_cast<std::int64_t>((state.chosen_TK - state.kept_TK).sum().item<double>());
+  if (state.clean_TE.numel() > 0) statistics.max_abs_logit = state.clean_TE.abs().max().item<double>();
+  return statistics;
+}
+
+}  // namespace collegium::moe

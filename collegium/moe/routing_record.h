@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// A routing written to a file and read back in place of the router's choice: for comparisons in low
+// precision, benchmarks and the simulator.
+//
+// Format (little-endian): the 8 bytes "CLGROUT1", then records. A record is a header of 6 int64 (step,
+// micro_step, layer, T, K, E), T K int32 expert ids before any drop (-1 = no expert), and a uint64 XXH3
+// checksum of header and ids. A torn last record, which a killed run may leave, is ignored.
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <cstdint>
+#include <cstdio>
+#include <filesystem>
+#include <map>
+#include <memory>
+
+#include "collegium/base/file.h"
+
+namespace collegium::moe {
+
+struct RoutingKey {
+  std::int64_t step = 0;
+  std::int64_t micro_step = 0;
+  std::int64_t layer = 0;
+  auto operator<=>(const RoutingKey&) const = default;
+};
+
+class RoutingRecorder {
+ public:
+  /// Throws Error naming the path when it cannot be created.
+  explicit RoutingRecorder(const std::filesystem::path& path);
+  /// ids_TK int32 [T, K].
+  void append(const RoutingKey& key, const at::Tensor& chosen_ids_TK, std::int64_t num_experts);
+  void flush();
+
+ private:
+  struct Close {
+    void operator()(std::FILE* file) const { std::fclose(file); }
+  };
+  std::filesystem::path path_;
+  std::unique_ptr<std::FILE, Close> file_;
+};
+
+class RoutingReplay {
+ public:
+  /// Throws ConfigError naming the path and position for a file of another kind or a corrupt record.
+  explicit RoutingReplay(const std::filesystem::path& path);
+  /// int32 [T, K]. Throws ConfigError when the record is missing or has other sizes, with both numbers.
+  at::Tensor ids_TK(const RoutingKey& key, std::int64_t num_tokens, std::int64_t top_k,
+                    std::int64_t num_experts) const;
+  std::size_t num_records() const { return records_.size(); }
+
+ private:
+  struct Record {
+    std::size_t offset = 0;
+    std::array<std::int64_t, 3> sizes{};  ///< T, K, E
+  };
+  std::filesystem::path path_;
+  MappedFile file_;
+  std::map<RoutingKey, Record> records_;
+};
+
+}  // namespace collegium::moe

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// The expert that every token takes, and how its output joins the routed one.
+
+#include <ATen/core/Tensor.h>
+
+#include "collegium/moe/experts.h"
+#include "collegium/moe/options.h"
+
+namespace collegium::moe {
+
+struct SharedExpertWeights {
+  at::Tensor gate_up_GD;  ///< [2F', D]
+  at::Tensor down_DF;     ///< [D, F']
+  at::Tensor gate_1D;     ///< kGated
+  at::Tensor mix_2D;      ///< kResidualMix
+};
+
+struct SharedExpertState {
+  ExpertsState experts;
+  at::Tensor output_TD;  ///< kGated, kResidualMix: what the gate's gradient multiplies
+  at::Tensor routed_TD;  ///< kResidualMix
+  at::Tensor gate_TX;    ///< sigmoid [T, 1], or softmax [T, 2] (routed, shared), in fp32 or wider
+};
+
+/// What     y = routed + s (kSum); routed + sigmoid(g x) s (kGated, Qwen2-MoE); a routed + b s with (a, b) =
+/// softmax(M x)
+///          (kResidualMix, [Rajbhandari2022, Sec 3.2] arXiv 2201.05596), where s is the shared expert's
+///          output.
+/// Shape    x_TD, routed_TD [T, D] -> [T, D].
+at::Tensor shared_expert_forward(SharedExpert kind, const SharedExpertWeights& weights,
+                                 const at::Tensor& x_TD, const at::Tensor& routed_TD,
+                                 SharedExpertState& state);
+
+struct SharedExpertGradients {
+  at::Tensor x_TD;
+  at::Tensor routed_TD;
+  SharedExpertWeights weights;
+};
+SharedExpertGradients shared_expert_backward(SharedExpert kind, const SharedExpertWeights& weights,
+                                             const at::Tensor& x_TD, const SharedExpertState& state,
+                                             const at::Tensor& grad_y_TD);
+
+}  // namespace collegium::moe

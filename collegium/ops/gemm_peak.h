@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <c10/core/ScalarType.h>
+
+namespace collegium::ops {
+
+/// What     The best rate of a square GEMM on all threads, FLOP/s (a multiply-add counts two): the bound that
+/// training
+///          speeds are compared with. Takes about 0.3 s.
+double measure_gemm_peak(at::ScalarType dtype);
+
+}  // namespace collegium::ops

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/ops/permute.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/bincount.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/nonzero.h>
+#include <ATen/ops/sort.h>
+#include <ATen/ops/zeros.h>
+
+#include <cstring>
+#include <vector>
+
+#include "collegium/base/error.h"
+
+namespace collegium::ops {
+
+namespace {
+
+// A row of 512 bf16 values is 1 KiB: 32 of them are worth a task.
+constexpr std::int64_t kRowsPerTask = 32;
+
+}  // namespace
+
+Permutation group_by_expert(const at::Tensor& expert_ids_TK, std::int64_t num_experts) {
+  COLLEGIUM_CHECK(expert_ids_TK.dim() == 2 && expert_ids_TK.scalar_type() == at::kInt,
+                  "ids must be int32 [T, K]");
+  if (!expert_ids_TK.is_cpu()) return group_by_expert_aten(expert_ids_TK, num_experts);
+  const at::Tensor ids_TK = expert_ids_TK.contiguous();
+  const auto* ids = ids_TK.const_data_ptr<std::int32_t>();
+  const std::int64_t num_slots = ids_TK.numel();
+  const std::int64_t top_k = ids_TK.size(1);
+
+  at::Tensor counts_E = at::zeros({num_experts}, at::kLong);
+  auto* counts = counts_E.mutable_data_ptr<std::int64_t>();
+  for (std::int64_t slot = 0; slot < num_slots; ++slot) {
+    COLLEGIUM_CHECK(ids[slot] < num_experts, "expert id {} of {} experts", ids[slot], num_experts);
+    if (ids[slot] >= 0) ++counts[ids[slot]];
+  }
+  std::vector<std::int64_t> next(static_cast<std::size_t>(num_experts));
+  std::int64_t num_rows = 0;
+  for (std::int64_t expert = 0; expert < num_experts; ++expert) {
+    next[static_cast<std::size_t>(expert)] = num_rows;
+    num_rows += counts[expert];
+  }
+
+  Permutation permutation{.row_token_R = at::empty({num_rows}, at::kInt),
+                          .row_slot_R = at::empty({num_rows}, at::kInt),
+                          .slot_row_TK = at::empty_like(ids_TK),
+                          .counts_E = counts_E};
+  auto* row_token = permutation.row_token_R.mutable_data_ptr<std::int32_t>();
+  auto* row_slot = permutation.row_slot_R.mutable_data_ptr<std::int32_t>();
+  auto* slot_row = permutation.slot_row_TK.mutable_data_ptr<std::int32_t>();
+  for (std::int64_t slot = 0; slot < num_slots; ++slot) {
+    if (ids[slot] < 0) {
+      slot_row[slot] = -1;
+      continue;
+    }
+    const std::int64_t row = next[static_cast<std::size_t>(ids[slot])]++;
+    slot_row[slot] = static_cast<std::int32_t>(row);
+    row_slot[row] = static_cast<std::int32_t>(slot);
+    row_token[row] = static_cast<std::int32_t>(slot / top_k);
+  }
+  return permutation;
+}
+
+Permutation group_by_expert_aten(const at::Tensor& expert_ids_TK, std::int64_t num_experts) {
+  const at::Tensor ids_N = expert_ids_TK.reshape({-1});
+  const at::Tensor kept_R = at::nonzero(ids_N >= 0).reshape({-1});
+  const at::Tensor kept_ids_R = ids_N.index_select(0, kept_R).to(at::kLong);
+  const at::Tensor order_R =
+      std::get<1>(at::sort(kept_ids_R, /*stable=*/true, /*dim=*/0, /*descending=*/false));
+  const at::Tensor row_slot_R = kept_R.index_select(0, order_R);
+  const at::Tensor rows_R = at::arange(row_slot_R.numel(), row_slot_R.options().dtype(at::kInt));
+  at::Tensor slot_row_N = at::full({ids_N.numel()}, -1, ids_N.options());
+  slot_row_N.index_copy_(0, row_slot_R, rows_R);
+  return {.row_token_R = row_slot_R.floor_divide(expert_ids_TK.size(1)).to(at::kInt),
+          .row_slot_R = row_slot_R.to(at::kInt),
+          .slot_row_TK = slot_row_N.view_as(expert_ids_TK),
+          .counts_E = at::bincount(kept_ids_R, {}, num_experts).cpu()};
+}
+
+at::Tensor gather_rows(const at::Tensor& x_TD, const at::Tensor& row_token_R) {
+  if (!x_TD.is_cpu()) return gather_rows_aten(x_TD, row_token_R);
+  const at::Tensor x = x_TD.contiguous();
+  const std::int64_t num_rows = row_token_R.numel();
+  at::Tensor rows_RD = at::empty({num_rows, x.size(1)}, x.options());
+  const auto row_bytes = static_cast<std::size_t>(x.size(1)) * x.element_size();
+  const auto* tokens = row_token_R.const_data_ptr<std::int32_t>();
+  const auto* source = static_cast<const char*>(x.const_data_ptr());
+  auto* target = static_cast<char*>(rows_RD.mutable_data_ptr());
+  at::parallel_for(0, num_rows, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t row = begin; row < end; ++row) {
+      std::memcpy(target + static_cast<std::size_t>(row) * row_bytes,
+                  source + static_cast<std::size_t>(tokens[row]) * row_bytes, row_bytes);
+    }
+  });
+  return rows_RD;
+}
+
+at::Tensor gather_rows_aten(const at::Tensor& x_TD, const at::Tensor& row_token_R) {
+  return x_TD.index_select(0, row_token_R.to(at::kLong));
+}
+
+namespace {
+
+// One token: the sum of its rows in a wide accumulator, rounded once.
+template <typename T, typename Wide>
+void combine_token(const T* rows, const std::int32_t* slot_rows, std::int64_t top_k, std::int64_t width,
+                   Wide* sum, T* y) {
+  std::fill(sum, sum + width, Wide{0});
+  for (std::int64_t k = 0; k < top_k; ++k) {
+    if (slot_rows[k] < 0) continue;
+    const T* row = rows + slot_rows[k] * width;
+    for (std::int64_t d = 0; d < width; ++d) sum[d] += static_cast<Wide>(row[d]);
+  }
+  for (std::int64_t d = 0; d < width; ++d) y[d] = static_cast<T>(sum[d]);
+}
+
+}  // namespace
+
+at::Tensor combine_rows(const at::Tensor& rows_RD, const at::Tensor& slot_row_TK) {
+  if (!rows_RD.is_cpu()) return combine_rows_aten(rows_RD, slot_row_TK);
+  const at::Tensor rows = rows_RD.contiguous();
+  const at::Tensor slots = slot_row_TK.contiguous();
+  const std::int64_t width = rows.size(1);
+  const std::int64_t top_k = slots.size(1);
+  at::Tensor y_TD = at::empty({slots.size(0), width}, rows.options());
+  const auto* slot_rows = slots.const_data_ptr<std::int32_t>();
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows.scalar_type(), "combine_rows", [&] {
+    const auto* source = rows.const_data_ptr<scalar_t>();
+    auto* target = y_TD.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, slots.size(0), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+      std::vector<at::opmath_type<scalar_t>> sum(static_cast<std::size_t>(width));
+      for (std::int64_t token = begin; token < end; ++token) {
+        combine_token(source, slot_rows + token * top_k, top_k, width, sum.data(), target + token * width);
+      }
+    });
+  });
+  return y_TD;
+}
+
+at::Tensor combine_rows_aten(const at::Tensor& rows_RD, const at::Tensor& slot_row_TK) {
+  const auto wide = at::toOpMathType(rows_RD.scalar_type());
+  // Row R is zero: what a slot without a row points to.
+  const at::Tensor padded = at::cat({rows_RD, at::zeros({1, rows_RD.size(1)}, rows_RD.options())});
+  const at::Tensor index_TK = slot_row_TK.to(at::kLong);
+  const at::Tensor safe_TK = index_TK.masked_fill(index_TK < 0, rows_RD.size(0));
+  at::Tensor sum = at::zeros({slot_row_TK.size(0), rows_RD.size(1)}, rows_RD.options().dtype(wide));
+  for (std::int64_t k = 0; k < slot_row_TK.size(1); ++k)
+    sum.add_(padded.index_select(0, safe_TK.select(1, k)));
+  return sum.to(rows_RD.scalar_type());
+}
+
+}  // namespace collegium::ops

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// SwiGLU with the router's weight inside: applying the weight between the two GEMMs means that expert outputs
+// need not be kept for the backward pass, and the weight's gradient is a dot product over the activation.
+
+#include <ATen/core/Tensor.h>
+
+namespace collegium::ops {
+
+/// What     a[r, f] = w[r] silu(gate[r, f]) up[r, f], where gate = h[:, :F], up = h[:, F:], silu(z) = z / (1
+/// + exp(-z)). Shape    gate_up_RG [R, 2F], weights_R [R] or undefined (= 1) -> [R, F]. Dtype    any floating
+/// dtype; inner math fp32 (fp64 for fp64), rounded once. Weights fp32 or fp64. Ref      [Shazeer2020, Eq 6]
+/// arXiv 2002.05202
+at::Tensor swiglu(const at::Tensor& gate_up_RG, const at::Tensor& weights_R);
+at::Tensor swiglu_aten(const at::Tensor& gate_up_RG, const at::Tensor& weights_R);
+
+struct SwigluGradients {
+  at::Tensor gate_up_RG;  ///< dtype of gate_up
+  at::Tensor weights_R;   ///< dtype of the weights; undefined when they are
+};
+
+/// What     Gradients of swiglu() for grad_RF = dLoss/da: with s = sigmoid(gate), dgate = w g up s (1 + gate
+/// (1 - s)),
+///          dup = w g silu(gate), dw = sum_f g silu(gate) up.
+SwigluGradients swiglu_backward(const at::Tensor& grad_RF, const at::Tensor& gate_up_RG,
+                                const at::Tensor& weights_R);
+SwigluGradients swiglu_backward_aten(const at::Tensor& grad_RF, const at::Tensor& gate_up_RG,
+                                     const at::Tensor& weights_R);
+
+}  // namespace collegium::ops
