@@ -46,6 +46,33 @@ struct ModelConfig {
       Json::object();  ///< the config.json it was read from: keys we do not use survive a round trip
 };
 
+/// What     The keys of a model that is described inline in a run file, and of the "collegium_moe" family's
+/// config.json.
+template <class Fields>
+void describe(Fields& fields, ModelConfig& c) {
+  fields("family", c.family, "mixtral, olmoe, qwen3_moe (their checkpoint formats) or collegium_moe");
+  fields("vocab_size", c.vocab_size, "tokens in the vocabulary (V); 0 in a run file = the data's");
+  fields("hidden_size", c.hidden_size, "model dimension (D)");
+  fields("num_layers", c.num_layers, "decoder blocks");
+  fields("num_heads", c.num_heads, "query heads (H)");
+  fields("num_kv_heads", c.num_kv_heads, "key/value heads (J); 0 = num_heads");
+  fields("head_dim", c.head_dim, "dimension of a head (A); 0 = hidden_size / num_heads");
+  fields("dense_ffn_size", c.dense_ffn_size, "feed-forward width of the layers without experts");
+  fields("max_positions", c.max_positions, "longest sequence");
+  fields("rope_theta", c.rope_theta, "base of the rotary embedding");
+  fields("norm_eps", c.norm_eps, "epsilon of every RMSNorm");
+  fields("initializer_range", c.initializer_range, "standard deviation of the initial weights");
+  fields("clip_qkv", c.clip_qkv, "clamp queries, keys and values to [-c, c]; 0 = off");
+  fields("sliding_window", c.sliding_window, "keys that a query sees; 0 = all");
+  fields("qk_norm", c.qk_norm, "none, per_head (Qwen3) or projection (OLMoE)");
+  fields("tie_embeddings", c.tie_embeddings, "use the embedding as output matrix too");
+  fields("moe_layers", c.moe_layers, "per layer true (experts) or false (dense); empty = experts everywhere");
+  fields("moe", c.moe, "the experts");
+}
+
+/// What     Fills what may be left out: num_kv_heads, head_dim, moe_layers.
+void complete(ModelConfig& config);
+
 /// What     Reads `DIR/config.json` (or a path to a .json file) in the dialect of transformers 4 or 5.
 /// Throws   ConfigError naming file, key, value and rule for anything that cannot be represented exactly.
 ModelConfig read_model_config(const std::filesystem::path& path);

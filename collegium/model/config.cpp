@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/model/config.h"
+
+#include "collegium/base/error.h"
+#include "collegium/base/file.h"
+#include "collegium/model/families/family.h"
+
+namespace collegium::model {
+
+namespace {
+
+std::optional<std::string> why_not(const ModelConfig& config) {
+  switch (config.family) {
+    case Family::kMixtral:
+      return not_mixtral(config);
+    case Family::kOlmoe:
+      return not_olmoe(config);
+    case Family::kQwen3Moe:
+      return not_qwen3_moe(config);
+    case Family::kCollegium:
+      return "its family is collegium_moe";
+  }
+  return "unknown family";
+}
+
+void write_family(const ModelConfig& config, Json& json) {
+  switch (config.family) {
+    case Family::kMixtral:
+      return write_mixtral(config, json);
+    case Family::kOlmoe:
+      return write_olmoe(config, json);
+    case Family::kQwen3Moe:
+      return write_qwen3_moe(config, json);
+    case Family::kCollegium:
+      break;
+  }
+}
+
+}  // namespace
+
+void complete(ModelConfig& config) {
+  if (config.num_kv_heads == 0) config.num_kv_heads = config.num_heads;
+  if (config.head_dim == 0 && config.num_heads > 0) config.head_dim = config.hidden_size / config.num_heads;
+  if (config.moe_layers.empty() && config.num_layers > 0) {
+    config.moe_layers.assign(static_cast<std::size_t>(config.num_layers), true);
+  }
+}
+
+ModelConfig parse_model_config(const Json& json, const std::string& origin) {
+  require_config(json.is_object() && json.contains("model_type") && json["model_type"].is_string(),
+                 "{}: needs a model_type (mixtral, olmoe, qwen3_moe or collegium_moe)", origin);
+  const auto type = json["model_type"].get<std::string>();
+  const HfReader reader(json, origin);
+  ModelConfig config;
+  if (type == "mixtral") {
+    config = parse_mixtral(reader);
+  } else if (type == "olmoe") {
+    config = parse_olmoe(reader);
+  } else if (type == "qwen3_moe") {
+    config = parse_qwen3_moe(reader);
+  } else if (type == "collegium_moe") {
+    require_config(reader.has("collegium"), "{}: a collegium_moe model needs the key 'collegium'", origin);
+    read_fields(json["collegium"], origin + ": collegium", config);
+    config.output_router_logits = reader.get("output_router_logits", false);
+    config.router_aux_loss_coef = reader.get("router_aux_loss_coef", config.router_aux_loss_coef);
+    config.source = json;
+  } else {
+    throw ConfigError(fmt::format(
+        "{}: model_type = \"{}\": must be one of mixtral, olmoe, qwen3_moe, collegium_moe", origin, type));
+  }
+  if (type != "collegium_moe" && reader.has("collegium")) {
+    const moe::MoeOptions family = config.moe;
+    read_fields(json["collegium"], origin + ": collegium", config.moe);
+    require_config(family.num_experts == config.moe.num_experts && family.top_k == config.moe.top_k &&
+                       family.ffn_size == config.moe.ffn_size,
+                   "{}: 'collegium' gives other sizes of the experts than the family's own keys", origin);
+  }
+  complete(config);
+  return config;
+}
+
+ModelConfig read_model_config(const std::filesystem::path& path) {
+  const auto file = std::filesystem::is_directory(path) ? path / "config.json" : path;
+  Json json;
+  try {
+    json = Json::parse(read_file(file));
+  } catch (const Json::exception& error) {
+    throw ConfigError(fmt::format("{}: not valid JSON: {}", file.string(), error.what()));
+  }
+  return parse_model_config(json, file.string());
+}
+
+Json write_model_config(const ModelConfig& config, const std::string& dtype_name) {
+  Json json = config.source;
+  for (const char* key : {"torch_dtype", "rope_scaling", "num_experts", "num_local_experts", "collegium"})
+    json.erase(key);
+  json["dtype"] = dtype_name;
+  json["torch_dtype"] = dtype_name;
+  if (why_not(config)) {
+    json["model_type"] = "collegium_moe";
+    json["architectures"] = Json::array();
+    json["collegium"] = write_fields(config);
+    return json;
+  }
+  write_family(config, json);
+  // What only training needs, when it differs from what the family's own keys say.
+  const Json options = write_fields(config.moe);
+  if (options != write_fields(parse_model_config(json, "config.json").moe)) json["collegium"] = options;
+  return json;
+}
+
+void validate(const ModelConfig& c, bool training) {
+  const std::pair<const char*, std::int64_t> sizes[] = {
+      {"vocab_size", c.vocab_size},      {"hidden_size", c.hidden_size}, {"num_layers", c.num_layers},
+      {"num_heads", c.num_heads},        {"head_dim", c.head_dim},       {"num_kv_heads", c.num_kv_heads},
+      {"max_positions", c.max_positions}};
+  for (const auto& [name, value] : sizes)
+    require_config(value >= 1, "model.{} = {}: must be at least 1", name, value);
+  require_config(c.num_heads % c.num_kv_heads == 0, "model.num_kv_heads = {}: must divide num_heads = {}",
+                 c.num_kv_heads, c.num_heads);
+  require_config(c.head_dim % 2 == 0, "model.head_dim = {}: the rotary embedding needs an even number",
+                 c.head_dim);
+  require_config(c.rope_theta > 0.0, "model.rope_theta = {}: must be positive", c.rope_theta);
+  require_config(c.norm_eps > 0.0, "model.norm_eps = {}: must be positive", c.norm_eps);
+  require_config(c.initializer_range > 0.0, "model.initializer_range = {}: must be positive",
+                 c.initializer_range);
+  require_config(c.sliding_window >= 0, "model.sliding_window = {}: must not be negative", c.sliding_window);
+  require_config(static_cast<std::int64_t>(c.moe_layers.size()) == c.num_layers,
+                 "model.moe_layers has {} entries: must have one for each of the num_layers = {}",
+                 c.moe_layers.size(), c.num_layers);
+  bool any_moe = false;
+  for (const bool is_moe : c.moe_layers) {
+    any_moe = any_moe || is_moe;
+    require_config(is_moe || c.dense_ffn_size >= 1, "model.dense_ffn_size = {}: dense layers need at least 1",
+                   c.dense_ffn_size);
+  }
+  if (any_moe) moe::validate(c.moe, "model.moe", /*causal=*/true, training);
+}
+
+}  // namespace collegium::model
