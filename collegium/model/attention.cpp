@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/model/attention.h"
+
+#include <ATen/ATen.h>
+
+#include "collegium/model/norm.h"
+
+namespace collegium::model {
+
+namespace {
+
+// [B, S, n A] -> [B, n, S, A], normalised and clipped as the family does it.
+at::Tensor project(const ModelConfig& c, const at::Tensor& x_BSD, const at::Tensor& weight,
+                   const at::Tensor& norm, std::int64_t num_heads) {
+  at::Tensor y = at::linear(x_BSD, weight);
+  if (norm.defined() && c.qk_norm == QkNorm::kProjection) y = rms_norm(y, norm, c.norm_eps);
+  if (c.clip_qkv > 0.0) y = at::clamp(y, -c.clip_qkv, c.clip_qkv);
+  y = y.view({y.size(0), y.size(1), num_heads, c.head_dim});
+  if (norm.defined() && c.qk_norm == QkNorm::kPerHead) y = rms_norm(y, norm, c.norm_eps);
+  return y.transpose(1, 2);
+}
+
+at::Tensor repeat_heads(const at::Tensor& x_BJCA, std::int64_t times) {
+  return times == 1 ? x_BJCA : at::repeat_interleave(x_BJCA, times, 1);
+}
+
+}  // namespace
+
+AttentionContext attention_context(const ModelConfig& config, std::int64_t past, std::int64_t num_queries,
+                                   const at::Tensor& document_ids_BS, at::ScalarType dtype) {
+  AttentionContext context;
+  context.rotary = rotary_tables(past, num_queries, config.head_dim, config.rope_theta, dtype);
+  const std::int64_t num_keys = past + num_queries;
+  const bool window = config.sliding_window > 0 && num_keys > config.sliding_window;
+  context.causal = num_queries > 1;
+  if (!window && !document_ids_BS.defined() && (past == 0 || num_queries == 1)) return context;
+  const at::Tensor query = at::arange(past, num_keys).unsqueeze(1);
+  const at::Tensor key = at::arange(num_keys).unsqueeze(0);
+  at::Tensor visible = key <= query;
+  if (window) visible = visible.logical_and(query - key < config.sliding_window);
+  visible = visible.view({1, 1, num_queries, num_keys});
+  if (document_ids_BS.defined()) {
+    const at::Tensor same = document_ids_BS.unsqueeze(2) == document_ids_BS.unsqueeze(1);
+    visible = visible.logical_and(same.unsqueeze(1));
+  }
+  context.mask = visible;
+  return context;
+}
+
+at::Tensor attention(const ModelConfig& config, const AttentionWeights& weights, const at::Tensor& x_BSD,
+                     const AttentionContext& context, LayerCache* cache) {
+  const at::Tensor q =
+      apply_rotary(project(config, x_BSD, weights.q, weights.q_norm, config.num_heads), context.rotary);
+  at::Tensor k =
+      apply_rotary(project(config, x_BSD, weights.k, weights.k_norm, config.num_kv_heads), context.rotary);
+  at::Tensor v = project(config, x_BSD, weights.v, {}, config.num_kv_heads);
+  if (cache != nullptr) {
+    if (cache->keys_BJCA.defined()) {
+      k = at::cat({cache->keys_BJCA, k}, 2);
+      v = at::cat({cache->values_BJCA, v}, 2);
+    }
+    cache->keys_BJCA = k;
+    cache->values_BJCA = v;
+  }
+  const std::int64_t times = config.num_heads / config.num_kv_heads;
+  const std::optional<at::Tensor> mask = context.mask.defined() ? std::optional(context.mask) : std::nullopt;
+  const at::Tensor mixed =
+      at::scaled_dot_product_attention(q, repeat_heads(k, times), repeat_heads(v, times), mask,
+                                       /*dropout_p=*/0.0, !mask && context.causal);
+  const at::Tensor joined =
+      mixed.transpose(1, 2).reshape({x_BSD.size(0), x_BSD.size(1), config.num_heads * config.head_dim});
+  return at::linear(joined, weights.o);
+}
+
+}  // namespace collegium::model

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/model/decoder.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "collegium/base/error.h"
+#include "collegium/model/dense_ffn.h"
+#include "collegium/model/norm.h"
+#include "collegium/model/recompute.h"
+
+namespace collegium::model {
+
+/// The weights of one layer, looked up once; shared storage with the parameters.
+struct Decoder::Block {
+  bool has_experts = false;
+  at::Tensor input_norm;
+  at::Tensor post_norm;
+  AttentionWeights attention;
+  moe::MoeWeights moe;
+  at::Tensor ffn_gate_up;
+  at::Tensor ffn_down;
+};
+
+Decoder::Decoder(ModelConfig config, std::vector<Parameter> parameters)
+    : config_(std::move(config)),
+      parameters_(std::move(parameters)),
+      dispatcher_(moe::make_local_dispatcher(config_.moe.num_experts)) {
+  for (std::size_t i = 0; i < parameters_.size(); ++i) {
+    index_[parameters_[i].name] = i;
+    parameters_[i].value.requires_grad_(parameters_[i].trainable);
+  }
+  for (std::int64_t layer = 0; layer < config_.num_layers; ++layer) {
+    const std::string prefix = fmt::format("layers.{}.", layer);
+    const auto find = [&](const char* name) {
+      const auto found = index_.find(prefix + name);
+      return found == index_.end() ? at::Tensor() : parameters_[found->second].value;
+    };
+    auto block = std::make_shared<Block>();
+    block->has_experts = config_.moe_layers[static_cast<std::size_t>(layer)];
+    block->input_norm = find("input_norm");
+    block->post_norm = find("post_norm");
+    block->attention = {.q = find("attention.q"),
+                        .k = find("attention.k"),
+                        .v = find("attention.v"),
+                        .o = find("attention.o"),
+                        .q_norm = find("attention.q_norm"),
+                        .k_norm = find("attention.k_norm")};
+    block->moe = {.router = {.gate_ED = find("moe.router"),
+                             .noise_ED = find("moe.noise"),
+                             .expert_bias_E = find("moe.expert_bias")},
+                  .gate_up_EGD = find("moe.gate_up"),
+                  .down_EDF = find("moe.down"),
+                  .shared_gate_up_GD = find("moe.shared_gate_up"),
+                  .shared_down_DF = find("moe.shared_down"),
+                  .shared_gate_1D = find("moe.shared_gate"),
+                  .shared_mix_2D = find("moe.shared_mix")};
+    block->ffn_gate_up = find("ffn.gate_up");
+    block->ffn_down = find("ffn.down");
+    blocks_.push_back(std::move(block));
+  }
+}
+
+const at::Tensor& Decoder::value(const std::string& name) const {
+  const auto found = index_.find(name);
+  COLLEGIUM_CHECK(found != index_.end(), "no parameter '{}'", name);
+  return parameters_[found->second].value;
+}
+
+std::int64_t Decoder::num_moe_layers() const {
+  return std::count(config_.moe_layers.begin(), config_.moe_layers.end(), true);
+}
+
+at::Tensor Decoder::run_block(const Block& block, const at::Tensor& x_BSD, const AttentionContext& context,
+                              LayerCache* cache, const std::shared_ptr<moe::LayerRun>& run) const {
+  const at::Tensor mixed_BSD =
+      x_BSD + attention(config_, block.attention, rms_norm(x_BSD, block.input_norm, config_.norm_eps),
+                        context, cache);
+  const at::Tensor normed_TD =
+      rms_norm(mixed_BSD, block.post_norm, config_.norm_eps).reshape({-1, config_.hidden_size});
+  const at::Tensor y_TD = block.has_experts
+                              ? moe::moe_layer(config_.moe, block.moe, *dispatcher_, normed_TD, run)
+                              : dense_ffn(normed_TD, block.ffn_gate_up, block.ffn_down);
+  return mixed_BSD + y_TD.view_as(mixed_BSD);
+}
+
+ForwardResult Decoder::forward(const at::Tensor& ids_BS, const ForwardOptions& options) const {
+  COLLEGIUM_CHECK(ids_BS.dim() == 2 && ids_BS.scalar_type() == at::kLong, "ids must be int64 [B, S]");
+  const std::int64_t past = options.cache != nullptr ? options.cache->length : 0;
+  const AttentionContext context =
+      attention_context(config_, past, ids_BS.size(1), options.document_ids_BS, dtype());
+  if (options.cache != nullptr) options.cache->layers.resize(blocks_.size());
+
+  ForwardResult result;
+  at::Tensor x_BSD = at::embedding(value("embed_tokens"), ids_BS);
+  const bool recomputed = options.recompute && at::GradMode::is_enabled();
+  // With a frozen embedding nothing would require grad, and recompute() hangs the block's gradients on its
+  // input.
+  if (recomputed && !x_BSD.requires_grad()) x_BSD = x_BSD.detach().requires_grad_(true);
+  for (std::size_t layer = 0; layer < blocks_.size(); ++layer) {
+    const std::shared_ptr<Block>& block = blocks_[layer];
+    std::shared_ptr<moe::LayerRun> run;
+    if (block->has_experts) {
+      run = std::make_shared<moe::LayerRun>();
+      run->context = options.context;
+      run->context.num_sequences = ids_BS.size(0);
+      run->context.sequence_length = ids_BS.size(1);
+      run->context.layer = static_cast<std::int64_t>(layer);
+      if (!options.replayed_ids.empty()) run->replayed_ids_TK = options.replayed_ids.at(result.layers.size());
+      result.layers.push_back(run);
+    }
+    LayerCache* cache = options.cache != nullptr ? &options.cache->layers[layer] : nullptr;
+    const auto function = [this, block, context, cache, run](const at::Tensor& x) {
+      return run_block(*block, x, context, cache, run);
+    };
+    x_BSD = recomputed ? recompute(function, x_BSD) : function(x_BSD);
+  }
+  if (options.cache != nullptr) options.cache->length += ids_BS.size(1);
+  result.hidden_BSD = rms_norm(x_BSD, value("norm"), config_.norm_eps);
+  return result;
+}
+
+const at::Tensor& Decoder::output_matrix() const {
+  return value(config_.tie_embeddings ? "embed_tokens" : "lm_head");
+}
+
+at::Tensor Decoder::logits(const at::Tensor& hidden) const { return at::linear(hidden, output_matrix()); }
+
+}  // namespace collegium::model
