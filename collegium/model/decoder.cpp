@@ -115,6 +115,7 @@ ForwardResult Decoder::forward(const at::Tensor& ids_BS, const ForwardOptions& o
       return run_block(*block, x, context, cache, run);
     };
     x_BSD = recomputed ? recompute(function, x_BSD) : function(x_BSD);
+    if (options.observer) options.observer(static_cast<std::int64_t>(layer), x_BSD);
   }
   if (options.cache != nullptr) options.cache->length += ids_BS.size(1);
   result.hidden_BSD = rms_norm(x_BSD, value("norm"), config_.norm_eps);

@@ -6,6 +6,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <vector>
@@ -29,6 +30,7 @@ struct ForwardOptions {
   at::Tensor document_ids_BS;  ///< int64: attention stays within equal ids; undefined = crosses documents
   KvCache* cache = nullptr;    ///< generation: append these tokens and attend to all that are held
   std::vector<at::Tensor> replayed_ids;  ///< per MoE layer int32 [T, K], or empty
+  std::function<void(std::int64_t layer, const at::Tensor& x_BSD)> observer;  ///< sees every block's output
 };
 
 struct ForwardResult {

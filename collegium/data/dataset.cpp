@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/data/dataset.h"
+
+#include <cstring>
+
+#include "collegium/base/error.h"
+
+namespace collegium::data {
+
+namespace {
+
+constexpr std::int64_t kVersion = 1;
+
+void check_file(const std::filesystem::path& path, const MappedFile& file, std::int64_t expected_bytes,
+                const std::string& expected_checksum) {
+  const auto size = static_cast<std::int64_t>(file.bytes().size());
+  require_config(size == expected_bytes, "{}: has {} bytes, dataset.json says {}", path.string(), size,
+                 expected_bytes);
+  const std::string sum = checksum(file.bytes());
+  require_config(sum == expected_checksum,
+                 "{}: checksum {} does not match dataset.json's {}: the file was changed or is damaged",
+                 path.string(), sum, expected_checksum);
+}
+
+void check_documents(const DatasetIndex& index, const std::string& file) {
+  std::int64_t position = 0;
+  for (const Document& document : index.documents) {
+    require_config(
+        document.begin == position && document.end >= document.begin && document.end <= index.num_tokens,
+        "{}: document '{}' spans tokens [{}, {}), expected it to begin at {}", file, document.name,
+        document.begin, document.end, position);
+    require_config(document.domain >= 0 && document.domain < static_cast<std::int64_t>(index.domains.size()),
+                   "{}: document '{}' has domain {}, there are {}", file, document.name, document.domain,
+                   index.domains.size());
+    position = document.end;
+  }
+  require_config(position == index.num_tokens, "{}: the documents end at token {}, num_tokens is {}", file,
+                 position, index.num_tokens);
+}
+
+}  // namespace
+
+Dataset::Dataset(const std::filesystem::path& folder) : folder_(folder) {
+  const auto index_file = folder / "dataset.json";
+  require_config(std::filesystem::exists(index_file),
+                 "{}: no prepared data here (dataset.json is missing); make it with 'collegium prepare'",
+                 folder.string());
+  try {
+    read_fields(Json::parse(read_file(index_file)), index_file.string(), index_);
+  } catch (const Json::exception& error) {
+    throw ConfigError(fmt::format("{}: not valid JSON: {}", index_file.string(), error.what()));
+  }
+  require_config(index_.version == kVersion, "{}: version = {}: this program reads version {}",
+                 index_file.string(), index_.version, kVersion);
+  check_documents(index_, index_file.string());
+  tokens_ = MappedFile(folder / "tokens.bin");
+  check_file(folder / "tokens.bin", tokens_, index_.num_tokens * std::int64_t{sizeof(std::uint32_t)},
+             index_.tokens_checksum);
+  if (index_.has_loss_mask) {
+    loss_mask_ = MappedFile(folder / "loss_mask.bin");
+    check_file(folder / "loss_mask.bin", loss_mask_, index_.num_tokens, index_.loss_mask_checksum);
+  }
+  if (has_tokenizer()) {
+    const std::string sum = checksum_file(tokenizer_file());
+    require_config(
+        sum == index_.tokenizer_checksum,
+        "{}: checksum {} does not match dataset.json's {}: not the tokenizer that made these tokens",
+        tokenizer_file().string(), sum, index_.tokenizer_checksum);
+  }
+}
+
+std::int64_t Dataset::num_tokens(Split split) const {
+  std::int64_t total = 0;
+  for (const Document& document : index_.documents) {
+    if (document.split == split) total += document.end - document.begin;
+  }
+  return total;
+}
+
+std::int64_t Dataset::token(std::int64_t position) const {
+  std::uint32_t id = 0;
+  std::memcpy(&id, tokens_.bytes().data() + static_cast<std::size_t>(position) * sizeof(id), sizeof(id));
+  return id;
+}
+
+bool Dataset::is_target(std::int64_t position) const {
+  return !index_.has_loss_mask || loss_mask_.bytes()[static_cast<std::size_t>(position)] != std::byte{0};
+}
+
+}  // namespace collegium::data

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/data/tokenizer.h"
+
+#include <sentencepiece_processor.h>
+#include <sentencepiece_trainer.h>
+
+#include <algorithm>
+
+#include "collegium/base/error.h"
+#include "collegium/base/file.h"
+
+namespace collegium::data {
+
+namespace fs = std::filesystem;
+
+struct Tokenizer::Impl {
+  sentencepiece::SentencePieceProcessor processor;
+  std::string checksum;
+};
+
+namespace {
+
+void refuse_other_kinds(const fs::path& directory) {
+  for (const char* name : {"tokenizer.json", "tekken.json", "vocab.json"}) {
+    require_config(!fs::exists(directory / name),
+                   "{}: its tokenizer ({}) is not a SentencePiece model, which is the only kind that reads "
+                   "text here; tokenize "
+                   "elsewhere and pass token ids: --input ids.safetensors (eval, inspect), --ids (generate), "
+                   "--tokens (prepare)",
+                   directory.string(), name);
+  }
+  throw ConfigError(fmt::format(
+      "{}: no tokenizer.model here; pass token ids instead: --input ids.safetensors (eval, inspect), "
+      "--ids (generate), --tokens (prepare)",
+      directory.string()));
+}
+
+}  // namespace
+
+Tokenizer::Tokenizer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Tokenizer::~Tokenizer() = default;
+Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
+Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
+
+Tokenizer Tokenizer::load(const fs::path& model_file_or_directory) {
+  fs::path file = model_file_or_directory;
+  if (fs::is_directory(file)) {
+    file /= "tokenizer.model";
+    if (!fs::exists(file)) refuse_other_kinds(model_file_or_directory);
+  }
+  auto impl = std::make_unique<Impl>();
+  const std::string content = read_file(file);
+  const auto status = impl->processor.LoadFromSerializedProto(content);
+  require_config(status.ok(), "{}: not a SentencePiece model: {}", file.string(), status.ToString());
+  impl->checksum = collegium::checksum(std::as_bytes(std::span(content.data(), content.size())));
+  return Tokenizer(std::move(impl));
+}
+
+std::vector<std::int64_t> Tokenizer::encode(std::string_view text, bool add_bos) const {
+  std::vector<int> ids;
+  const auto status = impl_->processor.Encode(text, &ids);
+  if (!status.ok()) throw Error(fmt::format("tokenizer: {}", status.ToString()));
+  std::vector<std::int64_t> result;
+  result.reserve(ids.size() + 1);
+  if (add_bos && bos_id() >= 0) result.push_back(bos_id());
+  result.insert(result.end(), ids.begin(), ids.end());
+  return result;
+}
+
+std::string Tokenizer::decode(const std::vector<std::int64_t>& ids) const {
+  std::vector<int> narrow;
+  for (const std::int64_t id : ids) {
+    COLLEGIUM_CHECK(id >= 0 && id < vocab_size(), "token {} of a vocabulary of {}", id, vocab_size());
+    narrow.push_back(static_cast<int>(id));
+  }
+  std::string text;
+  const auto status = impl_->processor.Decode(narrow, &text);
+  if (!status.ok()) throw Error(fmt::format("tokenizer: {}", status.ToString()));
+  return text;
+}
+
+std::string Tokenizer::piece(std::int64_t id) const {
+  return impl_->processor.IdToPiece(static_cast<int>(id));
+}
+std::int64_t Tokenizer::vocab_size() const { return impl_->processor.GetPieceSize(); }
+std::int64_t Tokenizer::bos_id() const { return impl_->processor.bos_id(); }
+std::int64_t Tokenizer::eos_id() const { return impl_->processor.eos_id(); }
+const std::string& Tokenizer::checksum() const { return impl_->checksum; }
+
+void train_tokenizer(const std::vector<fs::path>& files, std::int64_t vocab_size,
+                     const fs::path& model_file) {
+  std::string inputs;
+  for (const fs::path& file : files) {
+    require_config(file.string().find(',') == std::string::npos,
+                   "{}: SentencePiece cannot train on a path with a comma in it", file.string());
+    if (!inputs.empty()) inputs.push_back(',');
+    inputs.append(file.string());
+  }
+  const std::string prefix = (model_file.parent_path() / model_file.stem()).string();
+  const std::unordered_map<std::string, std::string> options = {{"input", inputs},
+                                                                {"model_prefix", prefix},
+                                                                {"model_type", "bpe"},
+                                                                {"vocab_size", std::to_string(vocab_size)},
+                                                                {"byte_fallback", "true"},
+                                                                {"split_digits", "true"},
+                                                                {"allow_whitespace_only_pieces", "true"},
+                                                                {"remove_extra_whitespaces", "false"},
+                                                                {"add_dummy_prefix", "false"},
+                                                                {"normalization_rule_name", "identity"},
+                                                                {"character_coverage", "0.9995"},
+                                                                {"num_threads", "2"},
+                                                                {"input_sentence_size", "400000"},
+                                                                {"shuffle_input_sentence", "false"},
+                                                                {"max_sentence_length", "16384"},
+                                                                {"minloglevel", "2"}};
+  const auto status = sentencepiece::SentencePieceTrainer::Train(options);
+  require_config(status.ok(), "cannot train a tokenizer of vocab_size = {} on {} files: {}", vocab_size,
+                 files.size(), status.ToString());
+  fs::remove(prefix + ".vocab");
+}
+
+}  // namespace collegium::data

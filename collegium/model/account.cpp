@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/model/account.h"
+
+#include <algorithm>
+#include <functional>
+#include <numeric>
+
+#include "collegium/model/parameters.h"
+
+namespace collegium::model {
+
+namespace {
+
+std::int64_t numel(const Parameter& p) {
+  return std::accumulate(p.shape.begin(), p.shape.end(), std::int64_t{1}, std::multiplies<>());
+}
+
+}  // namespace
+
+ParameterAccount count_parameters(const ModelConfig& config) {
+  ParameterAccount account;
+  for (const Parameter& p : list_parameters(config)) {
+    if (p.kind == ParameterKind::kBuffer) continue;
+    const std::int64_t count = numel(p);
+    account.total += count;
+    const bool expert = p.kind == ParameterKind::kExpert;
+    account.active += expert ? count / config.moe.num_experts * config.moe.top_k : count;
+    if (expert) {
+      account.experts += count;
+    } else if (p.kind == ParameterKind::kRouter) {
+      account.router += count;
+    } else if (p.kind == ParameterKind::kEmbedding) {
+      account.embedding += count;
+    } else {
+      account.dense += count;
+    }
+  }
+  return account;
+}
+
+double training_flops_per_token(const ModelConfig& config, std::int64_t sequence_length) {
+  const ParameterAccount account = count_parameters(config);
+  const auto embedding = static_cast<double>(config.vocab_size * config.hidden_size);
+  // The input embedding is a look-up; a tied one is counted once in `active`, and that once is the output
+  // product.
+  const double products = static_cast<double>(account.active) - (config.tie_embeddings ? 0.0 : embedding);
+  const double keys = static_cast<double>(sequence_length + 1) / 2.0;
+  const double attention = static_cast<double>(config.num_layers * config.num_heads) * 2.0 * 2.0 *
+                           static_cast<double>(config.head_dim) * keys;
+  return 3.0 * (2.0 * products + attention);
+}
+
+}  // namespace collegium::model

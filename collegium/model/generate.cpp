@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/model/generate.h"
+
+#include <ATen/ATen.h>
+
+#include "collegium/base/error.h"
+#include "collegium/base/rng.h"
+
+namespace collegium::model {
+
+void validate(const SamplingOptions& o) {
+  require_config(o.max_tokens >= 1, "--max-tokens {}: must be at least 1", o.max_tokens);
+  require_config(o.temperature >= 0.0, "--temperature {}: must not be negative", o.temperature);
+  require_config(o.top_k >= 0, "--top-k {}: must not be negative (0 = all)", o.top_k);
+  require_config(o.top_p > 0.0 && o.top_p <= 1.0, "--top-p {}: must lie in (0, 1]", o.top_p);
+}
+
+std::int64_t sample_token(const at::Tensor& logits_V, const SamplingOptions& options, std::int64_t index) {
+  const at::Tensor logits = logits_V.to(at::kDouble);
+  const auto [sorted, order] = at::sort(logits, /*stable=*/true, /*dim=*/0, /*descending=*/true);
+  if (options.temperature == 0.0) return order[0].item<std::int64_t>();
+  const std::int64_t kept =
+      options.top_k > 0 ? std::min<std::int64_t>(options.top_k, sorted.size(0)) : sorted.size(0);
+  const at::Tensor probs = at::softmax(sorted.narrow(0, 0, kept) / options.temperature, 0).contiguous();
+  const auto* p = probs.const_data_ptr<double>();
+  double nucleus = 0.0;
+  std::int64_t count = 0;
+  while (count < kept && nucleus < options.top_p) nucleus += p[count++];
+  const double target =
+      RandomStream(options.seed, "generate").uniform(static_cast<std::uint64_t>(index)) * nucleus;
+  double cumulative = 0.0;
+  std::int64_t chosen = 0;
+  for (; chosen + 1 < count; ++chosen) {
+    cumulative += p[chosen];
+    if (cumulative > target) break;
+  }
+  return order[chosen].item<std::int64_t>();
+}
+
+std::vector<std::int64_t> generate(const Decoder& decoder, const std::vector<std::int64_t>& prompt,
+                                   const SamplingOptions& options,
+                                   const std::function<void(std::int64_t)>& on_token) {
+  validate(options);
+  const ModelConfig& config = decoder.config();
+  require_config(!prompt.empty(), "the prompt is empty: it needs at least one token");
+  for (const std::int64_t id : prompt) {
+    require_config(id >= 0 && id < config.vocab_size, "prompt token {}: must lie in [0, vocab_size = {})", id,
+                   config.vocab_size);
+  }
+  const auto length = static_cast<std::int64_t>(prompt.size());
+  require_config(length + options.max_tokens <= config.max_positions,
+                 "{} prompt tokens and --max-tokens {}: more than the model's max_positions = {}", length,
+                 options.max_tokens, config.max_positions);
+  const at::NoGradGuard no_grad;
+  KvCache cache;
+  at::Tensor ids = at::tensor(prompt, at::kLong).unsqueeze(0);
+  std::vector<std::int64_t> tokens;
+  while (static_cast<std::int64_t>(tokens.size()) < options.max_tokens) {
+    ForwardOptions forward;
+    forward.cache = &cache;
+    const at::Tensor hidden = decoder.forward(ids, forward).hidden_BSD;
+    const at::Tensor logits = decoder.logits(hidden.select(1, hidden.size(1) - 1)).squeeze(0);
+    const std::int64_t next = sample_token(logits, options, static_cast<std::int64_t>(tokens.size()));
+    tokens.push_back(next);
+    if (on_token) on_token(next);
+    if (next == options.eos_id) break;
+    ids = at::full({1, 1}, next, at::kLong);
+  }
+  return tokens;
+}
+
+}  // namespace collegium::model

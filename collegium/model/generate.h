@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "collegium/model/decoder.h"
+
+namespace collegium::model {
+
+struct SamplingOptions {
+  std::int64_t max_tokens = 64;
+  double temperature = 1.0;  ///< 0 = always the likeliest token
+  std::int64_t top_k = 0;    ///< sample from the k likeliest; 0 = all
+  double top_p = 1.0;        ///< sample from the smallest set with at least this probability
+  std::uint64_t seed = 0;
+  std::int64_t eos_id = -1;  ///< stop after this token; -1 = never
+};
+/// Throws ConfigError naming the option, its value and the rule.
+void validate(const SamplingOptions& options);
+
+/// What     The next token from a row of logits [V]: temperature, then top-k, then top-p; ties to the lower
+/// id. Order    A function of logits, options and `index` (how many tokens were sampled before).
+std::int64_t sample_token(const at::Tensor& logits_V, const SamplingOptions& options, std::int64_t index);
+
+/// What     Continues the prompt, one token at a time, with a key/value cache; routing is dropless.
+/// Returns  the new tokens. `on_token` (optional) sees each as it comes.
+/// Throws   ConfigError: empty prompt, id outside the vocabulary, more than max_positions in all.
+std::vector<std::int64_t> generate(const Decoder& decoder, const std::vector<std::int64_t>& prompt,
+                                   const SamplingOptions& options,
+                                   const std::function<void(std::int64_t)>& on_token = {});
+
+}  // namespace collegium::model

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/optim/adamw.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+
+#include <cmath>
+
+#include "collegium/base/error.h"
+
+namespace collegium::optim {
+
+namespace {
+
+template <typename T>
+struct Factors {
+  T scale, beta1, beta2, epsilon, correction1, correction2, rate, decay;
+};
+
+template <typename T, typename Value>
+void update(const Factors<T>& f, std::int64_t begin, std::int64_t end, T* w, T* g, T* m, T* v, Value* value) {
+  for (std::int64_t i = begin; i < end; ++i) {
+    const T gradient = f.scale * g[i];
+    g[i] = T{0};
+    m[i] = f.beta1 * m[i] + (T{1} - f.beta1) * gradient;
+    v[i] = f.beta2 * v[i] + (T{1} - f.beta2) * gradient * gradient;
+    const T direction = m[i] / f.correction1 / (std::sqrt(v[i] / f.correction2) + f.epsilon);
+    w[i] -= f.rate * (direction + f.decay * w[i]);
+    if constexpr (!std::is_same_v<T, Value>) value[i] = static_cast<Value>(w[i]);
+  }
+}
+
+template <typename T, typename Value>
+void update_slot(const Factors<T>& factors, Slot& slot) {
+  constexpr std::int64_t kValuesPerTask = 16384;
+  auto* w = slot.master.mutable_data_ptr<T>();
+  auto* g = slot.gradient.mutable_data_ptr<T>();
+  auto* m = slot.first_moment.mutable_data_ptr<T>();
+  auto* v = slot.second_moment.mutable_data_ptr<T>();
+  auto* value = slot.value.mutable_data_ptr<Value>();
+  at::parallel_for(0, slot.master.numel(), kValuesPerTask, [&](std::int64_t begin, std::int64_t end) {
+    update(factors, begin, end, w, g, m, v, value);
+  });
+}
+
+}  // namespace
+
+void validate(const AdamWOptions& o, const std::string& path) {
+  require_config(o.learning_rate > 0.0, "{}.learning_rate = {}: must be positive", path, o.learning_rate);
+  require_config(o.beta1 >= 0.0 && o.beta1 < 1.0, "{}.beta1 = {}: must lie in [0, 1)", path, o.beta1);
+  require_config(o.beta2 >= 0.0 && o.beta2 < 1.0, "{}.beta2 = {}: must lie in [0, 1)", path, o.beta2);
+  require_config(o.epsilon > 0.0, "{}.epsilon = {}: must be positive", path, o.epsilon);
+  require_config(o.weight_decay >= 0.0, "{}.weight_decay = {}: must not be negative", path, o.weight_decay);
+  require_config(o.clip_norm >= 0.0, "{}.clip_norm = {}: must not be negative (0 = no clipping)", path,
+                 o.clip_norm);
+}
+
+void adamw_step(const AdamWOptions& o, double rate, double gradient_scale, std::int64_t step,
+                std::vector<Slot>& slots) {
+  const double correction1 = 1.0 - std::pow(o.beta1, static_cast<double>(step));
+  const double correction2 = 1.0 - std::pow(o.beta2, static_cast<double>(step));
+  for (Slot& slot : slots) {
+    const bool decays = slot.kind != model::ParameterKind::kNorm || o.decay_norms;
+    AT_DISPATCH_FLOATING_TYPES(slot.master.scalar_type(), "adamw_step", [&] {
+      using T = scalar_t;
+      const Factors<T> factors{.scale = static_cast<T>(gradient_scale),
+                               .beta1 = static_cast<T>(o.beta1),
+                               .beta2 = static_cast<T>(o.beta2),
+                               .epsilon = static_cast<T>(o.epsilon),
+                               .correction1 = static_cast<T>(correction1),
+                               .correction2 = static_cast<T>(correction2),
+                               .rate = static_cast<T>(rate),
+                               .decay = static_cast<T>(decays ? o.weight_decay : 0.0)};
+      if (slot.value.scalar_type() == at::kBFloat16) {
+        update_slot<T, at::BFloat16>(factors, slot);
+      } else {
+        update_slot<T, T>(factors, slot);
+      }
+    });
+  }
+}
+
+}  // namespace collegium::optim
