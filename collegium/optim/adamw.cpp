@@ -26,7 +26,7 @@ void update(const Factors<T>& f, std::int64_t begin, std::int64_t end, T* w, T* 
     v[i] = f.beta2 * v[i] + (T{1} - f.beta2) * gradient * gradient;
     const T direction = m[i] / f.correction1 / (std::sqrt(v[i] / f.correction2) + f.epsilon);
     w[i] -= f.rate * (direction + f.decay * w[i]);
-    if constexpr (!std::is_same_v<T, Value>) value[i] = static_cast<Value>(w[i]);
+    if constexpr (!std::is_same_v<T, Value>) value[i] = static_cast<Value>(static_cast<float>(w[i]));
   }
 }
 

@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/train/run_config.h"
+
+#include "collegium/base/error.h"
+#include "collegium/base/file.h"
+#include "collegium/model/tensor_io.h"
+#include "collegium/moe/capacity.h"
+
+namespace collegium::train {
+
+namespace {
+
+namespace fs = std::filesystem;
+
+// Everything but [model], whose keys depend on where the model comes from.
+template <class Fields>
+void describe_sections(Fields& fields, RunConfig& c) {
+  fields("run_folder", c.run_folder, "checkpoints, metrics.jsonl and the report's inputs go here");
+  fields("data", c.data, "the prepared corpus");
+  fields("batch", c.batch, "an optimizer step and its micro-steps");
+  fields("train", c.train, "the loop");
+  fields("optimizer", c.optimizer, "AdamW");
+  fields("schedule", c.schedule, "of the learning rate");
+  fields("checkpoint", c.checkpoint, "what survives a crash");
+  fields("validation", c.validation, "loss on held-out documents");
+  fields("logging", c.logging, "what is shown");
+}
+
+struct Sections {
+  RunConfig config;
+};
+template <class Fields>
+void describe(Fields& fields, Sections& s) {
+  describe_sections(fields, s.config);
+}
+
+struct ModelSourceKeys {
+  ModelOptions options;
+};
+template <class Fields>
+void describe(Fields& fields, ModelSourceKeys& s) {
+  fields("config", s.options.config, "a Hugging Face config.json (file or folder) instead of inline keys");
+  fields("init", s.options.init,
+         "a Hugging Face model folder to start from: continued training, fine-tuning");
+  fields("freeze", s.options.freeze, "on-disk tensor names that are not trained; * stands for any text");
+}
+
+// "a.b=value": the value is TOML; a bare word that is no TOML value is taken as text.
+void apply_override(Json& json, const std::string& text) {
+  const std::size_t equals = text.find('=');
+  require_config(equals != std::string::npos && equals > 0,
+                 "--set {}: must be KEY=VALUE, such as train.steps=100", text);
+  const std::string key = text.substr(0, equals);
+  const std::string value = text.substr(equals + 1);
+  Json parsed;
+  try {
+    parsed = parse_toml("value = " + value, "--set")["value"];
+  } catch (const ConfigError&) {
+    parsed = value;
+  }
+  Json* target = &json;
+  std::size_t begin = 0;
+  for (std::size_t dot = key.find('.'); dot != std::string::npos; dot = key.find('.', begin)) {
+    target = &(*target)[key.substr(begin, dot - begin)];
+    require_config(target->is_null() || target->is_object(), "--set {}: '{}' is not a table", text,
+                   key.substr(0, dot));
+    begin = dot + 1;
+  }
+  (*target)[key.substr(begin)] = parsed;
+}
+
+// Tables merge key by key; anything else replaces.
+void merge(Json& target, const Json& source) {
+  for (const auto& [key, value] : source.items()) {
+    if (value.is_object() && target.contains(key) && target[key].is_object()) {
+      merge(target[key], value);
+    } else {
+      target[key] = value;
+    }
+  }
+}
+
+void resolve_model(const Json& section, RunConfig& config) {
+  Json inline_keys = section;
+  ModelSourceKeys source;
+  Json source_keys = Json::object();
+  for (const char* key : {"config", "init", "freeze"}) {
+    if (!inline_keys.contains(key)) continue;
+    source_keys[key] = inline_keys[key];
+    inline_keys.erase(key);
+  }
+  read_fields(source_keys, "model", source);
+  config.model_source = source.options;
+  config.model_source.inline_keys = inline_keys;
+  require_config(source.options.config.empty() || source.options.init.empty(),
+                 "model.config and model.init: give one; init brings its own config.json");
+  const std::string from = source.options.config.empty() ? source.options.init : source.options.config;
+  if (from.empty()) {
+    read_fields(inline_keys, "model", config.model);
+    model::complete(config.model);
+    return;
+  }
+  config.model = model::read_model_config(from);
+  // The sizes come from there; routing options and losses may be set for this run.
+  for (const auto& [key, value] : inline_keys.items()) {
+    require_config(key == "moe", "model.{}: comes from {}; only model.moe may be set beside it", key, from);
+  }
+  if (!inline_keys.contains("moe")) return;
+  for (const char* key : {"num_experts", "top_k", "ffn_size"}) {
+    require_config(!inline_keys["moe"].contains(key), "model.moe.{}: comes from {} and cannot be changed",
+                   key, from);
+  }
+  Json merged = write_fields(config.model.moe);
+  merge(merged, inline_keys["moe"]);
+  read_fields(merged, "model.moe", config.model.moe);
+}
+
+void validate_batch(const RunConfig& c) {
+  const BatchOptions& b = c.batch;
+  require_config(b.global_batch >= 1, "batch.global_batch = {}: must be at least 1", b.global_batch);
+  require_config(b.micro_sequences >= 1 && b.micro_sequences <= b.global_batch,
+                 "batch.micro_sequences = {}: must lie between 1 and batch.global_batch = {}",
+                 b.micro_sequences, b.global_batch);
+  const std::int64_t group = c.model.moe.capacity.group_sequences;
+  const bool grouped = c.model.moe.capacity.drop_policy != moe::DropPolicy::kNone;
+  require_config(!grouped || (b.micro_sequences % group == 0 && b.global_batch % group == 0),
+                 "model.moe.capacity.group_sequences = {}: must divide batch.micro_sequences = {} and "
+                 "batch.global_batch = {}",
+                 group, b.micro_sequences, b.global_batch);
+}
+
+void validate(const RunConfig& c) {
+  require_config(!c.run_folder.empty(), "run_folder: name the folder of the run");
+  require_config(!c.data.path.empty(), "data.path: name a folder made by 'collegium prepare'");
+  require_config(c.data.sequence_length >= 2, "data.sequence_length = {}: must be at least 2",
+                 c.data.sequence_length);
+  require_config(c.train.steps >= 1, "train.steps = {}: must be at least 1", c.train.steps);
+  require_config(c.train.max_minutes >= 0.0, "train.max_minutes = {}: must not be negative",
+                 c.train.max_minutes);
+  require_config(c.train.threads >= 0, "train.threads = {}: must not be negative (0 = all cores)",
+                 c.train.threads);
+  model::parse_dtype(c.train.dtype, "train.dtype");
+  optim::validate(c.optimizer, "optimizer");
+  optim::validate(c.schedule, c.train.steps, "schedule");
+  require_config(c.checkpoint.every_steps >= 0, "checkpoint.every_steps = {}: must not be negative",
+                 c.checkpoint.every_steps);
+  require_config(c.checkpoint.keep_last >= 0, "checkpoint.keep_last = {}: must not be negative",
+                 c.checkpoint.keep_last);
+  require_config(c.validation.every_steps >= 0, "validation.every_steps = {}: must not be negative",
+                 c.validation.every_steps);
+  require_config(c.validation.sequences >= 1, "validation.sequences = {}: must be at least 1",
+                 c.validation.sequences);
+  require_config(c.logging.sample_tokens >= 1, "logging.sample_tokens = {}: must be at least 1",
+                 c.logging.sample_tokens);
+  require_config(c.data.sequence_length <= c.model.max_positions,
+                 "data.sequence_length = {}: more than model.max_positions = {}", c.data.sequence_length,
+                 c.model.max_positions);
+  validate_batch(c);
+}
+
+}  // namespace
+
+RunConfig read_run_config(const fs::path& file, const std::vector<std::string>& overrides) {
+  Json json = parse_toml(read_file(file), file.string());
+  for (const std::string& text : overrides) apply_override(json, text);
+  require_config(json.contains("model") && json["model"].is_object(), "{}: needs a [model] table",
+                 file.string());
+  const Json model_section = json["model"];
+  json.erase("model");
+  Sections sections;
+  read_fields(json, "", sections);
+  RunConfig config = std::move(sections.config);
+  resolve_model(model_section, config);
+  validate(config);
+  return config;
+}
+
+std::vector<FieldDoc> document_run_config() {
+  std::vector<FieldDoc> docs = document_fields<Sections>();
+  docs.push_back({"model", "", "the model: inline keys, or config, or init"});
+  for (auto&& part :
+       {document_fields<ModelSourceKeys>("model"), document_fields<model::ModelConfig>("model")}) {
+    docs.insert(docs.end(), part.begin(), part.end());
+  }
+  return docs;
+}
+
+Json run_config_json(const RunConfig& config) {
+  Json json = write_fields(Sections{config});
+  json["model"] = write_fields(config.model);
+  json["model"]["init"] = config.model_source.init;
+  json["model"]["freeze"] = config.model_source.freeze;
+  return json;
+}
+
+}  // namespace collegium::train

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// The run file: what `collegium train RUN.toml` does, every key documented where it is declared.
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "collegium/base/fields.h"
+#include "collegium/model/config.h"
+#include "collegium/optim/adamw.h"
+#include "collegium/optim/schedule.h"
+
+namespace collegium::train {
+
+struct DataOptions {
+  std::string path;
+  std::int64_t sequence_length = 512;
+  bool mask_documents = false;
+};
+template <class Fields>
+void describe(Fields& fields, DataOptions& o) {
+  fields("path", o.path, "folder made by 'collegium prepare', relative to the working directory");
+  fields("sequence_length", o.sequence_length, "tokens per sequence (S)");
+  fields("mask_documents", o.mask_documents, "attention stays within a document");
+}
+
+struct ModelOptions {
+  std::string config;
+  std::string init;
+  std::vector<std::string> freeze;
+  Json inline_keys = Json::object();  ///< everything else of [model]: keys of ModelConfig
+};
+
+struct BatchOptions {
+  std::int64_t global_batch = 8;
+  std::int64_t micro_sequences = 8;
+};
+template <class Fields>
+void describe(Fields& fields, BatchOptions& o) {
+  fields("global_batch", o.global_batch, "sequences of an optimizer step");
+  fields("micro_sequences", o.micro_sequences,
+         "sequences of a micro-step, over all ranks; gradients accumulate over micro-steps");
+}
+
+struct LoopOptions {
+  std::int64_t steps = 100;
+  double max_minutes = 0.0;
+  std::string dtype = "bfloat16";
+  std::uint64_t seed = 1;
+  bool recompute = false;
+  std::int64_t threads = 0;
+};
+template <class Fields>
+void describe(Fields& fields, LoopOptions& o) {
+  fields("steps", o.steps, "optimizer steps of the whole run");
+  fields("max_minutes", o.max_minutes, "stop with a checkpoint after this time; 0 = no limit");
+  fields("dtype", o.dtype, "compute dtype: bfloat16 (fp32 masters), float32 or float64");
+  fields("seed", o.seed, "of weights, noise and data order");
+  fields("recompute", o.recompute, "recompute every block's activations in the backward pass");
+  fields("threads", o.threads, "OpenMP threads; 0 = all cores");
+}
+
+struct CheckpointOptions {
+  std::int64_t every_steps = 0;
+  std::int64_t keep_last = 2;
+};
+template <class Fields>
+void describe(Fields& fields, CheckpointOptions& o) {
+  fields("every_steps", o.every_steps,
+         "write a checkpoint every this many steps, and at the end; 0 = at the end only");
+  fields("keep_last", o.keep_last, "older checkpoints than this many are removed; 0 = keep all");
+}
+
+struct ValidationOptions {
+  std::int64_t every_steps = 0;
+  std::int64_t sequences = 64;
+};
+template <class Fields>
+void describe(Fields& fields, ValidationOptions& o) {
+  fields("every_steps", o.every_steps, "validate every this many steps, and at the end; 0 = at the end only");
+  fields("sequences", o.sequences, "at most this many sequences, spread evenly over the validation split");
+}
+
+struct LoggingOptions {
+  std::string sample_prompt;
+  std::int64_t sample_tokens = 96;
+};
+template <class Fields>
+void describe(Fields& fields, LoggingOptions& o) {
+  fields("sample_prompt", o.sample_prompt, "text that the trained model continues at the end; empty = none");
+  fields("sample_tokens", o.sample_tokens, "length of that sample");
+}
+
+struct RunConfig {
+  std::string run_folder;
+  DataOptions data;
+  ModelOptions model_source;
+  model::ModelConfig model;  ///< resolved from model_source
+  optim::AdamWOptions optimizer;
+  optim::ScheduleOptions schedule;
+  BatchOptions batch;
+  LoopOptions train;
+  CheckpointOptions checkpoint;
+  ValidationOptions validation;
+  LoggingOptions logging;
+};
+
+/// What     Reads a TOML file, applies `--set a.b=value` overrides, resolves the model and checks every rule,
+/// before anything
+///          is allocated or written.
+/// Throws   ConfigError: TOML syntax (file:line:column), unknown keys (with the nearest), and every rule
+/// (field, value, rule).
+RunConfig read_run_config(const std::filesystem::path& file, const std::vector<std::string>& overrides);
+
+/// Path, default and documentation of every key, in the order of the file.
+std::vector<FieldDoc> document_run_config();
+
+/// What     The whole configuration as JSON, every key present: what a checkpoint keeps and a resumed run is
+/// compared with.
+Json run_config_json(const RunConfig& config);
+
+/// What     TOML text as JSON. `origin` names it in messages.
+Json parse_toml(std::string_view text, const std::string& origin);
+
+}  // namespace collegium::train

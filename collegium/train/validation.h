@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// Loss and routing on held-out documents. Routing is dropless and without noise unless the model says
+// otherwise.
+
+#include <cstdint>
+#include <vector>
+
+#include "collegium/data/dataset.h"
+#include "collegium/model/decoder.h"
+#include "collegium/moe/monitors.h"
+#include "collegium/train/specialization.h"
+
+namespace collegium::train {
+
+struct ValidationResult {
+  double loss = 0.0;  ///< nats per target token
+  std::int64_t num_targets = 0;
+  double hf_pooled = 0.0;                    ///< Hugging Face's pooled balance loss over all tokens
+  std::vector<double> domain_loss;           ///< per domain; 0 without targets
+  std::vector<moe::LayerMonitors> monitors;  ///< per MoE layer
+  std::vector<LayerSpecialization> specialization;
+};
+
+/// What     Mean cross-entropy over at most `max_sequences` windows spread evenly over the validation split.
+/// Order    Always the same windows in the same order.
+ValidationResult validate_model(const model::Decoder& decoder, const data::Dataset& dataset,
+                                std::int64_t sequence_length, std::int64_t max_sequences,
+                                bool mask_documents);
+
+/// Throws ConfigError when the data's token ids do not fit the model's vocabulary, with both numbers.
+void check_vocabulary(const data::Dataset& dataset, const model::ModelConfig& config);
+
+}  // namespace collegium::train
