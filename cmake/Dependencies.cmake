@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Third-party libraries. Debian packages where present; libtorch comes from the torch wheel of .venv.
+# Header-only: libtorch ships headers of another fmt version without its library. The versions live in different inline
+# namespaces, and no fmt type crosses a module, so both may be used.
 find_package(fmt REQUIRED)
 find_package(nlohmann_json REQUIRED)
 find_package(tomlplusplus REQUIRED)

@@ -1,10 +1,142 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <torch/version.h>
+#include <unistd.h>
+
+#include <array>
+#include <chrono>
+#include <cstring>
+#include <fstream>
+#include <memory>
+#include <set>
+#include <thread>
+
+#include "collegium/base/fields.h"
+#include "collegium/base/units.h"
 #include "collegium/cli/verb.h"
+#include "collegium/ops/gemm_peak.h"
+#include "collegium/ops/threads.h"
 
 namespace collegium::cli {
 
+namespace {
+
+std::vector<std::string> instruction_sets() {
+  std::ifstream cpuinfo("/proc/cpuinfo");
+  std::set<std::string> flags;
+  std::string word;
+  while (cpuinfo >> word) flags.insert(word);
+  std::vector<std::string> found;
+  for (const char* name : {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}) {
+    if (flags.contains(name)) found.emplace_back(name);
+  }
+  return found;
+}
+
+// Every libgomp that is mapped: two would own two sets of threads.
+std::vector<std::string> openmp_libraries() {
+  std::ifstream maps("/proc/self/maps");
+  std::set<std::string> paths;
+  std::string line;
+  while (std::getline(maps, line)) {
+    const std::size_t slash = line.find('/');
+    if (slash != std::string::npos && line.find("libgomp") != std::string::npos)
+      paths.insert(line.substr(slash));
+  }
+  return {paths.begin(), paths.end()};
+}
+
+double memcpy_bytes_per_s() {
+  constexpr std::size_t kBytes = std::size_t{256} << 20U;
+  constexpr int kRuns = 5;
+  std::vector<char> source(kBytes, 1);
+  std::vector<char> target(kBytes, 0);
+  double best = 0.0;
+  for (int run = 0; run < kRuns; ++run) {
+    const auto start = std::chrono::steady_clock::now();
+    std::memcpy(target.data(), source.data(), kBytes);
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    best = std::max(best, static_cast<double>(kBytes) / seconds);
+  }
+  return best;
+}
+
+std::string find_program(const std::string& name) {
+  const char* path = std::getenv("PATH");  // NOLINT(concurrency-mt-unsafe): one thread
+  std::string rest = path != nullptr ? path : "";
+  while (!rest.empty()) {
+    const std::size_t colon = rest.find(':');
+    const std::filesystem::path candidate = std::filesystem::path(rest.substr(0, colon)) / name;
+    if (::access(candidate.c_str(), X_OK) == 0) return candidate.string();
+    rest = colon == std::string::npos ? "" : rest.substr(colon + 1);
+  }
+  return "";
+}
+
+Json examine() {
+  ops::bind_threads();
+  bool bound = true;
+  for (const ops::ThreadBinding& binding : ops::thread_bindings()) bound = bound && binding.cores.size() == 1;
+  const double pages =
+      static_cast<double>(::sysconf(_SC_PHYS_PAGES)) * static_cast<double>(::sysconf(_SC_PAGE_SIZE));
+  return {{"cores", std::thread::hardware_concurrency()},
+          {"instruction_sets", instruction_sets()},
+          {"memory_bytes", pages},
+          {"threads", at::get_num_threads()},
+          {"threads_bound", bound},
+          {"openmp_libraries", openmp_libraries()},
+          {"gemm_peak_flops",
+           {{"bfloat16", ops::measure_gemm_peak(at::kBFloat16)},
+            {"float32", ops::measure_gemm_peak(at::kFloat)},
+            {"float64", ops::measure_gemm_peak(at::kDouble)}}},
+          {"memcpy_bytes_per_s", memcpy_bytes_per_s()},
+          {"libtorch", TORCH_VERSION},
+          {"mpirun", find_program("mpirun")}};
+}
+
+void print(const Json& j) {
+  const auto isa = j["instruction_sets"].get<std::vector<std::string>>();
+  const auto libraries = j["openmp_libraries"].get<std::vector<std::string>>();
+  const bool bf16 = std::find(isa.begin(), isa.end(), "avx512_bf16") != isa.end() ||
+                    std::find(isa.begin(), isa.end(), "amx_bf16") != isa.end();
+  fmt::print("cores        {} with {}\n", j["cores"].get<int>(), fmt::join(isa, ", "));
+  fmt::print("             {}\n", bf16 ? "bfloat16 runs in hardware: train with dtype = \"bfloat16\""
+                                       : "no bfloat16 in hardware: dtype = \"float32\" is faster here");
+  fmt::print("memory       {}\n", format_bytes(j["memory_bytes"].get<double>()));
+  fmt::print("threads      {}, {}\n", j["threads"].get<int>(),
+             j["threads_bound"].get<bool>() ? "each bound to a core"
+                                            : "not bound: parallel regions may wait for the scheduler (unset "
+                                              "OMP_PROC_BIND, or use no more threads than cores)");
+  fmt::print("OpenMP       {}{}\n", fmt::join(libraries, ", "),
+             libraries.size() > 1 ? "  WARNING: more than one runtime is loaded" : "");
+  for (const auto& [dtype, flops] : j["gemm_peak_flops"].items())
+    fmt::print("GEMM peak    {} FLOP/s in {}\n", format_count(flops.get<double>()), dtype);
+  fmt::print("memcpy       {}/s on one core\n", format_bytes(j["memcpy_bytes_per_s"].get<double>()));
+  fmt::print("libtorch     {} (CPU; nothing of Collegium was run on a GPU yet)\n",
+             j["libtorch"].get<std::string>());
+  const auto mpirun = j["mpirun"].get<std::string>();
+  fmt::print("MPI          {}\n", mpirun.empty() ? "no mpirun on PATH" : mpirun);
+  fmt::print("             training runs in one process so far; several ranks are not there yet\n");
+}
+
+}  // namespace
+
 void add_doctor(CLI::App& app) {
-  app.add_subcommand("doctor", "What was found on this machine, and what it means");
+  auto json = std::make_shared<bool>(false);
+  CLI::App* verb = app.add_subcommand("doctor", "What was found on this machine, and what it means");
+  verb->add_flag("--json", *json, "print one JSON object");
+  verb->footer("Example:\n  collegium doctor");
+  verb->callback([json] {
+    const Json found = examine();
+    if (*json) {
+      fmt::print("{}\n", found.dump());
+    } else {
+      print(found);
+    }
+  });
 }
 
 }  // namespace collegium::cli

@@ -16,6 +16,12 @@ int run(int argc, char** argv) {
                "collegium");
   app.require_subcommand(1);
   app.failure_message(CLI::FailureMessage::simple);
+  app.set_version_flag("--version", "collegium 0.1.0");
+  collegium::cli::add_prepare(app);
+  collegium::cli::add_train(app);
+  collegium::cli::add_eval(app);
+  collegium::cli::add_generate(app);
+  collegium::cli::add_inspect(app);
   collegium::cli::add_doctor(app);
   try {
     app.parse(argc, argv);

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/model/generate.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <memory>
+#include <optional>
+
+#include "collegium/base/error.h"
+#include "collegium/cli/verb.h"
+#include "collegium/data/tokenizer.h"
+#include "collegium/model/checkpoint_io.h"
+#include "collegium/model/tensor_io.h"
+#include "collegium/ops/threads.h"
+
+namespace collegium::cli {
+
+namespace {
+
+struct GenerateArguments {
+  std::string model;
+  std::string prompt;
+  std::vector<std::int64_t> ids;
+  std::string dtype = "float32";
+  model::SamplingOptions sampling;
+  bool json = false;
+};
+
+void run(GenerateArguments& arguments) {
+  ops::bind_threads();
+  model::validate(arguments.sampling);
+  require_config(arguments.prompt.empty() != arguments.ids.empty(),
+                 "generate: give either --prompt or --ids");
+  const at::ScalarType dtype = model::parse_dtype(arguments.dtype, "--dtype");
+  const model::ModelConfig config = model::read_model_config(arguments.model);
+  model::validate(config, /*training=*/false);
+  std::optional<data::Tokenizer> tokenizer;
+  std::vector<std::int64_t> prompt = arguments.ids;
+  if (arguments.ids.empty()) {
+    tokenizer = data::Tokenizer::load(std::filesystem::path(arguments.model));
+    prompt = tokenizer->encode(arguments.prompt, /*add_bos=*/true);
+    arguments.sampling.eos_id = tokenizer->eos_id();
+  }
+  const model::Decoder decoder(config, model::load_parameters(arguments.model, config, dtype));
+  std::vector<std::int64_t> all = prompt;
+  std::size_t shown = 0;
+  const auto stream = [&](std::int64_t id) {
+    all.push_back(id);
+    if (arguments.json || !tokenizer) return;
+    // Decoded anew each time: a character may need several byte tokens.
+    const std::string text = tokenizer->decode(all);
+    if (text.size() > shown && (text.back() & 0x80) == 0) {
+      fmt::print("{}", text.substr(shown));
+      std::fflush(stdout);
+      shown = text.size();
+    }
+  };
+  const std::vector<std::int64_t> tokens = model::generate(decoder, prompt, arguments.sampling, stream);
+  if (arguments.json) {
+    Json json = {{"prompt_ids", prompt}, {"ids", tokens}};
+    if (tokenizer) json["text"] = tokenizer->decode(all);
+    fmt::print("{}\n", json.dump(-1, ' ', false, Json::error_handler_t::replace));
+  } else if (tokenizer) {
+    fmt::print("{}\n", tokenizer->decode(all).substr(shown));
+  } else {
+    fmt::print("{}\n", fmt::join(tokens, " "));
+  }
+}
+
+}  // namespace
+
+void add_generate(CLI::App& app) {
+  auto arguments = std::make_shared<GenerateArguments>();
+  CLI::App* verb = app.add_subcommand("generate", "Continue a text");
+  verb->add_option("--model", arguments->model, "model directory or checkpoint")->required();
+  verb->add_option("--prompt", arguments->prompt, "text to continue");
+  verb->add_option("--ids", arguments->ids,
+                   "token ids to continue, for models whose tokenizer is not SentencePiece")
+      ->delimiter(',');
+  verb->add_option("--max-tokens", arguments->sampling.max_tokens, "tokens to add")->capture_default_str();
+  verb->add_option("--temperature", arguments->sampling.temperature, "0 = always the likeliest token")
+      ->capture_default_str();
+  verb->add_option("--top-k", arguments->sampling.top_k, "sample from the k likeliest; 0 = all")
+      ->capture_default_str();
+  verb->add_option("--top-p", arguments->sampling.top_p, "sample from the smallest set with this probability")
+      ->capture_default_str();
+  verb->add_option("--seed", arguments->sampling.seed, "of the sampling")->capture_default_str();
+  verb->add_option("--dtype", arguments->dtype, "float64, float32 or bfloat16")->capture_default_str();
+  verb->add_flag("--json", arguments->json, "print one JSON object");
+  verb->footer(
+      "Examples:\n"
+      "  collegium generate --model runs/demo/step-00000600 --prompt \"KING. \" --temperature 0.8 --top-p "
+      "0.95\n"
+      "  collegium generate --model DIR --ids 1,17,42 --temperature 0 --json");
+  verb->callback([arguments] { run(*arguments); });
+}
+
+}  // namespace collegium::cli

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/cli/train_loop.h"
+
+#include <ATen/Parallel.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+
+#include "collegium/base/error.h"
+#include "collegium/base/log.h"
+#include "collegium/base/units.h"
+#include "collegium/cli/progress.h"
+#include "collegium/cli/signals.h"
+#include "collegium/data/tokenizer.h"
+#include "collegium/model/account.h"
+#include "collegium/model/generate.h"
+#include "collegium/model/tensor_io.h"
+#include "collegium/ops/gemm_peak.h"
+#include "collegium/ops/threads.h"
+#include "collegium/train/metrics.h"
+#include "collegium/train/trainer.h"
+
+namespace collegium::cli {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+// What a resumed run may not change: its losses would no longer be those of the uninterrupted one.
+void require_same_run(const Json& saved, const Json& wanted, const std::filesystem::path& checkpoint) {
+  for (const char* section : {"model", "data", "batch", "optimizer", "schedule"}) {
+    require_config(saved.value(section, Json()) == wanted[section],
+                   "{} was made with another [{}] section; continue with the same one, start over with "
+                   "--fresh, or take its "
+                   "weights with --weights-only {}",
+                   checkpoint.string(), section, checkpoint.string());
+  }
+  for (const char* key : {"seed", "dtype", "steps"}) {
+    require_config(
+        saved["train"][key] == wanted["train"][key],
+        "{} was made with train.{} = {}, this run has {}; continue with the same, or start over with --fresh",
+        checkpoint.string(), key, saved["train"][key].dump(), wanted["train"][key].dump());
+  }
+}
+
+void start_or_resume(const train::RunConfig& config, const TrainRequest& request, train::Trainer& trainer) {
+  const std::filesystem::path folder = config.run_folder;
+  const auto latest = train::find_latest_checkpoint(folder);
+  if (!request.weights_only.empty()) {
+    require_config(!latest || request.fresh,
+                   "{} holds checkpoints; pass --fresh to start over with --weights-only", folder.string());
+    trainer.resume(request.weights_only, /*weights_only=*/true);
+    log_info(fmt::format("starting from the weights of {}", request.weights_only));
+  } else if (latest && !request.fresh) {
+    const Json wanted = trainer.state().run_config;
+    const Json saved = Json::parse(read_file(*latest / "training/state.json"), nullptr, false);
+    require_config(!saved.is_discarded() && saved.contains("run_config"),
+                   "{}: training/state.json is damaged", latest->string());
+    require_same_run(saved["run_config"], wanted, *latest);
+    trainer.resume(*latest, /*weights_only=*/false);
+    log_info(fmt::format("continuing from {}", latest->string()));
+  }
+  // Only now, when nothing can be refused any more, does the folder change.
+  std::error_code code;
+  std::filesystem::create_directories(folder, code);
+  if (code) throw Error(fmt::format("cannot create {}: {}", folder.string(), code.message()));
+  train::remove_temporary_folders(folder);
+  if (latest && request.fresh) {
+    for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+      if (entry.path().filename().string().starts_with("step-")) std::filesystem::remove_all(entry.path());
+    }
+  }
+}
+
+class Loop {
+ public:
+  Loop(const train::RunConfig& config, train::Trainer& trainer)
+      : config_(config),
+        trainer_(trainer),
+        metrics_(config.run_folder, trainer.state().step),
+        peak_flops_(ops::measure_gemm_peak(model::parse_dtype(config.train.dtype, "train.dtype"))),
+        flops_per_token_(
+            model::training_flops_per_token(trainer.decoder().config(), config.data.sequence_length)),
+        start_(Clock::now()),
+        first_step_(trainer.state().step),
+        elapsed_before_(trainer.state().elapsed_seconds) {}
+
+  TrainSummary run() {
+    TrainSummary summary;
+    const std::int64_t num_steps = config_.train.steps;
+    while (trainer_.state().step < num_steps && !should_stop()) {
+      one_step();
+      const std::int64_t step = trainer_.state().step;
+      if (step < num_steps && due(config_.validation.every_steps, step)) validate();
+      if (step < num_steps && due(config_.checkpoint.every_steps, step)) save();
+    }
+    progress_.finish();
+    summary.steps = trainer_.state().step;
+    summary.stopped_early = summary.steps < num_steps;
+    summary.seconds = seconds_since(start_);
+    if (step_seconds_ > 0.0) {
+      summary.tokens_per_s = tokens_ / step_seconds_;
+      summary.share_of_gemm_peak = summary.tokens_per_s * flops_per_token_ / peak_flops_;
+    }
+    const auto latest = train::find_latest_checkpoint(config_.run_folder);
+    const bool saved = latest && latest->filename() == fmt::format("step-{:08}", summary.steps);
+    summary.checkpoint = saved ? *latest : save();
+    return summary;
+  }
+
+  train::ValidationResult validate() {
+    const train::ValidationResult result =
+        train::validate_model(trainer_.decoder(), trainer_.dataset(), config_.data.sequence_length,
+                              config_.validation.sequences, config_.data.mask_documents);
+    metrics_.write(trainer_.state().step, result);
+    progress_.finish();
+    progress_.show(
+        fmt::format("step {}: validation loss {:.4f} nats/token", trainer_.state().step, result.loss), true);
+    progress_.finish();
+    return result;
+  }
+
+ private:
+  static bool due(std::int64_t every, std::int64_t step) { return every > 0 && step % every == 0; }
+
+  bool should_stop() const {
+    const double limit = config_.train.max_minutes * 60.0;
+    return stop_requested() || (limit > 0.0 && seconds_since(start_) >= limit);
+  }
+
+  std::filesystem::path save() { return trainer_.save(elapsed_before_ + seconds_since(start_)); }
+
+  void one_step() {
+    const auto begin = Clock::now();
+    const train::StepReport report = trainer_.step();
+    const double seconds = seconds_since(begin);
+    const double tokens = static_cast<double>(config_.batch.global_batch * config_.data.sequence_length);
+    const train::StepSpeed speed{.seconds = seconds,
+                                 .tokens_per_s = tokens / seconds,
+                                 .share_of_gemm_peak = tokens / seconds * flops_per_token_ / peak_flops_};
+    metrics_.write(report, speed);
+    step_seconds_ += seconds;
+    tokens_ += tokens;
+    double violation = 0.0;
+    for (const moe::LayerMonitors& layer : report.layers)
+      violation = std::max(violation, layer.max_violation);
+    const auto done = static_cast<double>(report.step - first_step_);
+    const double remaining =
+        seconds_since(start_) / done * static_cast<double>(config_.train.steps - report.step);
+    progress_.show(
+        fmt::format(
+            "step {}/{}  loss {:.3f} nats/token  {:.0f} tokens/s  {:.0f} % of GEMM peak  busiest expert "
+            "{:.2f}x mean  {} left",
+            report.step, config_.train.steps, report.loss, speed.tokens_per_s,
+            100.0 * speed.share_of_gemm_peak, 1.0 + violation, format_duration(remaining)),
+        report.step == first_step_ + 1);
+  }
+
+  const train::RunConfig& config_;
+  train::Trainer& trainer_;
+  train::MetricsWriter metrics_;
+  Progress progress_;
+  double peak_flops_;
+  double flops_per_token_;
+  Clock::time_point start_;
+  std::int64_t first_step_;
+  double elapsed_before_;
+  double step_seconds_ = 0.0;
+  double tokens_ = 0.0;
+};
+
+std::string make_sample(const train::RunConfig& config, const train::Trainer& trainer) {
+  if (config.logging.sample_prompt.empty() || !trainer.dataset().has_tokenizer()) return "";
+  const data::Tokenizer tokenizer = data::Tokenizer::load(trainer.dataset().tokenizer_file());
+  std::vector<std::int64_t> ids = tokenizer.encode(config.logging.sample_prompt, /*add_bos=*/true);
+  constexpr double kTemperature = 0.8;
+  constexpr double kTopP = 0.95;
+  const std::vector<std::int64_t> more = model::generate(trainer.decoder(), ids,
+                                                         {.max_tokens = config.logging.sample_tokens,
+                                                          .temperature = kTemperature,
+                                                          .top_k = 0,
+                                                          .top_p = kTopP,
+                                                          .seed = config.train.seed,
+                                                          .eos_id = tokenizer.eos_id()});
+  ids.insert(ids.end(), more.begin(), more.end());
+  return tokenizer.decode(ids);
+}
+
+}  // namespace
+
+TrainSummary run_training(const train::RunConfig& config, const TrainRequest& request) {
+  if (config.train.threads > 0) at::set_num_threads(static_cast<int>(config.train.threads));
+  ops::bind_threads();
+  train::Trainer trainer(config);
+  const model::ParameterAccount account = model::count_parameters(trainer.decoder().config());
+  log_info(fmt::format("model: {} parameters, {} active per token; data: {} training tokens; {} threads",
+                       format_count(static_cast<double>(account.total)),
+                       format_count(static_cast<double>(account.active)),
+                       format_count(static_cast<double>(trainer.dataset().num_tokens(data::Split::kTrain))),
+                       at::get_num_threads()));
+  if (!request.replay_routing.empty()) trainer.replay_routing(request.replay_routing);
+  start_or_resume(config, request, trainer);
+  if (!request.record_routing.empty()) trainer.record_routing(request.record_routing);
+  install_stop_signals();
+  Loop loop(config, trainer);
+  TrainSummary summary = loop.run();
+  summary.metrics = std::filesystem::path(config.run_folder) / "metrics.jsonl";
+  summary.unigram_entropy = trainer.dataset().index().unigram_entropy;
+  summary.domains = trainer.dataset().index().domains;
+  if (summary.stopped_early) return summary;
+  summary.validation = loop.validate();
+  summary.sample = make_sample(config, trainer);
+  return summary;
+}
+
+}  // namespace collegium::cli

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// `collegium train`, after its command line was read: the loop around Trainer::step(), and what is shown at
+// the end.
+
+#include <filesystem>
+#include <optional>
+#include <string>
+
+#include "collegium/train/run_config.h"
+#include "collegium/train/validation.h"
+
+namespace collegium::cli {
+
+struct TrainRequest {
+  std::string record_routing;
+  std::string replay_routing;
+  bool fresh = false;        ///< start over although the run folder has checkpoints
+  std::string weights_only;  ///< start from the weights of this checkpoint or model folder
+};
+
+struct TrainSummary {
+  std::int64_t steps = 0;
+  bool stopped_early = false;
+  double seconds = 0.0;
+  double tokens_per_s = 0.0;
+  double share_of_gemm_peak = 0.0;
+  double unigram_entropy = 0.0;
+  train::ValidationResult validation;
+  std::vector<std::string> domains;
+  std::string sample;
+  std::filesystem::path checkpoint;
+  std::filesystem::path metrics;
+};
+
+TrainSummary run_training(const train::RunConfig& config, const TrainRequest& request);
+
+void print_summary(const train::RunConfig& config, const TrainSummary& summary);
+Json summary_json(const TrainSummary& summary);
+
+}  // namespace collegium::cli

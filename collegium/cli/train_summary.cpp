@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "collegium/base/units.h"
+#include "collegium/cli/train_loop.h"
+
+namespace collegium::cli {
+
+namespace {
+
+void print_specialization(const TrainSummary& summary) {
+  const auto& layers = summary.validation.specialization;
+  if (layers.empty()) return;
+  const std::size_t num_experts = layers[0].share.empty() ? 0 : layers[0].share[0].size();
+  constexpr std::size_t kWidest = 16;  // wider tables wrap; the numbers are in metrics.jsonl
+  fmt::print("\nWhich experts took which domain (% of the domain's choices; {:.1f} % = even)\n",
+             100.0 / static_cast<double>(std::max<std::size_t>(1, num_experts)));
+  for (const auto& layer : layers) {
+    fmt::print(
+        "layer {}: normalised mutual information {:.3f} (shuffled labels: mean {:.3f}, largest {:.3f})\n",
+        layer.layer, layer.nmi, layer.nmi_shuffled, layer.nmi_shuffled_max);
+    if (num_experts > kWidest) continue;
+    for (std::size_t d = 0; d < layer.share.size(); ++d) {
+      fmt::print("  {:<12}", summary.domains[d]);
+      for (const double share : layer.share[d]) fmt::print(" {:>5.1f}", 100.0 * share);
+      fmt::print("\n");
+    }
+  }
+}
+
+}  // namespace
+
+void print_summary(const train::RunConfig& config, const TrainSummary& summary) {
+  if (summary.stopped_early) {
+    fmt::print("stopped after step {} of {}; run the same command to continue\n", summary.steps,
+               config.train.steps);
+  } else {
+    fmt::print("validation loss {:.4f} nats/token over {} tokens (unigram entropy {:.4f})\n",
+               summary.validation.loss, summary.validation.num_targets, summary.unigram_entropy);
+    for (std::size_t d = 0; d < summary.domains.size(); ++d) {
+      fmt::print("  {:<12} {:.4f} nats/token\n", summary.domains[d], summary.validation.domain_loss[d]);
+    }
+    print_specialization(summary);
+    if (!summary.sample.empty()) fmt::print("\nSample\n------\n{}\n------\n", summary.sample);
+  }
+  if (summary.tokens_per_s > 0.0) {
+    fmt::print("\ntrained for {} at {:.0f} tokens/s, {} of the GEMM peak\n", format_duration(summary.seconds),
+               summary.tokens_per_s, format_percent(summary.share_of_gemm_peak));
+  }
+  fmt::print("checkpoint  {}\nmetrics     {}\n", summary.checkpoint.string(), summary.metrics.string());
+}
+
+Json summary_json(const TrainSummary& summary) {
+  Json layers = Json::array();
+  for (const auto& layer : summary.validation.specialization) layers.push_back(write_fields(layer));
+  return {{"steps", summary.steps},
+          {"stopped_early", summary.stopped_early},
+          {"validation_loss", summary.stopped_early ? Json() : Json(summary.validation.loss)},
+          {"unigram_entropy", summary.unigram_entropy},
+          {"tokens_per_s", summary.tokens_per_s},
+          {"share_of_gemm_peak", summary.share_of_gemm_peak},
+          {"specialization", layers},
+          {"sample", summary.sample},
+          {"checkpoint", summary.checkpoint.string()},
+          {"metrics", summary.metrics.string()}};
+}
+
+}  // namespace collegium::cli
