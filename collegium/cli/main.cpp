@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <c10/util/Exception.h>
+
 #include <cstdio>
 #include <exception>
 
@@ -31,6 +33,9 @@ int run(int argc, char** argv) {
   } catch (const collegium::ConfigError& error) {
     fmt::print(stderr, "collegium: {}\n", error.what());
     return kWrongUsage;
+  } catch (const c10::Error& error) {
+    fmt::print(stderr, "collegium: internal error: {}\n", error.what_without_backtrace());
+    return kFailed;
   } catch (const std::exception& error) {
     fmt::print(stderr, "collegium: {}\n", error.what());
     return kFailed;

@@ -5,6 +5,7 @@
 #include <torch/custom_class.h>
 
 #include <array>
+#include <optional>
 
 #include "collegium/moe/experts.h"
 #include "collegium/moe/shared_expert.h"
@@ -80,9 +81,7 @@ at::Tensor forward_layer(const Inputs& inputs, Saved& saved) {
   return y_TD;
 }
 
-at::Tensor sum_defined(const at::Tensor& a, const at::Tensor& b) {
-  return a.defined() ? a + b : b;
-}
+at::Tensor sum_defined(const at::Tensor& a, const at::Tensor& b) { return a.defined() ? a + b : b; }
 
 variable_list backward_layer(const Inputs& inputs, const std::array<bool, kCount>& needs, const Saved& saved,
                              const at::Tensor& grad_y_TD) {
@@ -130,13 +129,23 @@ struct Holder final : torch::CustomClassHolder {
 
 class LayerFunction final : public torch::autograd::Function<LayerFunction> {
  public:
+  using Optional = std::optional<at::Tensor>;  // autograd takes no undefined tensors
+
   static Variable forward(AutogradContext* context, const Variable& x, const Variable& gate,
-                          const Variable& noise, const Variable& gate_up, const Variable& down,
-                          const Variable& shared_gate_up, const Variable& shared_down,
-                          const Variable& shared_gate, const Variable& shared_mix,
+                          const Optional& noise, const Variable& gate_up, const Variable& down,
+                          const Optional& shared_gate_up, const Optional& shared_down,
+                          const Optional& shared_gate, const Optional& shared_mix,
                           const std::shared_ptr<Saved>& saved) {
-    const Inputs inputs = {x,           gate,        noise,     gate_up, down, shared_gate_up,
-                           shared_down, shared_gate, shared_mix};
+    const auto get = [](const Optional& tensor) { return tensor.value_or(at::Tensor()); };
+    const Inputs inputs = {x,
+                           gate,
+                           get(noise),
+                           gate_up,
+                           down,
+                           get(shared_gate_up),
+                           get(shared_down),
+                           get(shared_gate),
+                           get(shared_mix)};
     context->save_for_backward({inputs.begin(), inputs.end()});
     context->saved_data["saved"] = at::IValue::make_capsule(c10::make_intrusive<Holder>(saved));
     return forward_layer(inputs, *saved);
@@ -167,9 +176,13 @@ at::Tensor moe_layer(const MoeOptions& options, const MoeWeights& weights, Dispa
   saved->dispatcher = &dispatcher;
   saved->run = run;
   saved->expert_bias_E = weights.router.expert_bias_E;
-  return LayerFunction::apply(x_TD.contiguous(), weights.router.gate_ED, weights.router.noise_ED,
-                              weights.gate_up_EGD, weights.down_EDF, weights.shared_gate_up_GD,
-                              weights.shared_down_DF, weights.shared_gate_1D, weights.shared_mix_2D, saved);
+  const auto optional = [](const at::Tensor& tensor) {
+    return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+  };
+  return LayerFunction::apply(x_TD.contiguous(), weights.router.gate_ED, optional(weights.router.noise_ED),
+                              weights.gate_up_EGD, weights.down_EDF, optional(weights.shared_gate_up_GD),
+                              optional(weights.shared_down_DF), optional(weights.shared_gate_1D),
+                              optional(weights.shared_mix_2D), saved);
 }
 
 }  // namespace collegium::moe
