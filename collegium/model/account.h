@@ -17,6 +17,7 @@ struct ParameterAccount {
   std::int64_t embedding = 0;
   std::int64_t dense = 0;  ///< everything else
 };
+/// What     Counts from the list of parameters alone; nothing is allocated. Buffers do not count.
 ParameterAccount count_parameters(const ModelConfig& config);
 
 /// What     FLOPs of one token in training: 3 x forward; forward = 2 x (weights of the matrix products it

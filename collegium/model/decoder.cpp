@@ -80,7 +80,7 @@ at::Tensor Decoder::run_block(const Block& block, const at::Tensor& x_BSD, const
   const at::Tensor normed_TD =
       rms_norm(mixed_BSD, block.post_norm, config_.norm_eps).reshape({-1, config_.hidden_size});
   const at::Tensor y_TD = block.has_experts
-                              ? moe::moe_layer(config_.moe, block.moe, *dispatcher_, normed_TD, run)
+                              ? moe::moe_layer(config_.moe, block.moe, dispatcher_, normed_TD, run)
                               : dense_ffn(normed_TD, block.ffn_gate_up, block.ffn_down);
   return mixed_BSD + y_TD.view_as(mixed_BSD);
 }

@@ -67,7 +67,7 @@ class Decoder {
   std::vector<Parameter> parameters_;
   std::map<std::string, std::size_t> index_;
   std::vector<std::shared_ptr<Block>> blocks_;
-  std::unique_ptr<moe::Dispatcher> dispatcher_;
+  std::shared_ptr<moe::Dispatcher> dispatcher_;
 };
 
 /// What     Sum over targets of cross-entropy: -sum log softmax(hidden W^T)[target]. [T, V] never exists as a

@@ -47,6 +47,6 @@ class Dispatcher {
 };
 
 /// What     The dispatcher of one rank that holds every expert: two row gathers, no communication.
-std::unique_ptr<Dispatcher> make_local_dispatcher(std::int64_t num_experts);
+std::shared_ptr<Dispatcher> make_local_dispatcher(std::int64_t num_experts);
 
 }  // namespace collegium::moe

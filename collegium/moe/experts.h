@@ -35,6 +35,7 @@ struct ExpertsGradients {
   at::Tensor gate_up_LGD;
   at::Tensor down_LDF;
 };
+/// What     Gradients of experts_forward() for dLoss/dout [R, D]; those not needed stay undefined.
 ExpertsGradients experts_backward(const ExpertsState& state, const at::Tensor& grad_RD,
                                   const at::Tensor& gate_up_LGD, const at::Tensor& down_LDF,
                                   const ExpertsNeeds& needs);

@@ -36,7 +36,7 @@ using Inputs = std::array<at::Tensor, kCount>;
 // Everything the backward pass needs besides the inputs; lives as long as the graph.
 struct Saved {
   MoeOptions options;
-  Dispatcher* dispatcher = nullptr;
+  std::shared_ptr<Dispatcher> dispatcher;
   std::shared_ptr<LayerRun> run;
   std::shared_ptr<RouterState> router;
   std::shared_ptr<DispatchHandle> handle;
@@ -169,11 +169,12 @@ class LayerFunction final : public torch::autograd::Function<LayerFunction> {
 
 }  // namespace
 
-at::Tensor moe_layer(const MoeOptions& options, const MoeWeights& weights, Dispatcher& dispatcher,
-                     const at::Tensor& x_TD, const std::shared_ptr<LayerRun>& run) {
+at::Tensor moe_layer(const MoeOptions& options, const MoeWeights& weights,
+                     const std::shared_ptr<Dispatcher>& dispatcher, const at::Tensor& x_TD,
+                     const std::shared_ptr<LayerRun>& run) {
   auto saved = std::make_shared<Saved>();
   saved->options = options;
-  saved->dispatcher = &dispatcher;
+  saved->dispatcher = dispatcher;
   saved->run = run;
   saved->expert_bias_E = weights.router.expert_bias_E;
   const auto optional = [](const at::Tensor& tensor) {

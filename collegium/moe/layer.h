@@ -43,7 +43,8 @@ struct LayerRun {
 /// Order    Deterministic. With autograd on, backward() reads run->statistics_gradient at that time; under
 /// activation
 ///          recomputation pass the same run again: the recomputed forward leaves its outputs as they are.
-at::Tensor moe_layer(const MoeOptions& options, const MoeWeights& weights, Dispatcher& dispatcher,
-                     const at::Tensor& x_TD, const std::shared_ptr<LayerRun>& run);
+at::Tensor moe_layer(const MoeOptions& options, const MoeWeights& weights,
+                     const std::shared_ptr<Dispatcher>& dispatcher, const at::Tensor& x_TD,
+                     const std::shared_ptr<LayerRun>& run);
 
 }  // namespace collegium::moe

@@ -56,8 +56,8 @@ class LocalDispatcher final : public Dispatcher {
 
 }  // namespace
 
-std::unique_ptr<Dispatcher> make_local_dispatcher(std::int64_t num_experts) {
-  return std::make_unique<LocalDispatcher>(num_experts);
+std::shared_ptr<Dispatcher> make_local_dispatcher(std::int64_t num_experts) {
+  return std::make_shared<LocalDispatcher>(num_experts);
 }
 
 }  // namespace collegium::moe

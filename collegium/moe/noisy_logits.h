@@ -17,6 +17,7 @@ struct NoisyLogits {
   at::Tensor normal_TE;
   at::Tensor noisy_TE;
 };
+/// What     H from the clean logits, x W_noise^T and one standard normal number per token and expert, all [T, E].
 NoisyLogits add_learned_noise(const at::Tensor& clean_TE, const at::Tensor& raw_std_TE,
                               const at::Tensor& normal_TE);
 
@@ -30,6 +31,7 @@ struct SmoothLoad {
   at::Tensor z_TE;             ///< argument of Phi; undefined when K = E
   at::Tensor threshold_id_TE;  ///< int64: whose H is the threshold
 };
+/// What     The smooth load of every token and expert, from the logits of one forward pass.
 SmoothLoad smooth_load(const NoisyLogits& logits, std::int64_t top_k);
 
 /// Gradients with respect to clean_TE and raw_std_TE.

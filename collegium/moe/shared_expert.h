@@ -38,6 +38,7 @@ struct SharedExpertGradients {
   at::Tensor routed_TD;
   SharedExpertWeights weights;
 };
+/// What     Gradients of shared_expert_forward() for dLoss/dy; undefined where the kind has no such weight.
 SharedExpertGradients shared_expert_backward(SharedExpert kind, const SharedExpertWeights& weights,
                                              const at::Tensor& x_TD, const SharedExpertState& state,
                                              const at::Tensor& grad_y_TD);

@@ -30,6 +30,7 @@ void describe(Fields& fields, AdamWOptions& o) {
   fields("clip_norm", o.clip_norm, "largest global gradient norm; 0 = no clipping");
 }
 
+/// Throws ConfigError naming the field (below `path`), its value and the rule.
 void validate(const AdamWOptions& options, const std::string& path);
 
 /// What     One step of AdamW for every slot, in one pass over master, gradient, moments and value; clears

@@ -24,6 +24,7 @@ void describe(Fields& fields, ScheduleOptions& o) {
   fields("decay_fraction", o.decay_fraction, "wsd: share of the steps, at the end, in which the rate decays");
 }
 
+/// Throws ConfigError naming the field (below `path`), its value and the rule.
 void validate(const ScheduleOptions& options, std::int64_t num_steps, const std::string& path);
 
 /// What     The factor on the peak learning rate at `step` (1 .. num_steps).

@@ -3,7 +3,7 @@
 """Logits, loss, auxiliary loss and every gradient of `collegium eval` against transformers.
 
 Random tiny models of the three families, with odd sizes on purpose. float64 must agree to 1e-9 (norm-wise relative);
-transformers computes norms, rotary tables and the router's softmax in float32 even then, so `lifted_to_float64` lifts them.
+transformers computes norms, rotary tables and the router's softmax in float32 even then; `lifted_to_float64` lifts them.
 float32 must agree within epsilon times the length of the longest reductions on the path.
 """
 
@@ -21,30 +21,112 @@ from safetensors.torch import load_file, save_file
 FLOAT64_BOUND = 1e-9
 COLLEGIUM = sys.argv[1] if len(sys.argv) > 1 else "build/bin/collegium"
 
-COMMON = {"vocab_size": 61, "num_hidden_layers": 2, "initializer_range": 0.3, "max_position_embeddings": 64}
+COMMON = {
+    "vocab_size": 61,
+    "num_hidden_layers": 2,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 64,
+}
 CASES = {
-    "mixtral": ("Mixtral", {"hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 4, "num_key_value_heads": 2,
-                            "num_local_experts": 5, "num_experts_per_tok": 2}),
-    "mixtral_head_dim_tied_aux": ("Mixtral", {"hidden_size": 20, "intermediate_size": 12, "num_attention_heads": 3,
-                                              "num_key_value_heads": 1, "head_dim": 10, "num_local_experts": 4,
-                                              "num_experts_per_tok": 3, "tie_word_embeddings": True,
-                                              "output_router_logits": True, "router_aux_loss_coef": 0.1}),
-    "mixtral_window": ("Mixtral", {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2, "sliding_window": 5,
-                                   "num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2}),
-    "olmoe": ("Olmoe", {"hidden_size": 24, "intermediate_size": 10, "num_attention_heads": 4, "num_key_value_heads": 2,
-                        "num_experts": 6, "num_experts_per_tok": 3, "pad_token_id": None, "eos_token_id": None}),
-    "olmoe_norm_clip_aux": ("Olmoe", {"hidden_size": 16, "intermediate_size": 14, "num_attention_heads": 4,
-                                      "num_key_value_heads": 4, "num_experts": 7, "num_experts_per_tok": 4,
-                                      "norm_topk_prob": True, "clip_qkv": 0.5, "output_router_logits": True,
-                                      "pad_token_id": None, "eos_token_id": None}),
-    "qwen3_dense_between_aux": ("Qwen3Moe", {"hidden_size": 24, "intermediate_size": 18, "moe_intermediate_size": 10,
-                                             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-                                             "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True,
-                                             "num_hidden_layers": 4, "mlp_only_layers": [0], "decoder_sparse_step": 2,
-                                             "output_router_logits": True}),
-    "qwen3_no_norm_one_of_one": ("Qwen3Moe", {"hidden_size": 14, "intermediate_size": 18, "moe_intermediate_size": 6,
-                                              "num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 6,
-                                              "num_experts": 3, "num_experts_per_tok": 3, "norm_topk_prob": False}),
+    "mixtral": (
+        "Mixtral",
+        {
+            "hidden_size": 24,
+            "intermediate_size": 20,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "mixtral_head_dim_tied_aux": (
+        "Mixtral",
+        {
+            "hidden_size": 20,
+            "intermediate_size": 12,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 10,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 3,
+            "tie_word_embeddings": True,
+            "output_router_logits": True,
+            "router_aux_loss_coef": 0.1,
+        },
+    ),
+    "mixtral_window": (
+        "Mixtral",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 8,
+            "num_attention_heads": 2,
+            "sliding_window": 5,
+            "num_key_value_heads": 2,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "olmoe": (
+        "Olmoe",
+        {
+            "hidden_size": 24,
+            "intermediate_size": 10,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "pad_token_id": None,
+            "eos_token_id": None,
+        },
+    ),
+    "olmoe_norm_clip_aux": (
+        "Olmoe",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 14,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "num_experts": 7,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": True,
+            "clip_qkv": 0.5,
+            "output_router_logits": True,
+            "pad_token_id": None,
+            "eos_token_id": None,
+        },
+    ),
+    "qwen3_dense_between_aux": (
+        "Qwen3Moe",
+        {
+            "hidden_size": 24,
+            "intermediate_size": 18,
+            "moe_intermediate_size": 10,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "num_hidden_layers": 4,
+            "mlp_only_layers": [0],
+            "decoder_sparse_step": 2,
+            "output_router_logits": True,
+        },
+    ),
+    "qwen3_no_norm_one_of_one": (
+        "Qwen3Moe",
+        {
+            "hidden_size": 14,
+            "intermediate_size": 18,
+            "moe_intermediate_size": 6,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "head_dim": 6,
+            "num_experts": 3,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": False,
+        },
+    ),
 }
 
 
@@ -68,12 +150,31 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def collegium_eval(folder: pathlib.Path, dtype: str) -> tuple[dict, torch.Tensor, dict]:
-    command = [COLLEGIUM, "eval", "--model", str(folder / "model"), "--input", str(folder / "ids.safetensors")]
-    command += ["--dtype", dtype, "--json", "--logits", str(folder / "logits"), "--grads", str(folder / "grads")]
+    command = [
+        COLLEGIUM,
+        "eval",
+        "--model",
+        str(folder / "model"),
+        "--input",
+        str(folder / "ids.safetensors"),
+    ]
+    command += [
+        "--dtype",
+        dtype,
+        "--json",
+        "--logits",
+        str(folder / "logits"),
+        "--grads",
+        str(folder / "grads"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise AssertionError(f"eval failed: {done.stderr}")
-    return json.loads(done.stdout), load_file(folder / "logits")["logits"], load_file(folder / "grads")
+    return (
+        json.loads(done.stdout),
+        load_file(folder / "logits")["logits"],
+        load_file(folder / "grads"),
+    )
 
 
 def disk_gradients(model, folder: pathlib.Path) -> dict[str, torch.Tensor]:
@@ -89,12 +190,22 @@ def disk_gradients(model, folder: pathlib.Path) -> dict[str, torch.Tensor]:
 
 def reference(folder: pathlib.Path, name: str, dtype: torch.dtype, ids: torch.Tensor):
     model_class = getattr(transformers, CASES[name][0] + "ForCausalLM")
-    model = model_class.from_pretrained(folder / "model", dtype=dtype, attn_implementation="eager", experts_implementation="eager")
+    model = model_class.from_pretrained(
+        folder / "model",
+        dtype=dtype,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
     model.train()
     out = model(input_ids=ids, labels=ids)
     out.loss.backward()
     aux = getattr(out, "aux_loss", None)
-    return out.logits.detach().clone(), out.loss.item(), 0.0 if aux is None else aux.item(), model
+    return (
+        out.logits.detach().clone(),
+        out.loss.item(),
+        0.0 if aux is None else aux.item(),
+        model,
+    )
 
 
 def check(name: str, folder: pathlib.Path, dtype_name: str) -> float:
@@ -136,10 +247,16 @@ def main() -> None:
                 if "norm" in key:
                     parameter.data += 0.2 * torch.randn_like(parameter)
             model.save_pretrained(folder / "model", max_shard_size="20KB")
-            save_file({"input_ids": torch.randint(0, config.vocab_size, (3, 11))}, folder / "ids.safetensors")
+            save_file(
+                {"input_ids": torch.randint(0, config.vocab_size, (3, 11))},
+                folder / "ids.safetensors",
+            )
             worst = {dtype: check(name, folder, dtype) for dtype in ("float64", "float32")}
             checks += 2
-            print(f"{name:28} float64 {worst['float64']:.2e}  float32 {worst['float32']:.2e}", flush=True)
+            print(
+                f"{name:28} float64 {worst['float64']:.2e}  float32 {worst['float32']:.2e}",
+                flush=True,
+            )
     print(f"{checks} passed, 0 failed")
 
 

@@ -17,6 +17,7 @@ struct TensorNames {
   std::string expert_up;
   std::string expert_down;
 };
+/// What     The names of a family; collegium_moe uses those of qwen3_moe.
 TensorNames tensor_names(Family family);
 
 /// What     Reads keys of a Hugging Face config.json with the class defaults of its family.
@@ -47,6 +48,7 @@ class HfReader {
   std::string origin_;
 };
 
+/// What     A family's config.json as a model, before complete().
 ModelConfig parse_mixtral(const HfReader& reader);
 ModelConfig parse_olmoe(const HfReader& reader);
 ModelConfig parse_qwen3_moe(const HfReader& reader);
@@ -56,6 +58,7 @@ std::optional<std::string> not_mixtral(const ModelConfig& config);
 std::optional<std::string> not_olmoe(const ModelConfig& config);
 std::optional<std::string> not_qwen3_moe(const ModelConfig& config);
 
+/// What     The family's keys, written over those of `json`.
 void write_mixtral(const ModelConfig& config, Json& json);
 void write_olmoe(const ModelConfig& config, Json& json);
 void write_qwen3_moe(const ModelConfig& config, Json& json);

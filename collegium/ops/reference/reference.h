@@ -34,6 +34,7 @@ std::vector<double> matrix_vector(const Matrix& w, const std::vector<double>& x)
 /// What     One expert: down(silu(gate x) * up x), with gate_up [2F, D] and down [D, F].
 std::vector<double> expert(const Matrix& gate_up, const Matrix& down, const std::vector<double>& x);
 
+/// What     z / (1 + exp(-z)).
 double silu(double z);
 
 }  // namespace collegium::ops::reference

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/moe/options.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "collegium/moe/balance.h"
+#include "collegium/moe/capacity.h"
+#include "tests/moe/cases.h"
+#include "tests/support/tensors.h"
+
+namespace collegium {
+namespace {
+
+struct Mistake {
+  std::string message;
+  std::function<void(moe::MoeOptions&)> make;
+};
+
+TEST(MoeOptions, every_mistake_has_its_message) {
+  using namespace moe;
+  const std::vector<Mistake> mistakes = {
+      {"moe.num_experts = 0: must be at least 1", [](MoeOptions& o) { o.num_experts = 0; }},
+      {"moe.top_k = 7: must lie between 1 and num_experts = 6", [](MoeOptions& o) { o.top_k = 7; }},
+      {"moe.ffn_size = 0: must be at least 1", [](MoeOptions& o) { o.ffn_size = 0; }},
+      {"moe.router.num_groups = 4: must divide num_experts = 6",
+       [](MoeOptions& o) { o.router.num_groups = 4; }},
+      {"moe.router.top_groups = 3: must lie between 1 and num_groups = 2",
+       [](MoeOptions& o) {
+         o.router.num_groups = 2;
+         o.router.top_groups = 3;
+       }},
+      {"moe.top_k = 3: 1 groups of 2 experts hold only 2",
+       [](MoeOptions& o) {
+         o.top_k = 3;
+         o.router.num_groups = 3;
+       }},
+      {"moe.router.scaling_factor = 0: must be positive", [](MoeOptions& o) { o.router.scaling_factor = 0; }},
+      {"moe.router.jitter_epsilon = 1: must lie in [0, 1)",
+       [](MoeOptions& o) { o.router.jitter_epsilon = 1; }},
+      {"moe.router.noise = \"random_second_expert\": needs top_k = 2, not 3",
+       [](MoeOptions& o) {
+         o.top_k = 3;
+         o.router.noise = Noise::kRandomSecondExpert;
+       }},
+      {"moe.router.selection = \"expert_choice\": looks at future tokens",
+       [](MoeOptions& o) { o.router.selection = Selection::kExpertChoice; }},
+      {"moe.top_k = 1 with renormalised weights", [](MoeOptions& o) { o.top_k = 1; }},
+      {"moe.balance.z_loss = -1: must not be negative", [](MoeOptions& o) { o.balance.z_loss = -1; }},
+      {"moe.balance.load_cv2 = 0.1: the smooth load needs", [](MoeOptions& o) { o.balance.load_cv2 = 0.1; }},
+      {"moe.capacity.factor = \"1,5\": must be a positive decimal",
+       [](MoeOptions& o) { o.capacity.factor = "1,5"; }},
+      {"moe.capacity.group_sequences = 0: must be at least 1",
+       [](MoeOptions& o) { o.capacity.group_sequences = 0; }},
+      {"moe.router.renormalize = \"after_drop\": nothing is dropped",
+       [](MoeOptions& o) { o.router.renormalize = Renormalize::kAfterDrop; }},
+      {"moe.shared_expert.ffn_size = 0: must be at least 1 for kind = \"sum\"",
+       [](MoeOptions& o) { o.shared_expert.kind = SharedExpert::kSum; }}};
+  for (const Mistake& mistake : mistakes) {
+    moe::MoeOptions options = test::base_options();
+    mistake.make(options);
+    try {
+      moe::validate(options, "moe", true, true);
+      ADD_FAILURE() << "accepted: " << mistake.message;
+    } catch (const ConfigError& error) {
+      EXPECT_THAT(error.what(), testing::StartsWith(mistake.message));
+    }
+  }
+}
+
+TEST(MoeOptions, renormalized_top_one_is_allowed_in_evaluation) {
+  moe::MoeOptions options = test::base_options();
+  options.top_k = 1;
+  EXPECT_NO_THROW(moe::validate(options, "moe", true, /*training=*/false));
+}
+
+TEST(Capacity, is_exact_rational_arithmetic) {
+  moe::MoeOptions options = test::base_options();
+  options.num_experts = 4;
+  options.capacity.factor = "1.1";
+  options.capacity.min_capacity = 0;
+  EXPECT_EQ(moe::expert_capacity(options, 100),
+            55);  // 100 * 2 / 4 * 1.1; in binary floating point its ceiling is 56
+  options.capacity.factor = "1.0";
+  EXPECT_EQ(moe::expert_capacity(options, 101), 51);
+  options.capacity.min_capacity = 64;
+  EXPECT_EQ(moe::expert_capacity(options, 101), 64);
+}
+
+TEST(Capacity, group_that_straddles_ranks_is_refused) {
+  moe::MoeOptions options = test::base_options();
+  options.capacity = {.drop_policy = moe::DropPolicy::kPosition, .group_sequences = 2};
+  moe::TokenContext context;
+  context.num_sequences = 3;
+  context.sequence_length = 1;
+  EXPECT_THROW(moe::kept_slots(options, at::zeros({3, 2}, at::kInt), at::zeros({3, 2}), context),
+               ConfigError);
+}
+
+TEST(ExpertBias, follows_the_sign_of_the_exact_excess) {
+  at::Tensor bias = at::zeros({4}, at::kFloat);
+  const std::int64_t large = std::int64_t{1} << 40;  // a float would lose the difference of one
+  moe::update_expert_bias(bias, at::tensor({large, large + 1, large - 1, large}, at::kLong), 0.25);
+  EXPECT_TRUE(at::equal(bias, at::tensor({0.0F, -0.25F, 0.25F, 0.0F})));
+}
+
+// The values of a balanced and of a collapsed router, worked out by hand for E = 16, K = 4 (one layer).
+TEST(BalanceLoss, known_values_when_balanced_and_collapsed) {
+  moe::MoeOptions options = test::base_options();
+  options.num_experts = 16;
+  options.top_k = 4;
+  options.balance = {.load_balance = 1, .gshard = 1, .hf_pooled = 1};
+  moe::RouterStatistics balanced;
+  balanced.num_tokens_B = at::full({1}, 64, at::kLong);
+  balanced.choice_counts_BE = at::full({1, 16}, 16, at::kLong);
+  balanced.first_counts_BE = at::full({1, 16}, 4, at::kLong);
+  balanced.prob_sums_BE = at::full({1, 16}, 4.0, at::kDouble);
+  balanced.squared_lse_B = at::zeros({1}, at::kDouble);
+  moe::RouterStatistics collapsed = balanced;
+  const at::Tensor first_four = (at::arange(16) < 4).unsqueeze(0);
+  collapsed.choice_counts_BE = 64 * first_four.to(at::kLong);
+  collapsed.prob_sums_BE = 16.0 * first_four.to(at::kDouble);
+  const std::vector<moe::RouterStatistics> one = {balanced};
+  const moe::BalanceLoss even = moe::balance_loss(options, one);
+  EXPECT_DOUBLE_EQ(even.terms.at("load_balance"), 1.0);
+  EXPECT_DOUBLE_EQ(even.terms.at("gshard"), 1.0 / 256);
+  EXPECT_DOUBLE_EQ(even.terms.at("hf_pooled"), 4.0);
+  EXPECT_DOUBLE_EQ(even.normalized_balance, 1.0);
+  const std::vector<moe::RouterStatistics> other = {collapsed};
+  EXPECT_DOUBLE_EQ(moe::balance_loss(options, other).terms.at("load_balance"), 4.0);
+}
+
+}  // namespace
+}  // namespace collegium
