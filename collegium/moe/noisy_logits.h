@@ -17,7 +17,8 @@ struct NoisyLogits {
   at::Tensor normal_TE;
   at::Tensor noisy_TE;
 };
-/// What     H from the clean logits, x W_noise^T and one standard normal number per token and expert, all [T, E].
+/// What     H from the clean logits, x W_noise^T and one standard normal number per token and expert, all [T,
+/// E].
 NoisyLogits add_learned_noise(const at::Tensor& clean_TE, const at::Tensor& raw_std_TE,
                               const at::Tensor& normal_TE);
 

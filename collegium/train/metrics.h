@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <memory>
+#include <string>
 
 #include "collegium/base/fields.h"
 #include "collegium/train/trainer.h"
@@ -29,15 +30,18 @@ class MetricsWriter {
   MetricsWriter(const std::filesystem::path& run_folder, std::int64_t last_step);
 
   void write(const StepReport& report, const StepSpeed& speed);
+  /// Does nothing when this step was validated before: a resumed run sees the same weights.
   void write(std::int64_t step, const ValidationResult& validation);
 
  private:
   void append(const Json& record);
+  std::string records_until(std::int64_t last_step);
 
   struct Close {
     void operator()(std::FILE* file) const { std::fclose(file); }
   };
   std::filesystem::path path_;
+  std::int64_t last_validation_ = -1;  ///< step of the newest validation record that was kept
   std::unique_ptr<std::FILE, Close> file_;
 };
 

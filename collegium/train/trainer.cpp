@@ -158,7 +158,8 @@ void Trainer::update_biases(const std::vector<moe::MonitorSums>& monitors) {
 void Trainer::explain_non_finite(const MicroBatch& batch, const model::ForwardOptions& options,
                                  double loss) const {
   const at::NoGradGuard no_grad;
-  const std::string head = fmt::format("step {}: the loss is {}", state_.step + 1, loss);
+  const std::string head =
+      fmt::format("step {}: the loss is {}", state_.step + 1, std::isnan(loss) ? "nan" : "infinite");
   for (const model::Parameter& parameter : decoder_->parameters()) {
     if (!at::isfinite(parameter.value).all().item<bool>())
       throw Error(fmt::format("{}: parameter {} is not finite", head, parameter.name));

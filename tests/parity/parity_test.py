@@ -3,7 +3,7 @@
 """Logits, loss, auxiliary loss and every gradient of `collegium eval` against transformers.
 
 Random tiny models of the three families, with odd sizes on purpose. float64 must agree to 1e-9 (norm-wise relative);
-transformers computes norms, rotary tables and the router's softmax in float32 even then; `lifted_to_float64` lifts them.
+transformers computes norms, rotary tables and the router's softmax in float32 even then, which the test lifts.
 float32 must agree within epsilon times the length of the longest reductions on the path.
 """
 

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// The kernels against their ATen forms and the plain-loop references, at sizes around vector widths and task
+// sizes.
+
+#include <gtest/gtest.h>
+
+#include "collegium/ops/grouped_mm.h"
+#include "collegium/ops/permute.h"
+#include "collegium/ops/swiglu.h"
+#include "collegium/ops/topk.h"
+#include "tests/support/tensors.h"
+
+namespace collegium {
+namespace {
+
+using test::bound;
+using test::random_tensor;
+using test::relative_difference;
+
+const at::ScalarType kDtypes[] = {at::kDouble, at::kFloat, at::kBFloat16};
+
+TEST(TopK, equals_reference_and_aten_form_with_ties_and_nan) {
+  for (const std::int64_t num_columns : {1, 2, 7, 64}) {
+    // Few distinct values: many ties.
+    at::Tensor scores = (random_tensor("scores", {300, num_columns}) * 2).round();
+    scores[3][0] = std::numeric_limits<double>::quiet_NaN();
+    scores[4].fill_(std::numeric_limits<double>::quiet_NaN());
+    scores[5].fill_(-std::numeric_limits<double>::infinity());
+    for (const std::int64_t k : {std::int64_t{1}, (num_columns + 1) / 2, num_columns}) {
+      const at::Tensor ids = ops::topk_stable(scores, k);
+      EXPECT_TRUE(at::equal(ids, ops::topk_stable_aten(scores, k))) << num_columns << " " << k;
+      const auto matrix = test::to_matrix(scores);
+      for (std::int64_t row = 0; row < 10; ++row) {
+        const std::vector<double> values(matrix.values.begin() + row * num_columns,
+                                         matrix.values.begin() + (row + 1) * num_columns);
+        const auto expected = ops::reference::topk(values, k);
+        for (std::int64_t j = 0; j < k; ++j)
+          EXPECT_EQ(ids[row][j].item<int>(), expected[static_cast<std::size_t>(j)]);
+      }
+    }
+  }
+}
+
+// T = 3, K = 2, ids {1,0} {-1,1} {0,-1}: expert 0 gets slots 1 and 4, expert 1 gets slots 0 and 3.
+TEST(Permutation, hand_worked_example) {
+  const at::Tensor ids = at::tensor({1, 0, -1, 1, 0, -1}, at::kInt).view({3, 2});
+  for (const auto& p : {ops::group_by_expert(ids, 3), ops::group_by_expert_aten(ids, 3)}) {
+    EXPECT_TRUE(at::equal(p.row_slot_R, at::tensor({1, 4, 0, 3}, at::kInt)));
+    EXPECT_TRUE(at::equal(p.row_token_R, at::tensor({0, 2, 0, 1}, at::kInt)));
+    EXPECT_TRUE(at::equal(p.slot_row_TK, at::tensor({2, 0, -1, 3, 1, -1}, at::kInt).view({3, 2})));
+    EXPECT_TRUE(at::equal(p.counts_E, at::tensor({2, 2, 0}, at::kLong)));
+  }
+}
+
+TEST(Permutation, gather_and_combine_equal_their_aten_forms_and_are_adjoint) {
+  for (const auto dtype : kDtypes) {
+    for (const std::int64_t num_tokens : {0, 1, 33, 200}) {
+      const at::Tensor ids = (random_tensor("ids", {num_tokens, 3}) * 3).round().clamp(-1, 4).to(at::kInt);
+      const ops::Permutation p = ops::group_by_expert(ids, 5);
+      const at::Tensor x = random_tensor("x", {num_tokens, 19}, dtype);
+      const at::Tensor rows = ops::gather_rows(x, p.row_token_R);
+      EXPECT_TRUE(at::equal(rows, ops::gather_rows_aten(x, p.row_token_R)));
+      const at::Tensor y = ops::combine_rows(rows, p.slot_row_TK);
+      EXPECT_TRUE(at::equal(y, ops::combine_rows_aten(rows, p.slot_row_TK)));
+      if (dtype != at::kDouble || num_tokens == 0) continue;
+      // <gather(x), r> = <x, combine(r)>
+      const at::Tensor r = random_tensor("r", rows.sizes());
+      const double left = (rows * r).sum().item<double>();
+      const double right = (x * ops::combine_rows(r, p.slot_row_TK)).sum().item<double>();
+      EXPECT_NEAR(left, right,
+                  bound(dtype, rows.numel()) * rows.norm().item<double>() * r.norm().item<double>());
+    }
+  }
+}
+
+TEST(Swiglu, forward_and_backward_equal_aten_form_and_autograd) {
+  for (const auto dtype : kDtypes) {
+    for (const std::int64_t width : {1, 15, 16, 17, 64, 100}) {
+      const at::Tensor hidden = random_tensor("hidden", {9, 2 * width}, dtype);
+      const at::Tensor grad = random_tensor("grad", {9, width}, dtype);
+      for (const bool weighted : {true, false}) {
+        const at::Tensor weights =
+            weighted ? random_tensor("w", {9}, dtype == at::kDouble ? at::kDouble : at::kFloat)
+                     : at::Tensor();
+        // Inner math is fp32 on both sides: they differ by its roundings and, in bf16, by one last one.
+        const double limit = dtype == at::kBFloat16 ? bound(dtype, 1) : bound(dtype, 16);
+        EXPECT_LE(relative_difference(ops::swiglu(hidden, weights), ops::swiglu_aten(hidden, weights)),
+                  limit);
+        const auto ours = ops::swiglu_backward(grad, hidden, weights);
+        const auto aten = ops::swiglu_backward_aten(grad, hidden, weights);
+        EXPECT_LE(relative_difference(ours.gate_up_RG, aten.gate_up_RG), limit);
+        if (weighted) {
+          EXPECT_LE(relative_difference(ours.weights_R, aten.weights_R), bound(at::kFloat, 16 + width));
+        }
+        if (dtype != at::kDouble) continue;
+        const at::Tensor leaf = hidden.clone().requires_grad_(true);
+        const auto halves = leaf.chunk(2, 1);
+        at::Tensor out = at::silu(halves[0]) * halves[1];
+        if (weighted) out = out * weights.unsqueeze(1);
+        (out * grad).sum().backward();
+        EXPECT_LE(relative_difference(ours.gate_up_RG, leaf.grad()), bound(dtype, 16));
+      }
+    }
+  }
+}
+
+TEST(GroupedMm, equals_one_product_per_expert_under_both_schedules) {
+  const std::vector<std::vector<std::int64_t>> loads = {{0, 0, 0, 0, 0, 0, 0, 0},
+                                                        {40, 0, 0, 0, 0, 0, 0, 0},
+                                                        {5, 5, 5, 5, 5, 5, 5, 5},
+                                                        {1, 0, 9, 2, 0, 3, 3, 2}};
+  for (const auto dtype : kDtypes) {
+    for (const auto& load : loads) {
+      const at::Tensor counts = at::tensor(load, at::kLong);
+      const std::int64_t num_rows = counts.sum().item<std::int64_t>();
+      const at::Tensor x = random_tensor("x", {num_rows, 12}, dtype);
+      const at::Tensor w = random_tensor("w", {8, 10, 12}, dtype);
+      const at::Tensor g = random_tensor("g", {num_rows, 10}, dtype);
+      const at::Tensor y = ops::grouped_mm(x, w, counts);
+      const at::Tensor dx = ops::grouped_mm_grad_rows(g, w, counts);
+      const at::Tensor dw = ops::grouped_mm_grad_weights(g, x, counts);
+      std::int64_t offset = 0;
+      for (std::int64_t e = 0; e < 8; ++e) {
+        const std::int64_t rows = load[static_cast<std::size_t>(e)];
+        const at::Tensor xe = x.narrow(0, offset, rows).to(at::kDouble);
+        const at::Tensor ge = g.narrow(0, offset, rows).to(at::kDouble);
+        const at::Tensor we = w[e].to(at::kDouble);
+        // Sums of at most 40 products, rounded once to the result's dtype.
+        const double limit = bound(dtype, 1) + bound(dtype == at::kDouble ? dtype : at::kFloat, 40);
+        EXPECT_LE(relative_difference(y.narrow(0, offset, rows), xe.mm(we.t())), limit);
+        EXPECT_LE(relative_difference(dx.narrow(0, offset, rows), ge.mm(we)), limit);
+        EXPECT_LE(relative_difference(dw[e], ge.t().mm(xe)), limit);
+        if (rows == 0) {
+          EXPECT_EQ(dw[e].abs().sum().item<double>(), 0.0);
+        }
+        offset += rows;
+      }
+    }
+  }
+}
+
+TEST(GroupedMm, schedule_is_a_function_of_its_arguments) {
+  EXPECT_EQ(ops::choose_schedule(at::full({64}, 512, at::kLong), 512, 256, 2), ops::GemmSchedule::kAcross);
+  EXPECT_EQ(ops::choose_schedule(at::full({8}, 1024, at::kLong), 512, 1792, 2), ops::GemmSchedule::kInside);
+  EXPECT_EQ(ops::choose_schedule(at::tensor({4000, 1, 1, 1, 1, 1, 1, 1}, at::kLong), 64, 64, 2),
+            ops::GemmSchedule::kInside);
+  EXPECT_EQ(ops::choose_schedule(at::full({64}, 512, at::kLong), 512, 256, 1), ops::GemmSchedule::kInside);
+}
+
+}  // namespace
+}  // namespace collegium

@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/train/trainer.h"
+
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <fstream>
+
+#include "collegium/base/error.h"
+#include "tests/support/tensors.h"
+#include "tests/support/tiny_model.h"
+
+namespace collegium {
+namespace {
+
+namespace fs = std::filesystem;
+
+class Training : public testing::Test {
+ protected:
+  void SetUp() override {
+    folder_ = fs::temp_directory_path() /
+              ("collegium_" + std::string(testing::UnitTest::GetInstance()->current_test_info()->name()));
+    fs::remove_all(folder_);
+    test::write_counting_corpus(folder_, 24);
+    write_file_atomically(folder_ / "run.toml", test::tiny_run_file(folder_));
+  }
+  void TearDown() override { fs::remove_all(folder_); }
+
+  train::RunConfig config(const std::vector<std::string>& overrides = {}) const {
+    return train::read_run_config(folder_ / "run.toml", overrides);
+  }
+  static at::Tensor all_masters(const train::Trainer& trainer) {
+    std::vector<at::Tensor> parts;
+    for (const optim::Slot& slot : trainer.masters().slots())
+      parts.push_back(slot.master.reshape({-1}).clone());
+    return at::cat(parts);
+  }
+
+  fs::path folder_;
+};
+
+TEST_F(Training, loss_falls) {
+  train::Trainer trainer(config({"train.steps=40", "model.moe.capacity.drop_policy=none"}));
+  const double first = trainer.step().loss;
+  double last = first;
+  for (int i = 1; i < 40; ++i) last = trainer.step().loss;
+  EXPECT_LT(last, 0.7 * first);
+}
+
+// A micro-step is a part of the global batch: cutting it otherwise only changes the order of summation.
+TEST_F(Training, does_not_depend_on_the_micro_steps) {
+  train::Trainer whole(config({"batch.micro_sequences=6"}));
+  for (int i = 0; i < 3; ++i) whole.step();
+  for (const char* size : {"1", "2", "3", "4"}) {
+    train::Trainer cut(config({std::string("batch.micro_sequences=") + size}));
+    for (int i = 0; i < 3; ++i) cut.step();
+    EXPECT_LE(test::relative_difference(all_masters(cut), all_masters(whole)), 1e-11) << size;
+  }
+}
+
+TEST_F(Training, recomputation_and_reruns_are_bit_identical) {
+  train::Trainer plain(config());
+  train::Trainer again(config());
+  train::Trainer recomputed(config({"train.recompute=true"}));
+  for (int i = 0; i < 3; ++i) {
+    const double loss = plain.step().loss;
+    EXPECT_EQ(again.step().loss, loss);
+    EXPECT_EQ(recomputed.step().loss, loss);
+  }
+  EXPECT_TRUE(at::equal(all_masters(again), all_masters(plain)));
+  EXPECT_TRUE(at::equal(all_masters(recomputed), all_masters(plain)));
+}
+
+TEST_F(Training, resumed_run_is_bit_identical) {
+  for (const char* dtype : {"float64", "float32", "bfloat16"}) {
+    const std::vector<std::string> overrides = {std::string("train.dtype=") + dtype,
+                                                "model.moe.router.bias_balancing=true"};
+    fs::remove_all(folder_ / "run");
+    fs::create_directories(folder_ / "run");
+    train::Trainer whole(config(overrides));
+    train::Trainer first(config(overrides));
+    for (int i = 0; i < 5; ++i) whole.step();
+    for (int i = 0; i < 2; ++i) first.step();
+    const fs::path checkpoint = first.save(0.0);
+    train::Trainer second(config(overrides));
+    second.resume(checkpoint, /*weights_only=*/false);
+    for (int i = 2; i < 5; ++i) second.step();
+    EXPECT_TRUE(at::equal(all_masters(second), all_masters(whole))) << dtype;
+  }
+}
+
+TEST_F(Training, replayed_routing_gives_the_recorded_run) {
+  train::Trainer recorded(config());
+  recorded.record_routing(folder_ / "routing");
+  train::Trainer replayed(config());
+  for (int i = 0; i < 2; ++i) recorded.step();
+  replayed.replay_routing(folder_ / "routing");
+  for (int i = 0; i < 2; ++i) replayed.step();
+  EXPECT_TRUE(at::equal(all_masters(replayed), all_masters(recorded)));
+}
+
+TEST_F(Training, frozen_parameters_stay_and_starting_from_a_folder_works) {
+  fs::create_directories(folder_ / "run");
+  train::Trainer first(config());
+  first.step();
+  const fs::path checkpoint = first.save(0.0);
+  std::ofstream(folder_ / "tune.toml")
+      << "run_folder = \"" << (folder_ / "run2").string() << "\"\n[data]\npath = \""
+      << (folder_ / "data").string()
+      << "\"\nsequence_length = 12\n[batch]\nglobal_batch = 2\nmicro_sequences = 2\n[train]\ndtype = "
+         "\"float64\"\n[model]\ninit = \""
+      << checkpoint.string() << "\"\nfreeze = [\"*.gate.weight\", \"model.embed_tokens.*\"]\n";
+  train::Trainer tuned(train::read_run_config(folder_ / "tune.toml", {}));
+  const at::Tensor router = tuned.decoder().value("layers.0.moe.router").clone();
+  const at::Tensor experts = tuned.decoder().value("layers.0.moe.down").clone();
+  EXPECT_TRUE(at::equal(router, first.decoder().value("layers.0.moe.router")));
+  tuned.step();
+  EXPECT_TRUE(at::equal(tuned.decoder().value("layers.0.moe.router"), router));
+  EXPECT_FALSE(at::equal(tuned.decoder().value("layers.0.moe.down"), experts));
+}
+
+TEST_F(Training, balancing_lowers_the_violation) {
+  const auto violation = [&](const std::string& coefficient) {
+    train::Trainer trainer(config({"train.steps=120", "model.moe.capacity.drop_policy=none",
+                                   "model.moe.balance.load_balance=" + coefficient,
+                                   "model.moe.balance.load_balance_scope=batch"}));
+    double sum = 0.0;
+    for (int i = 0; i < 120; ++i) {
+      const auto report = trainer.step();
+      if (i >= 80) sum += report.layers[0].max_violation + report.layers[1].max_violation;
+    }
+    return sum;
+  };
+  EXPECT_LT(violation("1.0"), 0.7 * violation("0.0"));
+}
+
+TEST_F(Training, non_finite_loss_names_step_and_tensor) {
+  train::Trainer trainer(config());
+  trainer.step();
+  at::NoGradGuard no_grad;
+  trainer.decoder().value("layers.1.moe.down")[2][0][0].fill_(std::numeric_limits<double>::quiet_NaN());
+  try {
+    trainer.step();
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_THAT(error.what(),
+                testing::HasSubstr("step 2: the loss is nan: parameter layers.1.moe.down is not finite"));
+  }
+}
+
+TEST_F(Training, damaged_checkpoints_are_named) {
+  fs::create_directories(folder_ / "run");
+  train::Trainer trainer(config());
+  trainer.step();
+  const fs::path checkpoint = trainer.save(0.0);
+  for (const char* name :
+       {"model.safetensors", "config.json", "training/optimizer.safetensors", "training/state.json"}) {
+    const std::string content = read_file(checkpoint / name);
+    std::string damaged = content;
+    damaged[damaged.size() / 2] = static_cast<char>(damaged[damaged.size() / 2] ^ 1);
+    write_file_atomically(checkpoint / name, damaged);
+    try {
+      trainer.resume(checkpoint, false);
+      ADD_FAILURE() << name;
+    } catch (const ConfigError& error) {
+      EXPECT_THAT(error.what(), testing::HasSubstr(std::string(name) + " is damaged or was changed"));
+    }
+    write_file_atomically(checkpoint / name, content.substr(1));
+    EXPECT_THROW(trainer.resume(checkpoint, false), ConfigError);
+    write_file_atomically(checkpoint / name, content);
+  }
+  trainer.resume(checkpoint, false);
+  fs::remove(checkpoint / "model.safetensors");
+  EXPECT_THROW(trainer.resume(checkpoint, false), ConfigError);
+}
+
+TEST_F(Training, keeps_the_last_checkpoints_and_passes_over_uncommitted_ones) {
+  fs::create_directories(folder_ / "run");
+  train::Trainer trainer(config());
+  for (int i = 0; i < 4; ++i) {
+    trainer.step();
+    trainer.save(0.0);
+  }
+  fs::create_directories(folder_ / "run/step-00000009");
+  fs::create_directories(folder_ / "run/step-00000010.tmp-1/training");
+  EXPECT_EQ(train::find_latest_checkpoint(folder_ / "run")->filename(), "step-00000004");
+  EXPECT_TRUE(fs::exists(folder_ / "run/step-00000003"));
+  EXPECT_FALSE(fs::exists(folder_ / "run/step-00000002"));
+  train::remove_temporary_folders(folder_ / "run");
+  EXPECT_FALSE(fs::exists(folder_ / "run/step-00000010.tmp-1"));
+}
+
+}  // namespace
+}  // namespace collegium
