@@ -12,21 +12,6 @@ namespace collegium::train {
 
 namespace {
 
-// Whole records up to the step; a torn last line is left out.
-std::string records_until(const std::filesystem::path& path, std::int64_t last_step) {
-  std::string kept;
-  std::istringstream lines(read_file(path));
-  std::string line;
-  while (std::getline(lines, line)) {
-    const Json record = Json::parse(line, nullptr, /*allow_exceptions=*/false);
-    if (record.is_discarded() || !record.contains("step") || record["step"].get<std::int64_t>() > last_step)
-      break;
-    kept += line;
-    kept += '\n';
-  }
-  return kept;
-}
-
 Json layers_json(const std::vector<moe::LayerMonitors>& layers) {
   Json list = Json::array();
   for (const moe::LayerMonitors& layer : layers) list.push_back(write_fields(layer));
@@ -35,9 +20,25 @@ Json layers_json(const std::vector<moe::LayerMonitors>& layers) {
 
 }  // namespace
 
+// Whole records up to the step; a torn last line is left out.
+std::string MetricsWriter::records_until(std::int64_t last_step) {
+  std::string kept;
+  std::istringstream lines(read_file(path_));
+  std::string line;
+  while (std::getline(lines, line)) {
+    const Json record = Json::parse(line, nullptr, /*allow_exceptions=*/false);
+    if (record.is_discarded() || !record.contains("step") || record["step"].get<std::int64_t>() > last_step)
+      break;
+    if (record.value("kind", "") == "validation") last_validation_ = record["step"].get<std::int64_t>();
+    kept += line;
+    kept += '\n';
+  }
+  return kept;
+}
+
 MetricsWriter::MetricsWriter(const std::filesystem::path& run_folder, std::int64_t last_step)
     : path_(run_folder / "metrics.jsonl") {
-  if (std::filesystem::exists(path_)) write_file_atomically(path_, records_until(path_, last_step));
+  if (std::filesystem::exists(path_)) write_file_atomically(path_, records_until(last_step));
   file_.reset(std::fopen(path_.c_str(), "ab"));
   if (file_ == nullptr) throw Error(fmt::format("cannot write {}: {}", path_.string(), std::strerror(errno)));
 }
@@ -68,6 +69,8 @@ void MetricsWriter::write(const StepReport& report, const StepSpeed& speed) {
 }
 
 void MetricsWriter::write(std::int64_t step, const ValidationResult& validation) {
+  if (step == last_validation_) return;
+  last_validation_ = step;
   Json specialization = Json::array();
   for (const LayerSpecialization& layer : validation.specialization)
     specialization.push_back(write_fields(layer));
