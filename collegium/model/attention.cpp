@@ -9,7 +9,7 @@ namespace collegium::model {
 
 namespace {
 
-// [B, S, n A] -> [B, n, S, A], normalised and clipped as the family does it.
+// [B, S, D] -> [B, S, n, A], normalised and clipped as the family does it.
 at::Tensor project(const ModelConfig& c, const at::Tensor& x_BSD, const at::Tensor& weight,
                    const at::Tensor& norm, std::int64_t num_heads) {
   at::Tensor y = at::linear(x_BSD, weight);
@@ -17,7 +17,7 @@ at::Tensor project(const ModelConfig& c, const at::Tensor& x_BSD, const at::Tens
   if (c.clip_qkv > 0.0) y = at::clamp(y, -c.clip_qkv, c.clip_qkv);
   y = y.view({y.size(0), y.size(1), num_heads, c.head_dim});
   if (norm.defined() && c.qk_norm == QkNorm::kPerHead) y = rms_norm(y, norm, c.norm_eps);
-  return y.transpose(1, 2);
+  return y;
 }
 
 at::Tensor repeat_heads(const at::Tensor& x_BJCA, std::int64_t times) {
@@ -49,11 +49,14 @@ AttentionContext attention_context(const ModelConfig& config, std::int64_t past,
 
 at::Tensor attention(const ModelConfig& config, const AttentionWeights& weights, const at::Tensor& x_BSD,
                      const AttentionContext& context, LayerCache* cache) {
+  // The head dim moves in front of the positions by strides alone; the attention kernel takes it so.
   const at::Tensor q =
-      apply_rotary(project(config, x_BSD, weights.q, weights.q_norm, config.num_heads), context.rotary);
+      apply_rotary(project(config, x_BSD, weights.q, weights.q_norm, config.num_heads), context.rotary)
+          .transpose(1, 2);
   at::Tensor k =
-      apply_rotary(project(config, x_BSD, weights.k, weights.k_norm, config.num_kv_heads), context.rotary);
-  at::Tensor v = project(config, x_BSD, weights.v, {}, config.num_kv_heads);
+      apply_rotary(project(config, x_BSD, weights.k, weights.k_norm, config.num_kv_heads), context.rotary)
+          .transpose(1, 2);
+  at::Tensor v = project(config, x_BSD, weights.v, {}, config.num_kv_heads).transpose(1, 2);
   if (cache != nullptr) {
     if (cache->keys_BJCA.defined()) {
       k = at::cat({cache->keys_BJCA, k}, 2);

@@ -120,6 +120,9 @@ void validate(const ModelConfig& c, bool training) {
                  c.num_kv_heads, c.num_heads);
   require_config(c.head_dim % 2 == 0, "model.head_dim = {}: the rotary embedding needs an even number",
                  c.head_dim);
+  require_config(c.padding_id >= -1 && c.padding_id < c.vocab_size,
+                 "model.padding_id (pad_token_id) = {}: must lie in [0, vocab_size = {}), or be -1 for none",
+                 c.padding_id, c.vocab_size);
   require_config(c.rope_theta > 0.0, "model.rope_theta = {}: must be positive", c.rope_theta);
   require_config(c.norm_eps > 0.0, "model.norm_eps = {}: must be positive", c.norm_eps);
   require_config(c.initializer_range > 0.0, "model.initializer_range = {}: must be positive",

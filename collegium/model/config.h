@@ -37,6 +37,7 @@ struct ModelConfig {
   std::int64_t sliding_window = 0;  ///< keys visible to a query; 0 = all
   QkNorm qk_norm = QkNorm::kNone;
   bool tie_embeddings = false;
+  std::int64_t padding_id = -1;  ///< its embedding gets no gradient from the input (pad_token_id); -1 = none
   std::vector<bool> moe_layers;  ///< per layer: experts (true) or a dense block
   moe::MoeOptions moe;
   bool output_router_logits = false;  ///< transformers adds the pooled aux loss to the loss when set
@@ -66,6 +67,8 @@ void describe(Fields& fields, ModelConfig& c) {
   fields("sliding_window", c.sliding_window, "keys that a query sees; 0 = all");
   fields("qk_norm", c.qk_norm, "none, per_head (Qwen3) or projection (OLMoE)");
   fields("tie_embeddings", c.tie_embeddings, "use the embedding as output matrix too");
+  fields("padding_id", c.padding_id,
+         "token whose embedding is not trained through the input (pad_token_id); -1 = none");
   fields("moe_layers", c.moe_layers, "per layer true (experts) or false (dense); empty = experts everywhere");
   fields("moe", c.moe, "the experts");
 }

@@ -7,6 +7,7 @@
 
 #include "collegium/base/error.h"
 #include "collegium/model/dense_ffn.h"
+#include "collegium/model/embedding.h"
 #include "collegium/model/norm.h"
 #include "collegium/model/recompute.h"
 
@@ -93,7 +94,7 @@ ForwardResult Decoder::forward(const at::Tensor& ids_BS, const ForwardOptions& o
   if (options.cache != nullptr) options.cache->layers.resize(blocks_.size());
 
   ForwardResult result;
-  at::Tensor x_BSD = at::embedding(value("embed_tokens"), ids_BS);
+  at::Tensor x_BSD = embed(value("embed_tokens"), ids_BS, config_.padding_id);
   const bool recomputed = options.recompute && at::GradMode::is_enabled();
   // With a frozen embedding nothing would require grad, and recompute() hangs the block's gradients on its
   // input.

@@ -7,21 +7,25 @@
 
 namespace collegium::model {
 
-/// Rotary tables for consecutive positions: cos and sin of position * theta^(-2 i / A), each twice along the
-/// last dim.
+/// cos and sin of position times frequency, [S, A/2] for the positions of one forward pass.
 struct RotaryTables {
-  at::Tensor cos_SA;
-  at::Tensor sin_SA;
+  at::Tensor cos;
+  at::Tensor sin;
 };
 
-/// What     Tables for positions [first, first + count). Computed in fp32 (fp64 for fp64) and rounded to
-/// `dtype`.
+/// What     Tables for positions first .. first + count - 1.
+/// Math     angle[s, i] = s theta^(-2 i / A), i < A/2
+/// Dtype    evaluated in double, returned in fp32, or in float64 for a float64 model.
 RotaryTables rotary_tables(std::int64_t first, std::int64_t count, std::int64_t head_dim, double theta,
                            at::ScalarType dtype);
 
-/// What     x cos + rotate_half(x) sin, where rotate_half pairs dims i and i + A/2.
-/// Shape    x_BHSA [B, H, S, A].
+/// What     Rotates the pairs (i, i + A/2) of every head by the angle of its position, with autograd.
+/// Shape    x_BSHA [B, S, H, A], tables of S positions -> [B, S, H, A]
+/// Dtype    compute dtype in and out; computed in fp32 (float64 for float64), the tables included.
 /// Ref      [Su2021, Eq 34] arXiv 2104.09864, in the half-rotate layout of Hugging Face
-at::Tensor apply_rotary(const at::Tensor& x_BHSA, const RotaryTables& tables);
+at::Tensor apply_rotary(const at::Tensor& x_BSHA, const RotaryTables& tables);
+
+/// The same as a chain of ATen operations: the oracle, and what devices other than the CPU run.
+at::Tensor apply_rotary_aten(const at::Tensor& x_BSHA, const RotaryTables& tables);
 
 }  // namespace collegium::model

@@ -75,7 +75,7 @@ CASES = {
             "num_key_value_heads": 2,
             "num_experts": 6,
             "num_experts_per_tok": 3,
-            "pad_token_id": None,
+            
             "eos_token_id": None,
         },
     ),
@@ -91,7 +91,7 @@ CASES = {
             "norm_topk_prob": True,
             "clip_qkv": 0.5,
             "output_router_logits": True,
-            "pad_token_id": None,
+            
             "eos_token_id": None,
         },
     ),

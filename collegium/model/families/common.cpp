@@ -48,6 +48,7 @@ ModelConfig parse_common(const HfReader& reader, const ModelConfig& defaults) {
   c.norm_eps = reader.get("rms_norm_eps", c.norm_eps);
   c.initializer_range = reader.get("initializer_range", c.initializer_range);
   c.tie_embeddings = reader.get("tie_word_embeddings", c.tie_embeddings);
+  c.padding_id = reader.get("pad_token_id", c.padding_id);
   c.moe.num_experts = reader.get({"num_experts", "num_local_experts"}, c.moe.num_experts);
   c.moe.top_k = reader.get("num_experts_per_tok", c.moe.top_k);
   c.output_router_logits = reader.get("output_router_logits", c.output_router_logits);
@@ -66,6 +67,8 @@ void write_common(const ModelConfig& c, Json& json) {
   json["rms_norm_eps"] = c.norm_eps;
   json["initializer_range"] = c.initializer_range;
   json["tie_word_embeddings"] = c.tie_embeddings;
+  // Null, not absent: a class default (1 in OLMoE) would stand in for an absent key.
+  json["pad_token_id"] = c.padding_id >= 0 ? Json(c.padding_id) : Json();
   json["num_experts_per_tok"] = c.moe.top_k;
   json["output_router_logits"] = c.output_router_logits;
   json["router_aux_loss_coef"] = c.router_aux_loss_coef;

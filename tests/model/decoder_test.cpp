@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+// One tiny decoder with dense and expert layers: recomputation, cache, masks, loss and sampling.
+#include "collegium/model/decoder.h"
+
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+
+#include "collegium/base/error.h"
+#include "collegium/model/generate.h"
+#include "tests/support/tensors.h"
+
+namespace collegium::model {
+namespace {
+
+using test::bound;
+using test::relative_difference;
+
+Decoder tiny_decoder(at::ScalarType dtype, std::int64_t window = 0) {
+  ModelConfig c;
+  c.family = Family::kQwen3Moe;
+  c.vocab_size = 29;
+  c.hidden_size = 12;
+  c.num_layers = 3;
+  c.num_heads = 4;
+  c.num_kv_heads = 2;
+  c.head_dim = 6;
+  c.dense_ffn_size = 10;
+  c.max_positions = 32;
+  c.initializer_range = 0.3;
+  c.sliding_window = window;
+  c.qk_norm = QkNorm::kPerHead;
+  c.moe_layers = {true, false, true};
+  c.moe.num_experts = 4;
+  c.moe.top_k = 2;
+  c.moe.ffn_size = 8;
+  auto parameters = list_parameters(c);
+  initialize_parameters(c, 5, dtype, parameters);
+  return Decoder(c, parameters);
+}
+
+at::Tensor some_ids() { return at::arange(22, at::kLong).mul(7).remainder(29).view({2, 11}); }
+
+std::vector<at::Tensor> gradients(const Decoder& decoder, bool recompute) {
+  ForwardOptions options;
+  options.recompute = recompute;
+  const ForwardResult result = decoder.forward(some_ids(), options);
+  cross_entropy_sum(decoder, result.hidden_BSD, some_ids().roll(1, 1)).backward();
+  std::vector<at::Tensor> all;
+  for (const Parameter& parameter : decoder.parameters()) {
+    all.push_back(parameter.value.grad().clone());
+    parameter.value.mutable_grad() = at::Tensor();
+  }
+  return all;
+}
+
+TEST(Decoder, recomputation_changes_no_bit_of_any_gradient) {
+  for (const auto dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
+    const Decoder decoder = tiny_decoder(dtype);
+    const auto kept = gradients(decoder, false);
+    const auto recomputed = gradients(decoder, true);
+    for (std::size_t i = 0; i < kept.size(); ++i)
+      EXPECT_TRUE(at::equal(kept[i], recomputed[i])) << decoder.parameters()[i].name;
+  }
+}
+
+TEST(Decoder, cached_logits_equal_uncached_ones) {
+  const at::NoGradGuard no_grad;
+  for (const std::int64_t window : {0, 4}) {
+    const Decoder decoder = tiny_decoder(at::kDouble, window);
+    const at::Tensor whole = decoder.forward(some_ids(), {}).hidden_BSD;
+    KvCache cache;
+    ForwardOptions options;
+    options.cache = &cache;
+    std::vector<at::Tensor> pieces;
+    std::int64_t begin = 0;
+    for (const std::int64_t size : {3, 5, 1, 1, 1}) {  // several positions at once on a filled cache, too
+      pieces.push_back(decoder.forward(some_ids().narrow(1, begin, size), options).hidden_BSD);
+      begin += size;
+    }
+    EXPECT_LE(relative_difference(at::cat(pieces, 1), whole), bound(at::kDouble, 1000));
+  }
+}
+
+TEST(Decoder, masked_documents_do_not_see_each_other) {
+  const at::NoGradGuard no_grad;
+  const Decoder decoder = tiny_decoder(at::kDouble);
+  ForwardOptions options;
+  options.document_ids_BS = at::cat({at::zeros({2, 4}, at::kLong), at::ones({2, 7}, at::kLong)}, 1);
+  at::Tensor other = some_ids().clone();
+  other.narrow(1, 0, 4).fill_(0);
+  const at::Tensor a = decoder.forward(some_ids(), options).hidden_BSD.narrow(1, 4, 7);
+  const at::Tensor b = decoder.forward(other, options).hidden_BSD.narrow(1, 4, 7);
+  EXPECT_LE(relative_difference(a, b), bound(at::kDouble, 1000));
+  EXPECT_GT(relative_difference(decoder.forward(some_ids(), {}).hidden_BSD.narrow(1, 4, 7), a), 1e-3);
+}
+
+TEST(CrossEntropySum, equals_autograd_over_several_chunks) {
+  const Decoder decoder = tiny_decoder(at::kDouble);
+  const at::Tensor hidden = test::random_tensor("hidden", {3, 700, 12}).requires_grad_(true);
+  at::Tensor targets = at::arange(2100, at::kLong).remainder(29).view({3, 700});
+  targets.narrow(1, 5, 9).fill_(-100);
+  const at::Tensor& head = decoder.output_matrix();
+  cross_entropy_sum(decoder, hidden, targets).mul(0.3).backward();
+  const at::Tensor ours_hidden = hidden.grad().clone();
+  const at::Tensor ours_head = head.grad().clone();
+  hidden.mutable_grad() = at::Tensor();
+  head.mutable_grad() = at::Tensor();
+  at::cross_entropy_loss(at::linear(hidden, head).flatten(0, 1), targets.flatten(), {}, at::Reduction::Sum)
+      .mul(0.3)
+      .backward();
+  EXPECT_LE(relative_difference(ours_hidden, hidden.grad()), bound(at::kDouble, 29));
+  EXPECT_LE(relative_difference(ours_head, head.grad()), bound(at::kDouble, 2100));
+}
+
+TEST(Generate, is_a_function_of_its_seed_and_stops_at_the_end_token) {
+  const Decoder decoder = tiny_decoder(at::kFloat);
+  SamplingOptions options{.max_tokens = 20, .temperature = 1.5, .top_k = 20, .top_p = 0.95, .seed = 1};
+  const auto first = generate(decoder, {1, 2, 3}, options);
+  EXPECT_EQ(first, generate(decoder, {1, 2, 3}, options));
+  options.seed = 2;
+  EXPECT_NE(first, generate(decoder, {1, 2, 3}, options));
+  options.seed = 1;
+  options.eos_id = first[4];
+  const auto stopped = generate(decoder, {1, 2, 3}, options);
+  EXPECT_EQ(stopped.back(), first[4]);
+  EXPECT_LE(stopped.size(), 5U);
+}
+
+TEST(Generate, refuses_prompts_outside_the_vocabulary_and_beyond_the_positions) {
+  const Decoder decoder = tiny_decoder(at::kFloat);
+  const auto message = [&](const std::vector<std::int64_t>& prompt, std::int64_t max_tokens) {
+    try {
+      generate(decoder, prompt, {.max_tokens = max_tokens});
+    } catch (const ConfigError& error) {
+      return std::string(error.what());
+    }
+    return std::string("no error");
+  };
+  EXPECT_THAT(message({}, 1), testing::HasSubstr("the prompt is empty"));
+  EXPECT_THAT(message({1, 29}, 1), testing::HasSubstr("prompt token 29: must lie in [0, vocab_size = 29)"));
+  EXPECT_THAT(message({1}, 32), testing::HasSubstr("more than the model's max_positions = 32"));
+}
+
+}  // namespace
+}  // namespace collegium::model
