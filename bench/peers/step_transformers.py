@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole training step beside transformers, interleaved in one session.
 
-Work: 4 layers, hidden 512, 8 heads, vocabulary 8192, 8 x 512 tokens, AdamW, bf16 weights; a coarse shape (8 experts, top 2,
-width 896) and a fine one (64 experts, top 8, width 128). transformers keeps bf16 weights and moments; ours keeps fp32
-masters and moments beside its bf16 weights. Each figure is the best step of all rounds, warm-up left out.
+Work: 4 layers, hidden 512, 8 heads, vocabulary 8192, 8 x 512 tokens, AdamW, bf16 weights; a coarse shape (8 experts,
+top 2, width 896) and a fine one (64 experts, top 8, width 128). transformers keeps bf16 weights and moments; ours keeps
+fp32 masters and moments beside its bf16 weights. Each figure is the best step of all rounds, warm-up left out.
 """
 
 import argparse

@@ -27,8 +27,11 @@ namespace collegium::model::row_math {
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+/// What     A value in the type its sums are kept in.
 COLLEGIUM_INLINE double widen(double value) { return value; }
+/// What     A value in the type its sums are kept in.
 COLLEGIUM_INLINE float widen(float value) { return value; }
+/// What     A value in the type its sums are kept in.
 COLLEGIUM_INLINE float widen(c10::BFloat16 value) {
   return std::bit_cast<float>(static_cast<std::uint32_t>(value.x) << 16U);
 }
@@ -64,6 +67,7 @@ COLLEGIUM_INLINE float exp_of_negative(float x) {
   const float power = std::bit_cast<float>((std::bit_cast<std::uint32_t>(shifted) << 23U) + 0x3f800000U);
   return x < -87.0F ? 0.0F : p * power;
 }
+/// What     exp(z) for z <= 0, by a polynomial that vectorises.
 COLLEGIUM_INLINE double exp_of_negative(double x) { return std::exp(x); }
 
 inline constexpr std::int64_t kLanes = 16;

@@ -75,7 +75,6 @@ CASES = {
             "num_key_value_heads": 2,
             "num_experts": 6,
             "num_experts_per_tok": 3,
-            
             "eos_token_id": None,
         },
     ),
@@ -91,7 +90,6 @@ CASES = {
             "norm_topk_prob": True,
             "clip_qkv": 0.5,
             "output_router_logits": True,
-            
             "eos_token_id": None,
         },
     ),
