@@ -9,6 +9,7 @@
 #include "collegium/cli/verb.h"
 #include "collegium/plan/account.h"
 #include "collegium/plan/cluster.h"
+#include "collegium/plan/search.h"
 #include "collegium/plan/validate.h"
 
 namespace collegium::cli {
@@ -18,7 +19,15 @@ namespace {
 struct PlanArguments {
   std::string model;
   std::string validate;
+  std::string cluster = "h100-80";
+  std::string precision = "bf16";
+  std::string layout;
   double seq_len = 4096;
+  double global_batch = 0;
+  double imbalance = 1.0;
+  int gpus = 0;
+  std::size_t top = 20;
+  bool all_schedules = false;
   bool list = false;
   bool rows = false;
   bool json = false;
@@ -32,6 +41,31 @@ void print_list(bool json) {
   fmt::print("models    {}\nclusters  {}\n", fmt::join(plan::model_names(), ", "), fmt::join(plan::cluster_names(), ", "));
 }
 
+plan::Workload workload(const PlanArguments& a) {
+  require_config(a.global_batch > 0, "--global-batch is missing: sequences of an optimizer step");
+  return {.seq_len = a.seq_len, .global_batch = a.global_batch, .precision = a.precision, .imbalance = a.imbalance};
+}
+
+void run_search(const PlanArguments& a, const plan::ModelSpec& model) {
+  const plan::Cluster cluster = plan::load_cluster(a.cluster);
+  const plan::Workload work = workload(a);
+  const plan::Stack stack;
+  plan::SearchOptions options;
+  options.accelerators = a.gpus;
+  options.vary_schedule = a.all_schedules;
+  const plan::SearchResult found = plan::search(model, work, cluster, stack, options);
+  if (a.json) {
+    fmt::print("{}\n", plan::search_json(found, model, work, a.top).dump());
+    return;
+  }
+  fmt::print("{}", plan::format_search(found, model, work, cluster, a.top));
+  if (found.ranked.empty()) return;
+  const plan::Candidate& best = found.ranked.front();
+  fmt::print("\nThe fastest, {}\n{}{}Assumptions\n", plan::layout_name(best.layout), plan::format_step(best.time),
+             plan::format_memory(best.memory, cluster));
+  for (const std::string& line : plan::memory_assumptions(best.layout, work, stack)) fmt::print("  {}\n", line);
+}
+
 void run_plan(const PlanArguments& a) {
   if (a.list) return print_list(a.json);
   if (!a.validate.empty()) {
@@ -41,6 +75,7 @@ void run_plan(const PlanArguments& a) {
   }
   require_config(!a.model.empty(), "plan: give --model, --validate or --list");
   const plan::ModelSpec model = plan::load_model(a.model);
+  if (a.gpus > 0) return run_search(a, model);
   const plan::Account counts = plan::account(model);
   fmt::print("{}", a.json ? plan::account_json(model, counts, a.seq_len).dump() + "\n"
                           : plan::format_account(model, counts, a.seq_len));
@@ -53,11 +88,19 @@ void add_plan(CLI::App& app) {
   CLI::App* verb = app.add_subcommand("plan", "What fits, how fast, and why: parameters, memory, traffic, layouts");
   verb->add_option("--model", arguments->model, "a name of the catalogue, a config.json, or a folder that holds one");
   verb->add_option("--seq", arguments->seq_len, "positions of a sequence")->check(CLI::PositiveNumber);
+  verb->add_option("--cluster", arguments->cluster, "a name of the catalogue or a TOML file");
+  verb->add_option("--gpus", arguments->gpus, "search the layouts of this many accelerators");
+  verb->add_option("--global-batch", arguments->global_batch, "sequences of an optimizer step");
+  verb->add_option("--precision", arguments->precision, "of matrix products: bf16, fp8, mxfp8, nvfp4, fp32");
+  verb->add_option("--imbalance", arguments->imbalance, "tokens of the fullest rank over the mean (1 = balanced)");
+  verb->add_option("--top", arguments->top, "rows of the ranking");
+  verb->add_flag("--all-schedules", arguments->all_schedules, "zero-bubble and DualPipe too");
   verb->add_option("--validate", arguments->validate, "judge the planner on published runs (CSV)");
   verb->add_flag("--rows", arguments->rows, "with --validate: list every row");
   verb->add_flag("--list", arguments->list, "names of the catalogue's models and clusters");
   verb->add_flag("--json", arguments->json, "print one JSON object");
-  verb->footer("Examples:\n  collegium plan --model mixtral-8x7b\n  collegium plan --validate published_runs.csv");
+  verb->footer("Examples:\n  collegium plan --model mixtral-8x7b\n  collegium plan --model deepseek-v3 --cluster h100-80 --gpus 1024 --global-batch 4096 --seq 4096\n"
+               "  collegium plan --validate published_runs.csv");
   verb->callback([arguments] { run_plan(*arguments); });
 }
 

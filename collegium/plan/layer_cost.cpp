@@ -95,6 +95,14 @@ double elementwise_seconds(const Context& x, bool moe) {
   } else {
     network += x.tokens / x.l.tp * per_width * static_cast<double>(x.m.dense_ffn);
   }
+  // Low-precision products read their inputs in 16 bits and write them twice, once transposed for the backward pass.
+  if (matrix_format(x.w.precision) != "bf16") {
+    const double quantised = moe ? static_cast<double>(x.m.top_k) * x.w.imbalance * (hidden + static_cast<double>(x.m.expert_ffn)) +
+                                       static_cast<double>(x.m.shared_ffn)
+                                 : hidden + static_cast<double>(x.m.dense_ffn);
+    network += 4.0 * x.tokens / x.l.tp * (quantised + qkv);
+    kernels += 4.0;
+  }
   const double rotary = x.tokens / x.l.tp * 4.0 * qkv;
   // Unfused stacks read and write once more for biases, masks and casts.
   const double factor = x.s.fused_elementwise ? 1.0 : 1.5;

@@ -74,7 +74,8 @@ std::string recompute_name(const Recompute& r) {
   std::string name;
   const std::pair<bool, const char*> parts[] = {{r.attention_core, "core_attn"}, {r.norms, "norms"},
                                                 {r.latent_up, "mla_up"},         {r.activation, "moe_act"},
-                                                {r.dense_ffn, "mlp"},            {r.moe, "moe"}};
+                                                {r.dense_ffn, "mlp"},            {r.moe, "moe"},
+                                                {r.operators, "operators"}};
   for (const auto& [set, text] : parts) {
     if (!set) continue;
     if (!name.empty()) name.push_back('+');
@@ -104,6 +105,8 @@ Recompute parse_recompute(const std::string& text) {
       r.dense_ffn = true;
     } else if (part == "moe") {
       r.moe = true;
+    } else if (part == "operators") {
+      r.operators = true;
     } else if (part != "SP" && part != "none") {
       throw ConfigError(fmt::format("recompute = {}: part {} is not one of full, core_attn, norms, mla_up, moe_act, "
                                     "mlp, moe",

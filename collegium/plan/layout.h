@@ -27,6 +27,7 @@ struct Recompute {
   bool activation = false;  ///< SwiGLU of the experts
   bool dense_ffn = false;   ///< the dense layers' networks
   bool moe = false;         ///< whole MoE blocks
+  bool operators = false;   ///< norms and the activations of every network, operator by operator
   bool operator==(const Recompute&) const = default;
 };
 
@@ -59,6 +60,7 @@ struct Workload {
 /// Habits of a training stack that change memory or time. Facts about software, not fitted figures.
 struct Stack {
   std::string name = "collegium";
+  std::string family = "collegium";   ///< software whose efficiency is one constant per accelerator
   bool flash_attention = true;
   bool fused_elementwise = true;      ///< norms, activations and dropout in few passes over memory
   double dropout_mask_bytes = 0.0;    ///< 1 when masks of dropout are kept
@@ -67,7 +69,11 @@ struct Stack {
   double optimizer_bytes = 12.0;      ///< master weight and two moments
   double reduce_bytes = 4.0;          ///< what the gradient reduction sends per parameter
   bool split_pipeline_sends = true;   ///< tensor-parallel ranks send a part each and gather it inside the node
+  bool fused_accumulation = true;     ///< products add to the gradients themselves, without a pass over memory
   bool balanced_stages = false;       ///< stages hold equal work, embedding and head counted as layers
+  double fragmentation = 0.03;        ///< cached but unusable share of what the allocator handed out
+  double bucket_bytes = 0.0;          ///< buffers of gradient reduction and weight gathering
+  bool keeps_stage_edges = false;     ///< pipeline buffers keep a stage's input and output, for one micro-batch more
   double data_overlap = 0.5;          ///< share of the gradient reduction hidden behind the backward pass
   double tensor_overlap = 0.0;        ///< share of tensor-parallel collectives hidden behind GEMMs
   double expert_overlap = 0.0;        ///< share of dispatch and combine hidden behind computation

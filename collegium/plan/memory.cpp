@@ -78,6 +78,9 @@ struct Bytes {
   double moe = 0.0;
 };
 
+// Inputs of matrix products wait for the backward pass in the products' own format.
+double linear_input_bytes(const Workload& w) { return matrix_format(w.precision) == "bf16" ? 2.0 : 1.0; }
+
 double attention_bytes(const ModelSpec& m, const Layout& l, const Workload& w, const Stack& stack, bool keep_all) {
   const double tp = l.tp;
   const double sp = l.sequence_parallel ? tp : 1.0;
@@ -86,11 +89,13 @@ double attention_bytes(const ModelSpec& m, const Layout& l, const Workload& w, c
   const double v = static_cast<double>(m.heads * m.value_head_dim());
   const double kv = m.latent.kv_rank > 0 ? q + v : 2.0 * static_cast<double>(m.kv_heads * m.head_dim);
   double bytes = 2.0 * hidden / sp;                                        // the norm's input
-  if (keep_all || !l.recompute.norms) bytes += 2.0 * hidden / sp;          // its output, input of the projections
+  const double input = linear_input_bytes(w);
+  const bool norms = l.recompute.norms || l.recompute.operators;
+  if (keep_all || !norms) bytes += input * hidden / sp;                    // its output, input of the projections
   bytes += stack.dropout_mask_bytes * hidden / sp;
   const bool recompute_up = !keep_all && l.recompute.latent_up && m.latent.kv_rank > 0;
   bytes += recompute_up ? 0.0 : 2.0 * (q + kv) / tp;
-  bytes += 2.0 * v / tp;
+  bytes += input * v / tp;
   if (m.latent.kv_rank > 0)
     bytes += 4.0 * static_cast<double>(m.latent.q_rank + m.latent.kv_rank + m.latent.rope_dim);
   if (!stack.flash_attention && (keep_all || !l.recompute.attention_core)) {
@@ -101,7 +106,10 @@ double attention_bytes(const ModelSpec& m, const Layout& l, const Workload& w, c
   return bytes;
 }
 
-double network_bytes(const ModelSpec& m, double width) { return (m.gated_ffn ? 6.0 : 4.0) * width; }
+// What the first products leave (2 bytes each) and what the last one reads.
+double network_bytes(const ModelSpec& m, const Workload& w, double width, bool keep_activation) {
+  return ((m.gated_ffn ? 4.0 : 2.0) + (keep_activation ? linear_input_bytes(w) : 0.0)) * width;
+}
 
 // Per token of this rank's share before experts are reached: norm, router, and the rows of its experts.
 double moe_bytes(const ModelSpec& m, const Layout& l, const Workload& w, const Stack& stack, bool keep_all) {
@@ -113,25 +121,29 @@ double moe_bytes(const ModelSpec& m, const Layout& l, const Workload& w, const S
   bytes += 8.0 * static_cast<double>(m.experts) / sp;
   // Rows per token of the rank's own share; a fuller rank receives more.
   const double rows = static_cast<double>(m.top_k) * w.imbalance / tp * l.etp;
-  double row = 4.0 * hidden + network_bytes(m, static_cast<double>(m.expert_ffn)) / l.etp;
-  if (!keep_all && l.recompute.activation) row -= 2.0 * static_cast<double>(m.expert_ffn) / l.etp;
+  const bool keep = keep_all || !(l.recompute.activation || l.recompute.operators);
+  const double row = (2.0 + linear_input_bytes(w)) * hidden +
+                     network_bytes(m, w, static_cast<double>(m.expert_ffn), keep) / l.etp;
   bytes += rows * row;
-  if (m.shared_ffn > 0) bytes += network_bytes(m, static_cast<double>(m.shared_ffn)) / tp;
+  if (m.shared_ffn > 0) bytes += network_bytes(m, w, static_cast<double>(m.shared_ffn), keep) / tp;
   return bytes;
 }
 
-double dense_bytes(const ModelSpec& m, const Layout& l, const Stack& stack, bool keep_all) {
+double dense_bytes(const ModelSpec& m, const Layout& l, const Workload& w, const Stack& stack, bool keep_all) {
   const double sp = l.sequence_parallel ? l.tp : 1.0;
   double bytes = 2.0 * static_cast<double>(m.hidden) / sp + stack.dropout_mask_bytes * static_cast<double>(m.hidden) / sp;
-  if (keep_all || !l.recompute.norms) bytes += 2.0 * static_cast<double>(m.hidden) / sp;
-  if (keep_all || !l.recompute.dense_ffn) bytes += network_bytes(m, static_cast<double>(m.dense_ffn)) / l.tp;
+  const bool norms = l.recompute.norms || l.recompute.operators;
+  if (keep_all || !norms) bytes += linear_input_bytes(w) * static_cast<double>(m.hidden) / sp;
+  const bool keep = keep_all || !l.recompute.operators;
+  if (keep_all || !l.recompute.dense_ffn)
+    bytes += network_bytes(m, w, static_cast<double>(m.dense_ffn), keep) / l.tp;
   return bytes;
 }
 
 Bytes token_bytes(const ModelSpec& m, const Layout& l, const Workload& w, const Stack& stack, bool keep_all) {
   Bytes b;
   b.attention = attention_bytes(m, l, w, stack, keep_all);
-  b.dense = dense_bytes(m, l, stack, keep_all);
+  b.dense = dense_bytes(m, l, w, stack, keep_all);
   b.moe = m.is_moe() ? moe_bytes(m, l, w, stack, keep_all) : 0.0;
   return b;
 }
@@ -227,11 +239,16 @@ MemoryReport stage_memory(const ModelSpec& m, const Layout& l, const Workload& w
   add("weights", state.weights);
   add("gradients", state.gradients);
   add("optimizer state", state.optimizer);
+  if (stack.bucket_bytes > 0.0) add("reduction buckets", stack.bucket_bytes);
   add("library workspaces", cluster.accelerator.workspace_gib * 1073741824.0);
   for (const MemoryLine& line : r.lines) r.static_bytes += line.bytes;
   const double depth = layers_in_flight(l, micro, stage, 1.0);
   add("activations of dense layers", depth * (weights.layers - weights.moe_layers) * acts.dense);
   add("activations of MoE layers", depth * weights.moe_layers * acts.moe);
+  if (stack.keeps_stage_edges && l.pp > 1) {
+    const double edge = 2.0 * tokens * static_cast<double>(m.hidden);
+    add("inputs and outputs of the stage", 2.0 * (depth + 1.0) * edge);
+  }
   if (l.recompute.full) add("layer being recomputed", acts.working);
   if (weights.moe_layers > 0.0) add("dispatch buffers", expert_buffers(m, l, w));
   if (l.zero == Zero::kSharded) {
@@ -244,7 +261,7 @@ MemoryReport stage_memory(const ModelSpec& m, const Layout& l, const Workload& w
     add("logits", 6.0 * tokens * static_cast<double>(m.vocab) / l.tp * (1.0 + static_cast<double>(m.mtp_layers)));
   }
   for (const MemoryLine& line : r.lines) r.peak_bytes += line.bytes;
-  r.device_bytes = r.peak_bytes + kFragmentation * (r.peak_bytes - r.static_bytes) + kContextBytes;
+  r.device_bytes = r.peak_bytes * (1.0 + stack.fragmentation) + kContextBytes;
   return r;
 }
 

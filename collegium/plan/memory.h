@@ -62,7 +62,6 @@ struct MemoryReport {
   double device_bytes = 0.0;  ///< what the device reports: fragmentation and the driver's context on top
 };
 
-constexpr double kFragmentation = 0.06;  ///< cached but unusable share of activations (measured runs: 3-10 %)
 constexpr double kContextBytes = 1.4e9;  ///< driver context and collective buffers, seen by the device only
 
 /// What     Memory of one stage.

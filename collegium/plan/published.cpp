@@ -36,12 +36,15 @@ std::int64_t vocabulary(const CsvRow& row, PublishedRun& run) {
   std::string name = row.text("name");
   std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
   if (has(name, "deepseekv3") || has(name, "deepseek-v3")) assumed = 129280;
-  if (has(name, "mixtral")) assumed = 256000;
+  if (has(name, "mixtral")) assumed = 32000;
   if (has(name, "llama")) assumed = 128256;
   if (has(name, "qwen3")) assumed = 151936;
   run.assumptions.push_back(fmt::format("vocabulary {} (not in the row)", assumed));
   return assumed;
 }
+
+// Test-size models keep the classical default, tied embeddings.
+constexpr std::int64_t kTestWidth = 1024;
 
 void read_experts(const CsvRow& row, ModelSpec& m) {
   m.experts = static_cast<std::int64_t>(row.number("experts").value_or(0.0));
@@ -100,7 +103,8 @@ void read_model(const CsvRow& row, PublishedRun& run) {
     m.qkv_bias = m.attention_output_bias = m.ffn_bias = !has(run.source, "llm-foundry");
   }
   // Classical GPT models tie input and output embeddings; runs of Megatron Core and all gated models do not.
-  m.tied_embeddings = !m.gated_ffn && !has(run.source, "functional_tests") && !has(run.source, "model_table");
+  const bool core = has(run.source, "functional_tests") || has(run.source, "model_table");
+  m.tied_embeddings = !m.gated_ffn && (!core || m.hidden <= kTestWidth);
   read_architecture(row, run);
   complete(m, m.name);
 }
@@ -141,9 +145,7 @@ void read_world(const CsvRow& row, PublishedRun& run) {
   } else if (!row.text("dp").empty()) {
     l.dp = size_or_one(row, "dp");
   } else {
-    require_config(run.metric == Metric::kStaticMemory || run.metric == Metric::kPeakMemory, "num_gpus is missing");
-    l.dp = std::max(1, l.ep * l.etp / (l.tp * l.cp));
-    run.assumptions.push_back(fmt::format("{} accelerators, the fewest that hold its experts", l.world()));
+    throw ConfigError("num_gpus is missing: optimizer state is sharded over an unknown number of ranks");
   }
 }
 
@@ -153,11 +155,13 @@ void read_layout(const CsvRow& row, PublishedRun& run) {
   read_zero(row, l);
   const std::string& recompute = row.text("recompute");
   l.recompute = parse_recompute(recompute);
+  run.recompute_open = recompute.empty();
   if (recompute.empty() && (has(run.source, "tables.tex") || run.metric == Metric::kHardwareFlops)) {
     l.recompute.full = true;
     run.assumptions.emplace_back("full recomputation (the row does not say; its stack had no other)");
   }
-  const bool modern = has(run.source, "Bridge") || run.model.is_moe();
+  if (recompute == "selective" && has(run.source, "torchtitan")) l.recompute = {.operators = true};
+  const bool modern = has(run.source, "Bridge") || has(run.source, "torchtitan") || run.model.is_moe();
   l.sequence_parallel = l.tp > 1 && (modern || has(recompute, "+SP"));
   l.schedule = l.virtual_stages > 1 ? Schedule::kInterleaved : Schedule::k1F1B;
   if (const auto micro = row.number("micro_batch")) {

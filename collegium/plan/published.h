@@ -54,6 +54,7 @@ struct PublishedRun {
   Stack stack;
   Cluster cluster;
   int stage = -1;             ///< the stage whose memory was measured; -1 = the worst
+  bool recompute_open = false; ///< the row does not say what is recomputed
   bool device_memory = false; ///< the device's own figure, context and fragmentation included
   std::vector<std::string> assumptions;
 };

@@ -24,9 +24,14 @@ Stack megatron_deepspeed(const std::string& precision) {
   Stack s = megatron_2021();
   s.split_pipeline_sends = false;
   s.balanced_stages = true;
+  s.fused_accumulation = false;
   s.reduce_bytes = precision == "bf16" ? 4.0 : 2.0;
-  // fp16 runs accumulate gradients in fp16, bf16 runs in fp32.
-  s.gradient_bytes = precision == "bf16" ? 4.0 : 2.0;
+  // A 16-bit gradient, and its fp32 sum (bf16) or its flattened 16-bit copy for the optimizer (fp16).
+  s.gradient_bytes = precision == "bf16" ? 6.0 : 4.0;
+  // Two buckets of 5e8 gradients or weights in 16 bits.
+  s.bucket_bytes = 2e9;
+  s.keeps_stage_edges = true;
+  s.fragmentation = 0.12;
   return s;
 }
 
@@ -75,8 +80,14 @@ Stack stack_of(const std::string& source, const std::string& precision) {
   } else if (has(source, "torchtitan")) {
     s = fully_sharded();
     s.fused_elementwise = true;
+    s.fragmentation = 0.06;
   } else if (has(source, "Megatron")) {
     s = megatron_core();
+    // Its performance recipes keep and reduce gradients in 16 bits.
+    if (has(source, "Bridge")) {
+      s.gradient_bytes = s.reduce_bytes = 2.0;
+      s.expert_overlap = 0.35;
+    }
   }
   if (has(source, "unfused attention")) {
     s.flash_attention = false;
@@ -84,6 +95,19 @@ Stack stack_of(const std::string& source, const std::string& precision) {
   }
   if (has(source, "golden") && has(source, "non-gated")) s.dropout_mask_bytes = 1.0;
   s.name = source_name(source);
+  s.family = s.name;
+  if (has(source, "bigscience")) s.family = "Megatron-DeepSpeed";
+  // Releases of one half-year share kernels; between halves the same layout moved by up to 37 %.
+  if (has(source, "Bridge")) s.family = "Megatron-Bridge";
+  for (const char* early : {"[25.09", "[25.11"}) {
+    if (has(source, early)) s.family = "Megatron-Bridge 25";
+  }
+  for (const char* late : {"[26.06", "[26.08", "[26.1"}) {
+    if (has(source, late)) s.family = "Megatron-Bridge from 26.06";
+  }
+  for (const char* document : {"5281919420", "50a4b5fa02", "cli99", "2e90a342f5"}) {
+    if (has(source, document)) s.family = "Megatron-LM 2021";
+  }
   return s;
 }
 

@@ -73,6 +73,12 @@ class Stages {
       sum.recompute.add(cost.recompute, times);
     };
     for (std::int64_t i = first; i < last; ++i) add(layer(i), 1.0);
+    // Every micro-batch reads and writes the accumulated gradients.
+    if (!s_.fused_accumulation && num_micro_batches(l_, w_) > 1.0) {
+      const StageWeights held = stage_weights(m_, l_, s_, index);
+      sum.backward[Part::kElementwise] +=
+          stream_seconds(c_.accelerator, 2.0 * s_.gradient_bytes * (held.dense + held.experts));
+    }
     if (index == l_.pp - 1) {
       add(head_, 1.0 + static_cast<double>(m_.mtp_layers));
       if (m_.mtp_layers > 0) add(layer(m_.layers - 1), static_cast<double>(m_.mtp_layers));
@@ -158,7 +164,8 @@ StepTime step_time(const ModelSpec& m, const Layout& l, const Workload& w, const
     LayerCost cost = stages.stage(stage);
     for (const Cost* part : {&cost.forward, &cost.backward, &cost.recompute})
       t.expert_comm_s += (*part)[Part::kExpertComm] * t.micro_batches / l.pp;
-    hide_expert_comm(cost, s.expert_overlap);
+    // Dispatch of one chunk hides behind another chunk's work: in a pipeline that takes virtual stages.
+    hide_expert_comm(cost, l.pp == 1 || l.virtual_stages > 1 ? s.expert_overlap : 0.0);
     mean.forward.add(cost.forward, 1.0 / l.pp);
     mean.backward.add(cost.backward, 1.0 / l.pp);
     mean.recompute.add(cost.recompute, 1.0 / l.pp);

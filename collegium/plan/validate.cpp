@@ -120,7 +120,7 @@ void collect_times(Validation& v, Pairs& pairs) {
       }
       seconds = step_flops(run) / (flops_per_s(run) * run.layout.world());
     }
-    pairs[{run.stack.name, run.cluster.accelerator.name}].push_back({&run, seconds, half_of(run)});
+    pairs[{run.stack.family, run.cluster.accelerator.name}].push_back({&run, seconds, half_of(run)});
   }
 }
 
@@ -132,7 +132,10 @@ void judge_memory(Validation& v) {
       continue;
     }
     if (run.metric == Metric::kStepTime) {
-      const MemoryReport worst = worst_memory(run.model, run.layout, run.work, run.cluster, run.stack);
+      // A row that leaves recomputation open ran if any mode fits.
+      Layout layout = run.layout;
+      if (run.recompute_open) layout.recompute.full = true;
+      const MemoryReport worst = worst_memory(run.model, layout, run.work, run.cluster, run.stack);
       if (!fits(worst, run.cluster)) v.verdicts.push_back({&run, true, false});
     }
     if (run.metric != Metric::kStaticMemory && run.metric != Metric::kPeakMemory) continue;
@@ -190,42 +193,52 @@ struct Ranked {
   std::vector<double> measured;
 };
 
-// The largest set of layouts of one model, machine, batch and stack: does the prediction order them as measured?
+constexpr std::size_t kSmallestSet = 6;
+// Runs with equal columns differ by 6 % in the median: closer pairs have no order to predict.
+constexpr double kIndistinct = 0.06;
+
+Ranking rank(const std::string& name, const std::vector<std::pair<double, double>>& points) {
+  Ranking r{.set = name, .layouts = points.size()};
+  double compared = 0.0;
+  for (std::size_t i = 0; i < points.size(); ++i) {
+    for (std::size_t j = 0; j < i; ++j) {
+      const double order = (points[i].first - points[j].first) * (points[i].second - points[j].second);
+      const double sign = order > 0.0 ? 1.0 : (order < 0.0 ? -1.0 : 0.0);
+      r.kendall_tau += sign;
+      compared += 1.0;
+      if (std::abs(std::log(points[i].second / points[j].second)) > kIndistinct) {
+        r.kendall_tau_distinct += sign;
+        ++r.distinct_pairs;
+      }
+    }
+  }
+  r.kendall_tau /= compared;
+  if (r.distinct_pairs > 0) r.kendall_tau_distinct /= static_cast<double>(r.distinct_pairs);
+  const auto chosen = std::min_element(points.begin(), points.end());
+  const auto fastest = std::min_element(points.begin(), points.end(),
+                                        [](const auto& a, const auto& b) { return a.second < b.second; });
+  r.regret = chosen->second / fastest->second - 1.0;
+  return r;
+}
+
+// Sets of layouts of one model, machine, batch and stack: does the prediction order them as measured?
 void rank_layouts(Validation& v) {
   std::map<std::string, std::map<std::string, Ranked>> sets;
   for (const Judged& row : v.judged) {
     if (row.metric != "step time") continue;
     const PublishedRun& r = *row.run;
-    const std::string set = fmt::format("{} on {} {} (batch {})", r.name, r.layout.world(), r.cluster.accelerator.name,
-                                        r.work.global_batch);
+    const std::string set = fmt::format("{} on {} {} (batch {}, {})", r.name, r.layout.world(), r.cluster.accelerator.name,
+                                        r.work.global_batch, r.work.precision);
     Ranked& entry = sets[set][layout_name(r.layout)];
     entry.predicted = row.predicted;
     entry.measured.push_back(row.measured);
   }
-  const std::map<std::string, Ranked>* largest = nullptr;
   for (const auto& [name, set] : sets) {
-    if (largest != nullptr && set.size() <= largest->size()) continue;
-    largest = &set;
-    v.ranked_set = name;
+    if (set.size() < kSmallestSet) continue;
+    std::vector<std::pair<double, double>> points;
+    for (const auto& [layout, entry] : set) points.emplace_back(entry.predicted, quantile(entry.measured, 0.5));
+    v.rankings.push_back(rank(name, points));
   }
-  if (largest == nullptr || largest->size() < 3) return;
-  std::vector<std::pair<double, double>> points;
-  for (const auto& [layout, entry] : *largest) points.emplace_back(entry.predicted, quantile(entry.measured, 0.5));
-  double agreeing = 0.0;
-  double compared = 0.0;
-  for (std::size_t i = 0; i < points.size(); ++i) {
-    for (std::size_t j = 0; j < i; ++j) {
-      const double order = (points[i].first - points[j].first) * (points[i].second - points[j].second);
-      agreeing += order > 0.0 ? 1.0 : (order < 0.0 ? -1.0 : 0.0);
-      compared += 1.0;
-    }
-  }
-  v.ranked = points.size();
-  v.kendall_tau = agreeing / compared;
-  const auto chosen = std::min_element(points.begin(), points.end());
-  const auto fastest = std::min_element(points.begin(), points.end(),
-                                        [](const auto& a, const auto& b) { return a.second < b.second; });
-  v.regret = chosen->second / fastest->second - 1.0;
 }
 
 }  // namespace

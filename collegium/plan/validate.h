@@ -54,6 +54,16 @@ struct FitVerdict {
   bool predicted_to_fit = true;
 };
 
+/// Layouts of one model on one machine with one batch, ordered by prediction and by measurement.
+struct Ranking {
+  std::string set;
+  std::size_t layouts = 0;
+  double kendall_tau = 0.0;  ///< agreement of the orders of all pairs, from -1 to 1
+  double kendall_tau_distinct = 0.0;  ///< the same over pairs that lie further apart than equal runs do (6 %)
+  std::size_t distinct_pairs = 0;
+  double regret = 0.0;  ///< measured time of the layout predicted fastest, over the fastest, less 1
+};
+
 struct Validation {
   std::vector<PublishedRun> runs;
   std::vector<Judged> judged;
@@ -61,10 +71,7 @@ struct Validation {
   std::vector<FittedConstant> constants;
   std::vector<RefusedRows> refused;
   std::vector<FitVerdict> verdicts;  ///< only the wrong ones and all out-of-memory rows
-  double kendall_tau = 0.0;          ///< of the largest set of layouts of one model, machine and batch
-  double regret = 0.0;               ///< measured time of the layout predicted fastest, over the fastest
-  std::size_t ranked = 0;
-  std::string ranked_set;
+  std::vector<Ranking> rankings;
 };
 
 /// What     Judges every row of a CSV text.

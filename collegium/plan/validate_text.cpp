@@ -64,9 +64,10 @@ std::string format_validation(const Validation& v, bool every_row) {
     text += fmt::format("  {:<62}{:<16} {:.3f} and {:.3f} of the peak ({} rows)\n", c.stack.substr(0, 61), c.accelerator,
                         c.efficiency_half_a, c.efficiency_half_b, c.rows);
   text += format_verdicts(v);
-  if (v.ranked > 0)
-    text += fmt::format("\nRanking of {} layouts of {}: Kendall tau {:.2f}; the layout predicted fastest is {} slower than the fastest\n",
-                        v.ranked, v.ranked_set, v.kendall_tau, percent(v.regret));
+  text += "\nRanking of layouts: Kendall tau over all pairs, and over pairs measured more than 6 % apart\n";
+  for (const Ranking& r : v.rankings)
+    text += fmt::format("  {:<70}{:>3} layouts, tau {:.2f}, {:.2f} over {} pairs; the one predicted fastest is {} slower than the fastest\n",
+                        r.set, r.layouts, r.kendall_tau, r.kendall_tau_distinct, r.distinct_pairs, percent(r.regret));
   std::size_t refused = 0;
   for (const RefusedRows& r : v.refused) refused += r.lines.size();
   text += fmt::format("\nRefused rows: {}\n", refused);
@@ -110,9 +111,15 @@ Json validation_json(const Validation& v) {
   Json verdicts = Json::array();
   for (const FitVerdict& f : v.verdicts)
     verdicts.push_back({{"line", f.run->line}, {"ran", f.ran}, {"predicted_to_fit", f.predicted_to_fit}});
+  Json rankings = Json::array();
+  for (const Ranking& r : v.rankings)
+    rankings.push_back({{"set", r.set},
+                        {"layouts", r.layouts},
+                        {"kendall_tau", r.kendall_tau},
+                        {"kendall_tau_distinct", r.kendall_tau_distinct},
+                        {"regret", r.regret}});
   return {{"errors", errors},         {"constants", constants}, {"rows", rows},
-          {"refused", refused},       {"verdicts", verdicts},   {"kendall_tau", v.kendall_tau},
-          {"regret", v.regret},       {"ranked_layouts", v.ranked}, {"ranked_set", v.ranked_set}};
+          {"refused", refused},       {"verdicts", verdicts},   {"rankings", rankings}};
 }
 
 }  // namespace collegium::plan
