@@ -13,6 +13,7 @@ int main(int argc, char** argv) {
   app.require_subcommand(1);
   app.failure_message(CLI::FailureMessage::simple);
   collegium::cli::add_plan(app);
+  collegium::cli::add_simulate(app);
   try {
     app.parse(argc, argv);
     return 0;

@@ -6,6 +6,7 @@
 #include <map>
 
 #include "collegium/base/error.h"
+#include "collegium/base/rng.h"
 #include "collegium/plan/account.h"
 
 namespace collegium::plan {
@@ -76,9 +77,7 @@ double fit_efficiency(const std::vector<TimedRun>& rows, bool half) {
 
 // Halves by a hash of the row's columns: equal rows stay together, and the split depends on nothing else.
 bool half_of(const PublishedRun& run) {
-  std::uint64_t hash = 1469598103934665603ULL;
-  for (const char c : run.key) hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211ULL;
-  return ((hash >> 33U) & 1U) != 0;
+  return (mix(hash_name(run.key), 0) & 1U) != 0;
 }
 
 using Pairs = std::map<std::pair<std::string, std::string>, std::vector<TimedRun>>;
