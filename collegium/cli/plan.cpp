@@ -9,7 +9,9 @@
 #include "collegium/cli/verb.h"
 #include "collegium/plan/account.h"
 #include "collegium/plan/cluster.h"
+#include "collegium/plan/compare.h"
 #include "collegium/plan/search.h"
+#include "collegium/plan/traffic.h"
 #include "collegium/plan/validate.h"
 
 namespace collegium::cli {
@@ -28,6 +30,7 @@ struct PlanArguments {
   int gpus = 0;
   std::size_t top = 20;
   bool all_schedules = false;
+  bool compare = false;
   bool list = false;
   bool rows = false;
   bool json = false;
@@ -66,6 +69,39 @@ void run_search(const PlanArguments& a, const plan::ModelSpec& model) {
   for (const std::string& line : plan::memory_assumptions(best.layout, work, stack)) fmt::print("  {}\n", line);
 }
 
+void explain(const PlanArguments& a, const plan::ModelSpec& model) {
+  const plan::Cluster cluster = plan::load_cluster(a.cluster);
+  const plan::Workload work = workload(a);
+  const plan::Stack stack;
+  plan::Layout layout = plan::parse_layout(a.layout);
+  layout.sequence_parallel = layout.tp > 1;
+  if (layout.virtual_stages > 1) layout.schedule = plan::Schedule::kInterleaved;
+  if (const auto reason = plan::forbidden(model, layout, work)) throw ConfigError(fmt::format("--explain: {}", *reason));
+  const plan::StepTime time = plan::step_time(model, layout, work, cluster, stack);
+  const plan::MemoryReport memory = plan::worst_memory(model, layout, work, cluster, stack);
+  if (a.json) {
+    Json lines = Json::array();
+    for (const plan::TrafficLine& t : plan::step_traffic(model, layout, work, cluster, stack))
+      lines.push_back({{"operation", t.operation}, {"axes", t.axes}, {"ranks", t.ranks}, {"slow_link", t.slow_link},
+                       {"bytes_per_use", t.bytes_per_use}, {"uses", t.uses}, {"what", t.purpose}});
+    Json components = Json::object();
+    for (const plan::MemoryLine& line : memory.lines) components[line.component] = line.bytes;
+    fmt::print("{}\n", Json({{"layout", plan::layout_name(layout)},
+                             {"step_s", time.step_s},
+                             {"expert_comm_share", time.expert_comm_share()},
+                             {"stage", memory.stage},
+                             {"memory", components},
+                             {"device_bytes", memory.device_bytes},
+                             {"fits", plan::fits(memory, cluster)},
+                             {"traffic", lines}})
+                           .dump());
+    return;
+  }
+  fmt::print("{}{}{}Assumptions\n", plan::explain_layout(model, layout, work, cluster, stack), plan::format_step(time),
+             plan::format_memory(memory, cluster));
+  for (const std::string& line : plan::memory_assumptions(layout, work, stack)) fmt::print("  {}\n", line);
+}
+
 void run_plan(const PlanArguments& a) {
   if (a.list) return print_list(a.json);
   if (!a.validate.empty()) {
@@ -73,8 +109,14 @@ void run_plan(const PlanArguments& a) {
     fmt::print("{}", a.json ? plan::validation_json(found).dump() + "\n" : plan::format_validation(found, a.rows));
     return;
   }
-  require_config(!a.model.empty(), "plan: give --model, --validate or --list");
+  if (a.compare) {
+    const auto all = plan::compare_classics();
+    fmt::print("{}", a.json ? plan::comparison_json(all).dump() + "\n" : plan::format_comparison(all));
+    return;
+  }
+  require_config(!a.model.empty(), "plan: give --model, --compare, --validate or --list");
   const plan::ModelSpec model = plan::load_model(a.model);
+  if (!a.layout.empty()) return explain(a, model);
   if (a.gpus > 0) return run_search(a, model);
   const plan::Account counts = plan::account(model);
   fmt::print("{}", a.json ? plan::account_json(model, counts, a.seq_len).dump() + "\n"
@@ -95,6 +137,8 @@ void add_plan(CLI::App& app) {
   verb->add_option("--imbalance", arguments->imbalance, "tokens of the fullest rank over the mean (1 = balanced)");
   verb->add_option("--top", arguments->top, "rows of the ranking");
   verb->add_flag("--all-schedules", arguments->all_schedules, "zero-bubble and DualPipe too");
+  verb->add_option("--explain", arguments->layout, "draw a layout such as tp2.pp4.dp8.ep8.mb1: ranks, groups, traffic, memory, time");
+  verb->add_flag("--compare", arguments->compare, "classical published layouts beside the planner's choice");
   verb->add_option("--validate", arguments->validate, "judge the planner on published runs (CSV)");
   verb->add_flag("--rows", arguments->rows, "with --validate: list every row");
   verb->add_flag("--list", arguments->list, "names of the catalogue's models and clusters");
