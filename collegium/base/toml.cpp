@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "collegium/base/toml.h"
+
 #include <toml++/toml.h>
 
 #include <sstream>
 
 #include "collegium/base/error.h"
-#include "collegium/base/toml.h"
 
 namespace collegium {
 

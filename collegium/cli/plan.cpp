@@ -41,12 +41,16 @@ void print_list(bool json) {
     fmt::print("{}\n", Json({{"models", plan::model_names()}, {"clusters", plan::cluster_names()}}).dump());
     return;
   }
-  fmt::print("models    {}\nclusters  {}\n", fmt::join(plan::model_names(), ", "), fmt::join(plan::cluster_names(), ", "));
+  fmt::print("models    {}\nclusters  {}\n", fmt::join(plan::model_names(), ", "),
+             fmt::join(plan::cluster_names(), ", "));
 }
 
 plan::Workload workload(const PlanArguments& a) {
   require_config(a.global_batch > 0, "--global-batch is missing: sequences of an optimizer step");
-  return {.seq_len = a.seq_len, .global_batch = a.global_batch, .precision = a.precision, .imbalance = a.imbalance};
+  return {.seq_len = a.seq_len,
+          .global_batch = a.global_batch,
+          .precision = a.precision,
+          .imbalance = a.imbalance};
 }
 
 void run_search(const PlanArguments& a, const plan::ModelSpec& model) {
@@ -64,9 +68,10 @@ void run_search(const PlanArguments& a, const plan::ModelSpec& model) {
   fmt::print("{}", plan::format_search(found, model, work, cluster, a.top));
   if (found.ranked.empty()) return;
   const plan::Candidate& best = found.ranked.front();
-  fmt::print("\nThe fastest, {}\n{}{}Assumptions\n", plan::layout_name(best.layout), plan::format_step(best.time),
-             plan::format_memory(best.memory, cluster));
-  for (const std::string& line : plan::memory_assumptions(best.layout, work, stack)) fmt::print("  {}\n", line);
+  fmt::print("\nThe fastest, {}\n{}{}Assumptions\n", plan::layout_name(best.layout),
+             plan::format_step(best.time), plan::format_memory(best.memory, cluster));
+  for (const std::string& line : plan::memory_assumptions(best.layout, work, stack))
+    fmt::print("  {}\n", line);
 }
 
 void explain(const PlanArguments& a, const plan::ModelSpec& model) {
@@ -76,14 +81,20 @@ void explain(const PlanArguments& a, const plan::ModelSpec& model) {
   plan::Layout layout = plan::parse_layout(a.layout);
   layout.sequence_parallel = layout.tp > 1;
   if (layout.virtual_stages > 1) layout.schedule = plan::Schedule::kInterleaved;
-  if (const auto reason = plan::forbidden(model, layout, work)) throw ConfigError(fmt::format("--explain: {}", *reason));
+  if (const auto reason = plan::forbidden(model, layout, work))
+    throw ConfigError(fmt::format("--explain: {}", *reason));
   const plan::StepTime time = plan::step_time(model, layout, work, cluster, stack);
   const plan::MemoryReport memory = plan::worst_memory(model, layout, work, cluster, stack);
   if (a.json) {
     Json lines = Json::array();
     for (const plan::TrafficLine& t : plan::step_traffic(model, layout, work, cluster, stack))
-      lines.push_back({{"operation", t.operation}, {"axes", t.axes}, {"ranks", t.ranks}, {"slow_link", t.slow_link},
-                       {"bytes_per_use", t.bytes_per_use}, {"uses", t.uses}, {"what", t.purpose}});
+      lines.push_back({{"operation", t.operation},
+                       {"axes", t.axes},
+                       {"ranks", t.ranks},
+                       {"slow_link", t.slow_link},
+                       {"bytes_per_use", t.bytes_per_use},
+                       {"uses", t.uses},
+                       {"what", t.purpose}});
     Json components = Json::object();
     for (const plan::MemoryLine& line : memory.lines) components[line.component] = line.bytes;
     fmt::print("{}\n", Json({{"layout", plan::layout_name(layout)},
@@ -97,8 +108,8 @@ void explain(const PlanArguments& a, const plan::ModelSpec& model) {
                            .dump());
     return;
   }
-  fmt::print("{}{}{}Assumptions\n", plan::explain_layout(model, layout, work, cluster, stack), plan::format_step(time),
-             plan::format_memory(memory, cluster));
+  fmt::print("{}{}{}Assumptions\n", plan::explain_layout(model, layout, work, cluster, stack),
+             plan::format_step(time), plan::format_memory(memory, cluster));
   for (const std::string& line : plan::memory_assumptions(layout, work, stack)) fmt::print("  {}\n", line);
 }
 
@@ -106,7 +117,8 @@ void run_plan(const PlanArguments& a) {
   if (a.list) return print_list(a.json);
   if (!a.validate.empty()) {
     const plan::Validation found = plan::validate(read_file(a.validate), a.validate);
-    fmt::print("{}", a.json ? plan::validation_json(found).dump() + "\n" : plan::format_validation(found, a.rows));
+    fmt::print("{}",
+               a.json ? plan::validation_json(found).dump() + "\n" : plan::format_validation(found, a.rows));
     return;
   }
   if (a.compare) {
@@ -127,24 +139,30 @@ void run_plan(const PlanArguments& a) {
 
 void add_plan(CLI::App& app) {
   auto arguments = std::make_shared<PlanArguments>();
-  CLI::App* verb = app.add_subcommand("plan", "What fits, how fast, and why: parameters, memory, traffic, layouts");
-  verb->add_option("--model", arguments->model, "a name of the catalogue, a config.json, or a folder that holds one");
+  CLI::App* verb =
+      app.add_subcommand("plan", "What fits, how fast, and why: parameters, memory, traffic, layouts");
+  verb->add_option("--model", arguments->model,
+                   "a name of the catalogue, a config.json, or a folder that holds one");
   verb->add_option("--seq", arguments->seq_len, "positions of a sequence")->check(CLI::PositiveNumber);
   verb->add_option("--cluster", arguments->cluster, "a name of the catalogue or a TOML file");
   verb->add_option("--gpus", arguments->gpus, "search the layouts of this many accelerators");
   verb->add_option("--global-batch", arguments->global_batch, "sequences of an optimizer step");
   verb->add_option("--precision", arguments->precision, "of matrix products: bf16, fp8, mxfp8, nvfp4, fp32");
-  verb->add_option("--imbalance", arguments->imbalance, "tokens of the fullest rank over the mean (1 = balanced)");
+  verb->add_option("--imbalance", arguments->imbalance,
+                   "tokens of the fullest rank over the mean (1 = balanced)");
   verb->add_option("--top", arguments->top, "rows of the ranking");
   verb->add_flag("--all-schedules", arguments->all_schedules, "zero-bubble and DualPipe too");
-  verb->add_option("--explain", arguments->layout, "draw a layout such as tp2.pp4.dp8.ep8.mb1: ranks, groups, traffic, memory, time");
+  verb->add_option("--explain", arguments->layout,
+                   "draw a layout such as tp2.pp4.dp8.ep8.mb1: ranks, groups, traffic, memory, time");
   verb->add_flag("--compare", arguments->compare, "classical published layouts beside the planner's choice");
   verb->add_option("--validate", arguments->validate, "judge the planner on published runs (CSV)");
   verb->add_flag("--rows", arguments->rows, "with --validate: list every row");
   verb->add_flag("--list", arguments->list, "names of the catalogue's models and clusters");
   verb->add_flag("--json", arguments->json, "print one JSON object");
-  verb->footer("Examples:\n  collegium plan --model mixtral-8x7b\n  collegium plan --model deepseek-v3 --cluster h100-80 --gpus 1024 --global-batch 4096 --seq 4096\n"
-               "  collegium plan --validate published_runs.csv");
+  verb->footer(
+      "Examples:\n  collegium plan --model mixtral-8x7b\n  collegium plan --model deepseek-v3 --cluster "
+      "h100-80 --gpus 1024 --global-batch 4096 --seq 4096\n"
+      "  collegium plan --validate published_runs.csv");
   verb->callback([arguments] { run_plan(*arguments); });
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The planner's verbs alone, without libtorch: builds in seconds and runs where nothing else of the project does.
+// The planner's verbs alone, without libtorch: builds in seconds and runs where nothing else of the project
+// does.
 #include <cstdio>
 #include <exception>
 

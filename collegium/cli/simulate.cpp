@@ -34,20 +34,22 @@ struct Outcome {
 
 Outcome run_one(const SimulateArguments& a, const plan::ModelSpec& model, plan::Layout layout) {
   const plan::Workload work{.seq_len = a.seq_len, .global_batch = a.global_batch, .precision = a.precision};
-  if (const auto reason = plan::forbidden(model, layout, work)) throw ConfigError(fmt::format("--layout: {}", *reason));
+  if (const auto reason = plan::forbidden(model, layout, work))
+    throw ConfigError(fmt::format("--layout: {}", *reason));
   const plan::Pipeline pipeline{.schedule = layout.schedule,
                                 .ranks = layout.pp,
                                 .virtual_stages = layout.virtual_stages,
                                 .micro_batches = static_cast<int>(plan::num_micro_batches(layout, work))};
-  const plan::Durations durations =
-      plan::layout_durations(model, layout, work, plan::load_cluster(a.cluster), plan::Stack{}, a.skew, a.seed);
+  const plan::Durations durations = plan::layout_durations(model, layout, work, plan::load_cluster(a.cluster),
+                                                           plan::Stack{}, a.skew, a.seed);
   return {enum_name(layout.schedule), plan::simulate(pipeline, durations)};
 }
 
 std::vector<Outcome> run_all(const SimulateArguments& a) {
   const plan::ModelSpec model = plan::load_model(a.model);
   plan::Layout layout = plan::parse_layout(a.layout);
-  if (layout.virtual_stages > 1 && layout.schedule == plan::Schedule::k1F1B) layout.schedule = plan::Schedule::kInterleaved;
+  if (layout.virtual_stages > 1 && layout.schedule == plan::Schedule::k1F1B)
+    layout.schedule = plan::Schedule::kInterleaved;
   if (!a.schedules) return {run_one(a, model, layout)};
   std::vector<Outcome> all;
   const int virtual_stages = layout.virtual_stages;
@@ -74,8 +76,9 @@ Json outcome_json(const Outcome& o) {
 
 void print(const Outcome& o) {
   const auto& peaks = o.simulation.peak_chunks;
-  fmt::print("{:<12} pipeline {:.4g} s, idle {:.1f} % of it; chunks held at most: {} (first stage), {} (last)\n", o.schedule,
-             o.simulation.makespan_s, 100.0 * o.simulation.bubble_share(), peaks.front(), peaks.back());
+  fmt::print(
+      "{:<12} pipeline {:.4g} s, idle {:.1f} % of it; chunks held at most: {} (first stage), {} (last)\n",
+      o.schedule, o.simulation.makespan_s, 100.0 * o.simulation.bubble_share(), peaks.front(), peaks.back());
   constexpr std::size_t kWidth = 100;
   constexpr std::size_t kMostStages = 32;
   if (peaks.size() <= kMostStages) fmt::print("{}", plan::timeline_picture(o.simulation, kWidth));
@@ -112,7 +115,8 @@ void add_simulate(CLI::App& app) {
   verb->add_option("--global-batch", a->global_batch, "sequences of an optimizer step");
   verb->add_option("--seq", a->seq_len, "positions of a sequence");
   verb->add_option("--precision", a->precision, "of matrix products");
-  verb->add_option("--skew", a->skew, "routing skew: popularity of an expert is exp(skew x normal); 0 = balanced");
+  verb->add_option("--skew", a->skew,
+                   "routing skew: popularity of an expert is exp(skew x normal); 0 = balanced");
   verb->add_option("--seed", a->seed, "of the skew");
   verb->add_option("--trace", a->trace, "write a Chrome/Perfetto trace to this file");
   verb->add_flag("--schedules", a->schedules, "compare all schedules");

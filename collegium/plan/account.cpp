@@ -18,10 +18,11 @@ void add(Account& a, std::string component, std::string formula, std::int64_t to
 
 std::string attention_formula(const ModelSpec& m) {
   if (m.latent.kv_rank > 0)
-    return fmt::format("{} layers: latent ranks {} (query) and {} (key/value), {} heads of {}+{} and {}", m.layers,
-                       m.latent.q_rank, m.latent.kv_rank, m.heads, m.latent.nope_dim, m.latent.rope_dim,
-                       m.latent.value_dim);
-  return fmt::format("{} layers x {} x {} x (2x{} + 2x{}){}", m.layers, m.hidden, m.head_dim, m.heads, m.kv_heads,
+    return fmt::format("{} layers: latent ranks {} (query) and {} (key/value), {} heads of {}+{} and {}",
+                       m.layers, m.latent.q_rank, m.latent.kv_rank, m.heads, m.latent.nope_dim,
+                       m.latent.rope_dim, m.latent.value_dim);
+  return fmt::format("{} layers x {} x {} x (2x{} + 2x{}){}", m.layers, m.hidden, m.head_dim, m.heads,
+                     m.kv_heads,
                      m.qkv_bias || m.qk_norm != SpecQkNorm::kNone || m.attention_sinks
                          ? " + biases, sinks and norms of q and k"
                          : "");
@@ -64,15 +65,17 @@ Account account(const ModelSpec& m) {
   add(a, "positions", fmt::format("{} x {}", m.learned_positions, m.hidden), m.learned_positions * m.hidden,
       m.learned_positions * m.hidden);
   add(a, "attention", attention_formula(m), s.attention, s.attention);
-  add(a, "dense networks", fmt::format("{} layers x {} x {} x {}", m.layers - moe, matrices, m.hidden, m.dense_ffn),
-      s.dense, s.dense);
-  add(a, "shared experts", fmt::format("{} layers x {} x {} x {}", moe, matrices, m.hidden, m.shared_ffn), s.shared,
-      s.shared);
-  add(a, "routers", fmt::format("{} layers x {} x {}{}", moe, m.hidden, m.experts, m.router_bias ? " + bias" : ""),
+  add(a, "dense networks",
+      fmt::format("{} layers x {} x {} x {}", m.layers - moe, matrices, m.hidden, m.dense_ffn), s.dense,
+      s.dense);
+  add(a, "shared experts", fmt::format("{} layers x {} x {} x {}", moe, matrices, m.hidden, m.shared_ffn),
+      s.shared, s.shared);
+  add(a, "routers",
+      fmt::format("{} layers x {} x {}{}", moe, m.hidden, m.experts, m.router_bias ? " + bias" : ""),
       s.router, s.router);
   add(a, "routed experts",
-      fmt::format("{} layers x {} of {} experts x {} x {} x {}{}", moe, m.top_k, m.experts, matrices, m.hidden,
-                  m.expert_ffn, m.expert_bias ? " + bias" : ""),
+      fmt::format("{} layers x {} of {} experts x {} x {} x {}{}", moe, m.top_k, m.experts, matrices,
+                  m.hidden, m.expert_ffn, m.expert_bias ? " + bias" : ""),
       s.experts, s.active_experts);
   const std::int64_t norms = s.norms + norm_weights(m) * (m.embedding_norm ? 2 : 1);
   add(a, "norms", fmt::format("{} x {}", norms / m.hidden, m.hidden), norms, norms);

@@ -25,17 +25,19 @@ struct Account {
   std::int64_t total = 0;
   std::int64_t active = 0;                    ///< input embedding and output head included
   std::int64_t active_without_embedding = 0;  ///< input embedding (one row of it is read per token) left out
-  std::int64_t shared = 0;                    ///< every token passes through these: all but the routed experts
-  std::int64_t routed = 0;                    ///< all routed experts
-  std::int64_t selection_bias = 0;            ///< numbers of the loss-free balance bias, no parameters
-  std::int64_t mtp = 0;                       ///< multi-token prediction, apart from `total`
+  std::int64_t shared = 0;          ///< every token passes through these: all but the routed experts
+  std::int64_t routed = 0;          ///< all routed experts
+  std::int64_t selection_bias = 0;  ///< numbers of the loss-free balance bias, no parameters
+  std::int64_t mtp = 0;             ///< multi-token prediction, apart from `total`
 };
 
-/// What     Counts every component. A tied embedding is counted once, as the embedding, and is active as the head.
+/// What     Counts every component. A tied embedding is counted once, as the embedding, and is active as the
+/// head.
 Account account(const ModelSpec& model);
 
 /// What     FLOPs of the forward pass of one token, by part.
-/// Math     2 x weights of the matrices it passes through, and for attention 2 * H * (d_qk + d_v) * keys, where
+/// Math     2 x weights of the matrices it passes through, and for attention 2 * H * (d_qk + d_v) * keys,
+/// where
 ///          keys = seq/2 on average under a causal mask (at most the window in windowed layers).
 struct TokenFlops {
   double attention_projections = 0.0;
@@ -47,12 +49,15 @@ struct TokenFlops {
   double mtp = 0.0;  ///< multi-token prediction: its layers and their use of the head
   double total() const;
 };
+/// What     FLOPs of a token's forward pass at a sequence length.
 TokenFlops forward_flops_per_token(const ModelSpec& model, double seq_len);
 
-/// What     Keys that a query sees on average: causal (seq+1)/2, or less under a window, or `seq` when not causal.
+/// What     Keys that a query sees on average: causal (seq+1)/2, or less under a window, or `seq` when not
+/// causal.
 double mean_visible_keys(double seq_len, std::int64_t window);
 
-/// What     The account as lines of text, a figure and its formula each, with what often-quoted figures leave out.
+/// What     The account as lines of text, a figure and its formula each, with what often-quoted figures leave
+/// out.
 std::string format_account(const ModelSpec& model, const Account& counts, double seq_len);
 /// The same for a program.
 Json account_json(const ModelSpec& model, const Account& counts, double seq_len);

@@ -7,7 +7,9 @@ namespace collegium::plan {
 
 namespace {
 
-std::string billions(std::int64_t value) { return fmt::format("{:.2f} B", static_cast<double>(value) * 1e-9); }
+std::string billions(std::int64_t value) {
+  return fmt::format("{:.2f} B", static_cast<double>(value) * 1e-9);
+}
 
 std::string in_giga_flop(double flops) { return fmt::format("{:.4g} GFLOP", flops * 1e-9); }
 
@@ -28,16 +30,18 @@ std::string quoted_figures(const ModelSpec& m, const Account& a) {
     if (line.component == "routers") routers = line.total;
   }
   const std::int64_t router_of_one_layer = routers / m.num_moe_layers();
-  text += fmt::format("  {:>17}  total when the router is counted once instead of in each of {} layers and norms are "
-                      "left out (exact: {})\n",
-                      format_integer(a.total - routers + router_of_one_layer - norms), m.num_moe_layers(),
-                      format_integer(a.total));
+  text += fmt::format(
+      "  {:>17}  total when the router is counted once instead of in each of {} layers and norms are "
+      "left out (exact: {})\n",
+      format_integer(a.total - routers + router_of_one_layer - norms), m.num_moe_layers(),
+      format_integer(a.total));
   if (!m.tied_embeddings)
-    text += fmt::format("  {:>17}  parameters each of embedding and head; some figures count one of the two\n",
-                        format_integer(embedding));
+    text +=
+        fmt::format("  {:>17}  parameters each of embedding and head; some figures count one of the two\n",
+                    format_integer(embedding));
   const std::int64_t naive = m.experts * a.active;
-  text += fmt::format("  {:>9}  \"{} x active\" would be wrong: everything but the experts is shared\n", billions(naive),
-                      m.experts);
+  text += fmt::format("  {:>9}  \"{} x active\" would be wrong: everything but the experts is shared\n",
+                      billions(naive), m.experts);
   return text;
 }
 
@@ -54,16 +58,16 @@ std::string format_integer(std::int64_t value) {
 }
 
 std::string format_account(const ModelSpec& m, const Account& a, double seq_len) {
-  std::string text = fmt::format("{} ({}): parameters\n  {:<16}{:>20}{:>20}   formula\n", m.name, m.family, "component",
-                                 "total", "active per token");
+  std::string text = fmt::format("{} ({}): parameters\n  {:<16}{:>20}{:>20}   formula\n", m.name, m.family,
+                                 "component", "total", "active per token");
   for (const AccountLine& line : a.lines)
     text += fmt::format("  {:<16}{:>20}{:>20}   {}\n", line.component, format_integer(line.total),
                         format_integer(line.active), line.formula);
   text += fmt::format("  {:<16}{:>20}{:>20}   {} total, {} active; {} without the input embedding\n", "sum",
-                      format_integer(a.total), format_integer(a.active), billions(a.total), billions(a.active),
-                      format_integer(a.active_without_embedding));
-  text += fmt::format("  {:<16}{:>20}{:>20}   every token passes through these\n", "shared", format_integer(a.shared),
-                      format_integer(a.shared));
+                      format_integer(a.total), format_integer(a.active), billions(a.total),
+                      billions(a.active), format_integer(a.active_without_embedding));
+  text += fmt::format("  {:<16}{:>20}{:>20}   every token passes through these\n", "shared",
+                      format_integer(a.shared), format_integer(a.shared));
   if (a.selection_bias > 0)
     text += fmt::format("  {:<16}{:>20}{:>20}   a buffer, not in the sum\n", "selection bias",
                         format_integer(a.selection_bias), "");
@@ -80,10 +84,11 @@ std::string format_account(const ModelSpec& m, const Account& a, double seq_len)
   text += fmt::format(", norms {}\n", format_integer(last.norms));
   const TokenFlops f = forward_flops_per_token(m, seq_len);
   text += fmt::format(
-      "FLOPs of a token at {} positions, forward (causal mask halves the scores):\n  projections {}, scores {}, "
+      "FLOPs of a token at {} positions, forward (causal mask halves the scores):\n  projections {}, scores "
+      "{}, "
       "dense {}, experts {}, routers {}, head {}{}; sum {}; training {} (x3)\n",
-      seq_len, in_giga_flop(f.attention_projections), in_giga_flop(f.attention_scores), in_giga_flop(f.dense_ffn),
-      in_giga_flop(f.experts), in_giga_flop(f.router), in_giga_flop(f.head),
+      seq_len, in_giga_flop(f.attention_projections), in_giga_flop(f.attention_scores),
+      in_giga_flop(f.dense_ffn), in_giga_flop(f.experts), in_giga_flop(f.router), in_giga_flop(f.head),
       f.mtp > 0.0 ? ", multi-token prediction " + in_giga_flop(f.mtp) : "", in_giga_flop(f.total()),
       in_giga_flop(3.0 * f.total()));
   text += fmt::format("A token's hidden vector: {} x 2 bytes = {} in bfloat16\n", m.hidden,

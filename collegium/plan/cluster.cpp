@@ -16,12 +16,13 @@ namespace collegium::plan {
 namespace {
 
 void require_positive(double value, const std::string& origin, const std::string& field) {
-  require_config(std::isfinite(value) && value > 0.0, "{}: {} = {}: must be a positive number", origin, field, value);
+  require_config(std::isfinite(value) && value > 0.0, "{}: {} = {}: must be a positive number", origin, field,
+                 value);
 }
 
 void require_share(double value, const std::string& origin, const std::string& field) {
-  require_config(std::isfinite(value) && value > 0.0 && value <= 1.0, "{}: {} = {}: must lie in (0, 1]", origin, field,
-                 value);
+  require_config(std::isfinite(value) && value > 0.0 && value <= 1.0, "{}: {} = {}: must lie in (0, 1]",
+                 origin, field, value);
 }
 
 void validate_link(const Link& link, const std::string& origin, const std::string& field) {
@@ -39,8 +40,8 @@ void validate(const Cluster& c, const std::string& origin) {
   require_positive(c.accelerator.memory_gb_per_s, origin, "accelerator.memory_gb_per_s");
   require_share(c.accelerator.gemm_efficiency, origin, "accelerator.gemm_efficiency");
   require_share(c.accelerator.memory_efficiency, origin, "accelerator.memory_efficiency");
-  require_config(c.accelerator.compute_units >= 1, "{}: accelerator.compute_units = {}: must be at least 1", origin,
-                 c.accelerator.compute_units);
+  require_config(c.accelerator.compute_units >= 1, "{}: accelerator.compute_units = {}: must be at least 1",
+                 origin, c.accelerator.compute_units);
   require_config(c.node_size >= 1, "{}: node_size = {}: must be at least 1", origin, c.node_size);
   require_config(c.fast_domain >= 1, "{}: fast_domain = {}: must be at least 1", origin, c.fast_domain);
   validate_link(c.fast_link, origin, "fast_link");
@@ -90,23 +91,26 @@ double peak_flops(const Accelerator& accelerator, const std::string& precision) 
   const std::string format = matrix_format(precision);
   const auto found = accelerator.peak_tflops.find(format);
   if (found == accelerator.peak_tflops.end())
-    throw ConfigError(fmt::format("precision {}: {} has no peak_tflops.{}", precision, accelerator.name, format));
+    throw ConfigError(
+        fmt::format("precision {}: {} has no peak_tflops.{}", precision, accelerator.name, format));
   return found->second * 1e12;
 }
 
 std::string cluster_toml(const Cluster& c) {
-  std::string text = fmt::format("name = \"{}\"\nnote = \"{}\"\nnode_size = {}\nfast_domain = {}\n\n[accelerator]\n", c.name,
-                                 c.note, c.node_size, c.fast_domain);
+  std::string text =
+      fmt::format("name = \"{}\"\nnote = \"{}\"\nnode_size = {}\nfast_domain = {}\n\n[accelerator]\n", c.name,
+                  c.note, c.node_size, c.fast_domain);
   const Accelerator& a = c.accelerator;
-  text += fmt::format("name = \"{}\"\nmemory_gib = {:.6f}\nmemory_gb_per_s = {:.6f}\ncompute_units = {}\n", a.name,
-                      a.memory_gib, a.memory_gb_per_s, a.compute_units);
-  text += fmt::format("gemm_efficiency = {:.6f}\nmemory_efficiency = {:.6f}\nlaunch_us = {:.6f}\nworkspace_gib = {:.6f}\n",
-                      a.gemm_efficiency, a.memory_efficiency, a.launch_us, a.workspace_gib);
+  text += fmt::format("name = \"{}\"\nmemory_gib = {:.6f}\nmemory_gb_per_s = {:.6f}\ncompute_units = {}\n",
+                      a.name, a.memory_gib, a.memory_gb_per_s, a.compute_units);
+  text += fmt::format(
+      "gemm_efficiency = {:.6f}\nmemory_efficiency = {:.6f}\nlaunch_us = {:.6f}\nworkspace_gib = {:.6f}\n",
+      a.gemm_efficiency, a.memory_efficiency, a.launch_us, a.workspace_gib);
   text += "\n[accelerator.peak_tflops]\n";
   for (const auto& [format, tflops] : a.peak_tflops) text += fmt::format("{} = {:.6f}\n", format, tflops);
   for (const auto& [name, link] : {std::pair{"fast_link", c.fast_link}, std::pair{"slow_link", c.slow_link}})
-    text += fmt::format("\n[{}]\ngb_per_s = {:.6f}\nlatency_us = {:.6f}\nefficiency = {:.6f}\n", name, link.gb_per_s,
-                        link.latency_us, link.efficiency);
+    text += fmt::format("\n[{}]\ngb_per_s = {:.6f}\nlatency_us = {:.6f}\nefficiency = {:.6f}\n", name,
+                        link.gb_per_s, link.latency_us, link.efficiency);
   return text;
 }
 

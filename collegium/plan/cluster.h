@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// What the planner knows about machines: an accelerator, the fast links inside a domain, the slow links between domains.
-// Read from the TOML files of configs/clusters (compiled in) or from a file of the user's.
+// What the planner knows about machines: an accelerator, the fast links inside a domain, the slow links
+// between domains. Read from the TOML files of configs/clusters (compiled in) or from a file of the user's.
 
 #include <map>
 #include <string>
@@ -71,15 +71,16 @@ void describe(Fields& fields, Cluster& c) {
 }
 
 /// What     A cluster by its name in the catalogue or from a TOML file.
-/// Throws   ConfigError: unknown name (with the nearest), unknown key, or a figure that is not a positive number.
+/// Throws   ConfigError: unknown name (with the nearest), unknown key, or a figure that is not a positive
+/// number.
 Cluster load_cluster(const std::string& name_or_path);
 /// The same from TOML text at hand; `origin` names it in messages.
 Cluster parse_cluster(std::string_view text, const std::string& origin);
 /// What     Names of the catalogue, sorted.
 std::vector<std::string> cluster_names();
 
-/// What     FLOP/s of matrix products in a training precision ("bf16", "fp16", "fp8", "mxfp8", "nvfp4", "fp32", ...).
-/// Throws   ConfigError when the accelerator has no such format.
+/// What     FLOP/s of matrix products in a training precision ("bf16", "fp16", "fp8", "mxfp8", "nvfp4",
+/// "fp32", ...). Throws   ConfigError when the accelerator has no such format.
 double peak_flops(const Accelerator& accelerator, const std::string& precision);
 /// What     The format of the matrix products of a training precision: "fp16" and "amp_bf16" -> "bf16", ...
 std::string matrix_format(const std::string& precision);

@@ -32,7 +32,8 @@ double gemm_utilisation(const Accelerator& a, double m, double n, double k, doub
 
 double gemm_seconds(const Accelerator& a, double peak, double m, double n, double k, double groups) {
   if (m <= 0.0) return 0.0;
-  const double compute = 2.0 * m * n * k * groups / (peak * a.gemm_efficiency * gemm_utilisation(a, m, n, k, groups));
+  const double compute =
+      2.0 * m * n * k * groups / (peak * a.gemm_efficiency * gemm_utilisation(a, m, n, k, groups));
   const double bytes = 2.0 * groups * (m * k + k * n + m * n);
   return std::max(compute, stream_seconds(a, bytes)) + a.launch_us * 1e-6;
 }
@@ -58,7 +59,8 @@ double gather_seconds(const Cluster& cluster, const Group& g, double bytes) {
   // Large groups use trees between domains: their latency grows with the logarithm.
   const double hops = (g.in_domain - 1.0) * cluster.fast_link.latency_us * 0.3 +
                       std::log2(std::max(1.0, domains)) * cluster.slow_link.latency_us;
-  return (g.ranks - 1.0) / g.ranks * bytes / ring_bandwidth(cluster, g) + (cluster.fast_link.latency_us + hops) * 1e-6;
+  return (g.ranks - 1.0) / g.ranks * bytes / ring_bandwidth(cluster, g) +
+         (cluster.fast_link.latency_us + hops) * 1e-6;
 }
 
 double all_reduce_seconds(const Cluster& cluster, const Group& g, double bytes) {
@@ -112,9 +114,12 @@ double expert_exchange_seconds(const ModelSpec& m, const Layout& l, const Cluste
   const ExpertTraffic t = expert_traffic(m, l, cluster, imbalance);
   if (t.fast_rows + t.slow_rows <= 0.0) return 0.0;
   const double in_domain = std::min<double>(l.ep, std::max(1, cluster.fast_domain / l.etp));
-  const double fast = tokens * t.fast_rows * row_bytes / (cluster.fast_link.gb_per_s * 1e9 * cluster.fast_link.efficiency);
-  const double slow = tokens * t.slow_rows * row_bytes / (cluster.slow_link.gb_per_s * 1e9 * cluster.slow_link.efficiency);
-  const double latency = cluster.fast_link.latency_us + (l.ep > in_domain ? cluster.slow_link.latency_us : 0.0);
+  const double fast =
+      tokens * t.fast_rows * row_bytes / (cluster.fast_link.gb_per_s * 1e9 * cluster.fast_link.efficiency);
+  const double slow =
+      tokens * t.slow_rows * row_bytes / (cluster.slow_link.gb_per_s * 1e9 * cluster.slow_link.efficiency);
+  const double latency =
+      cluster.fast_link.latency_us + (l.ep > in_domain ? cluster.slow_link.latency_us : 0.0);
   // The fullest rank receives `imbalance` times the mean; the others wait for it.
   return std::max(fast, slow) * imbalance + 2.0 * latency * 1e-6;
 }

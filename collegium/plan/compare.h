@@ -34,7 +34,8 @@ struct Comparison {
   double gain() const { return published_time.step_s / chosen.time.step_s - 1.0; }
 };
 
-/// What     Predicts every classical layout and searches its machines for a faster one, under the same software habits
+/// What     Predicts every classical layout and searches its machines for a faster one, under the same
+/// software habits
 ///          (full recomputation allowed, scores kept, 16-bit gradient reduction).
 std::vector<Comparison> compare_classics();
 /// What     The comparison as a table.

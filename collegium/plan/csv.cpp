@@ -67,8 +67,8 @@ std::vector<CsvRow> read_csv(const std::string& text, const std::string& origin)
     const int first_line = line;
     const std::vector<std::string> fields = next_record(text, at, line);
     if (fields.size() == 1 && fields.front().empty()) continue;
-    require_config(fields.size() == header.size(), "{}:{}: {} fields, but the header has {} columns", origin, first_line,
-                   fields.size(), header.size());
+    require_config(fields.size() == header.size(), "{}:{}: {} fields, but the header has {} columns", origin,
+                   first_line, fields.size(), header.size());
     CsvRow row;
     row.line = first_line;
     for (std::size_t i = 0; i < header.size(); ++i) row.fields[header[i]] = fields[i];

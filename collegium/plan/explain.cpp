@@ -22,7 +22,8 @@ std::string members(const std::vector<int>& ranks) {
 }
 
 std::string draw_nodes(const mesh::Mesh& mesh, const Layout& l, const Cluster& c) {
-  std::string text = fmt::format("Ranks on machines of {} ({}): pp.dp.cp.tp", c.node_size, c.accelerator.name);
+  std::string text =
+      fmt::format("Ranks on machines of {} ({}): pp.dp.cp.tp", c.node_size, c.accelerator.name);
   const bool experts = l.ep * l.etp > 1;
   if (experts) text += " / edp.ep.etp";
   text += "\n";
@@ -45,7 +46,8 @@ std::string draw_groups(const mesh::Mesh& mesh) {
   std::string text = "Groups of rank 0\n";
   const auto add = [&](const char* name, std::initializer_list<Axis> axes, const char* use) {
     const std::vector<int> group = mesh.group(axes, 0);
-    if (group.size() > 1) text += fmt::format("  {:<8}{:>6} ranks: {:<48} {}\n", name, group.size(), members(group), use);
+    if (group.size() > 1)
+      text += fmt::format("  {:<8}{:>6} ranks: {:<48} {}\n", name, group.size(), members(group), use);
   };
   add("tp", {Axis::kTp}, "share each layer's dense matrices");
   add("cp", {Axis::kCp}, "share each sequence");
@@ -59,19 +61,23 @@ std::string draw_groups(const mesh::Mesh& mesh) {
 
 }  // namespace
 
-std::string explain_layout(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& c, const Stack& s) {
+std::string explain_layout(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& c,
+                           const Stack& s) {
   const mesh::Mesh mesh({.pp = l.pp, .dp = l.dp, .cp = l.cp, .tp = l.tp, .ep = l.ep, .etp = l.etp});
-  std::string text = fmt::format("{} on {} x {}: {}\n", m.name, l.world(), c.accelerator.name, layout_name(l));
+  std::string text =
+      fmt::format("{} on {} x {}: {}\n", m.name, l.world(), c.accelerator.name, layout_name(l));
   text += draw_nodes(mesh, l, c);
   text += draw_groups(mesh);
   if (m.is_moe())
-    text += fmt::format("Experts {} to {} of every MoE layer live on rank 0; each expert has {} copies over edp\n", 0,
-                        m.experts / l.ep - 1, l.expert_dp());
+    text += fmt::format(
+        "Experts {} to {} of every MoE layer live on rank 0; each expert has {} copies over edp\n", 0,
+        m.experts / l.ep - 1, l.expert_dp());
   text += format_traffic(step_traffic(m, l, w, c, s));
   if (l.ep > 1) {
     text += "The expert exchange's share of the step, by how it is done (nothing hidden unless it says so)\n";
     for (const ExchangeShare& share : exchange_shares(m, l, w, c, s))
-      text += fmt::format("  {:<54}{:>6.1f} % of {:.4g} s\n", share.variant, 100.0 * share.share, share.step_s);
+      text +=
+          fmt::format("  {:<54}{:>6.1f} % of {:.4g} s\n", share.variant, 100.0 * share.share, share.step_s);
   }
   return text;
 }

@@ -48,7 +48,8 @@ double projection_seconds(const Context& x) {
   const auto q_rank = static_cast<double>(a.q_rank);
   const auto kv_rank = static_cast<double>(a.kv_rank);
   double seconds = x.gemm(x.tokens / x.sequence_share(), kv_rank + static_cast<double>(a.rope_dim), hidden);
-  seconds += q_rank > 0.0 ? x.gemm(x.tokens / x.sequence_share(), q_rank, hidden) + x.gemm(x.tokens, heads * q_head / tp, q_rank)
+  seconds += q_rank > 0.0 ? x.gemm(x.tokens / x.sequence_share(), q_rank, hidden) +
+                                x.gemm(x.tokens, heads * q_head / tp, q_rank)
                           : x.gemm(x.tokens, heads * q_head / tp, hidden);
   seconds += x.gemm(x.tokens, heads * static_cast<double>(a.nope_dim + a.value_dim) / tp, kv_rank);
   return seconds + x.gemm(x.tokens, hidden, heads * static_cast<double>(a.value_dim) / tp);
@@ -57,7 +58,8 @@ double projection_seconds(const Context& x) {
 double score_flops(const Context& x, bool windowed) {
   const double visible = mean_visible_keys(x.w.seq_len, windowed ? x.m.window : 0);
   const double keys = x.s.causal_skip && x.s.flash_attention ? visible : x.w.seq_len;
-  return 2.0 * x.tokens * static_cast<double>(x.m.heads * (x.m.q_head_dim() + x.m.value_head_dim())) / x.l.tp * keys;
+  return 2.0 * x.tokens * static_cast<double>(x.m.heads * (x.m.q_head_dim() + x.m.value_head_dim())) /
+         x.l.tp * keys;
 }
 
 double attention_seconds(const Context& x, bool windowed, bool backward) {
@@ -81,7 +83,8 @@ double elementwise_seconds(const Context& x, bool moe) {
   const auto hidden = static_cast<double>(x.m.hidden);
   const double qkv = static_cast<double>(x.m.heads * x.m.q_head_dim() + 2 * x.m.kv_heads * x.m.head_dim);
   // Two norms (read, write) and two residual additions (two reads, a write, masks).
-  const double residual = x.tokens * hidden * (8.0 + 12.0 + 2.0 * x.s.dropout_mask_bytes) / x.sequence_share();
+  const double residual =
+      x.tokens * hidden * (8.0 + 12.0 + 2.0 * x.s.dropout_mask_bytes) / x.sequence_share();
   double network = 0.0;
   double kernels = 10.0;
   const double per_width = x.m.gated_ffn ? 6.0 : (x.s.fused_elementwise ? 4.0 : 8.0);
@@ -95,9 +98,11 @@ double elementwise_seconds(const Context& x, bool moe) {
   } else {
     network += x.tokens / x.l.tp * per_width * static_cast<double>(x.m.dense_ffn);
   }
-  // Low-precision products read their inputs in 16 bits and write them twice, once transposed for the backward pass.
+  // Low-precision products read their inputs in 16 bits and write them twice, once transposed for the
+  // backward pass.
   if (matrix_format(x.w.precision) != "bf16") {
-    const double quantised = moe ? static_cast<double>(x.m.top_k) * x.w.imbalance * (hidden + static_cast<double>(x.m.expert_ffn)) +
+    const double quantised = moe ? static_cast<double>(x.m.top_k) * x.w.imbalance *
+                                           (hidden + static_cast<double>(x.m.expert_ffn)) +
                                        static_cast<double>(x.m.shared_ffn)
                                  : hidden + static_cast<double>(x.m.dense_ffn);
     network += 4.0 * x.tokens / x.l.tp * (quantised + qkv);
@@ -131,7 +136,8 @@ double tensor_seconds(const Context& x, bool moe) {
   if (x.l.tp == 1 && x.l.cp == 1) return 0.0;
   const double bytes = 2.0 * x.tokens * static_cast<double>(x.m.hidden);
   const double blocks = moe && x.m.shared_ffn == 0 ? 1.0 : 2.0;
-  double seconds = blocks * all_reduce_seconds(x.c, group_of(x.c, x.l.tp, 1), bytes) * (1.0 - x.s.tensor_overlap);
+  double seconds =
+      blocks * all_reduce_seconds(x.c, group_of(x.c, x.l.tp, 1), bytes) * (1.0 - x.s.tensor_overlap);
   if (x.l.cp > 1) {
     const double kv = 4.0 * x.tokens * static_cast<double>(x.m.kv_heads * x.m.head_dim) / x.l.tp;
     const double ring = gather_seconds(x.c, group_of(x.c, x.l.cp, x.l.tp), kv * x.l.cp);
@@ -164,8 +170,8 @@ Context context(const ModelSpec& m, const Layout& l, const Workload& w, const Cl
 
 }  // namespace
 
-LayerCost layer_cost(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& c, const Stack& s, bool moe,
-                     bool windowed) {
+LayerCost layer_cost(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& c, const Stack& s,
+                     bool moe, bool windowed) {
   const Context x = context(m, l, w, c, s);
   LayerCost cost;
   cost.forward[Part::kGemm] = projection_seconds(x) + network_gemms(x, moe);
@@ -181,23 +187,27 @@ LayerCost layer_cost(const ModelSpec& m, const Layout& l, const Workload& w, con
   if (r.full) {
     cost.recompute = cost.forward;
   } else {
-    if (r.attention_core && !s.flash_attention) cost.recompute[Part::kAttention] = cost.forward[Part::kAttention];
+    if (r.attention_core && !s.flash_attention)
+      cost.recompute[Part::kAttention] = cost.forward[Part::kAttention];
     if (r.moe && moe) {
       cost.recompute[Part::kGemm] = network_gemms(x, true);
       cost.recompute[Part::kExpertComm] = cost.forward[Part::kExpertComm];
     }
     if (r.dense_ffn && !moe) cost.recompute[Part::kGemm] = network_gemms(x, false);
-    if (r.norms || r.activation || r.latent_up) cost.recompute[Part::kElementwise] = 0.3 * cost.forward[Part::kElementwise];
+    if (r.norms || r.activation || r.latent_up)
+      cost.recompute[Part::kElementwise] = 0.3 * cost.forward[Part::kElementwise];
   }
   return cost;
 }
 
-LayerCost head_cost(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& c, const Stack& s) {
+LayerCost head_cost(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& c,
+                    const Stack& s) {
   const Context x = context(m, l, w, c, s);
   LayerCost cost;
   const double vocab = static_cast<double>(m.vocab) / l.tp;
   // The head stays in 16 bits in every published low-precision recipe.
-  cost.forward[Part::kGemm] = gemm_seconds(c.accelerator, x.score_peak, x.tokens, vocab, static_cast<double>(m.hidden));
+  cost.forward[Part::kGemm] =
+      gemm_seconds(c.accelerator, x.score_peak, x.tokens, vocab, static_cast<double>(m.hidden));
   cost.forward[Part::kElementwise] = x.stream(12.0 * x.tokens * vocab, 5.0);
   cost.backward = cost.forward;
   cost.backward[Part::kGemm] *= 2.0;

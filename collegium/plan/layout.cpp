@@ -24,16 +24,17 @@ std::vector<std::string> split(const std::string& text, char separator) {
 
 std::optional<std::string> bad_expert_axes(const ModelSpec& m, const Layout& l) {
   if (!m.is_moe()) {
-    if (l.ep > 1 || l.etp > 1)
-      return fmt::format("ep*etp = {}*{}: {} has no experts", l.ep, l.etp, m.name);
+    if (l.ep > 1 || l.etp > 1) return fmt::format("ep*etp = {}*{}: {} has no experts", l.ep, l.etp, m.name);
     return std::nullopt;
   }
-  if (m.experts % l.ep != 0) return fmt::format("ep = {} must divide the number of experts = {}", l.ep, m.experts);
+  if (m.experts % l.ep != 0)
+    return fmt::format("ep = {} must divide the number of experts = {}", l.ep, m.experts);
   if (m.expert_ffn % l.etp != 0)
     return fmt::format("etp = {} must divide the width of an expert = {}", l.etp, m.expert_ffn);
   const int stage = l.dp * l.cp * l.tp;
   if (stage % (l.ep * l.etp) != 0)
-    return fmt::format("ep*etp = {}*{} must divide dp*cp*tp = {}*{}*{} = {}", l.ep, l.etp, l.dp, l.cp, l.tp, stage);
+    return fmt::format("ep*etp = {}*{} must divide dp*cp*tp = {}*{}*{} = {}", l.ep, l.etp, l.dp, l.cp, l.tp,
+                       stage);
   return std::nullopt;
 }
 
@@ -46,21 +47,26 @@ double num_micro_batches(const Layout& layout, const Workload& work) {
 std::optional<std::string> forbidden(const ModelSpec& m, const Layout& l, const Workload& w) {
   if (m.heads % l.tp != 0) return fmt::format("tp = {} must divide the number of heads = {}", l.tp, m.heads);
   if (l.tp > m.kv_heads && l.tp % m.kv_heads != 0)
-    return fmt::format("tp = {} must be a multiple of the key/value heads = {} that it exceeds", l.tp, m.kv_heads);
-  if (m.dense_ffn % l.tp != 0) return fmt::format("tp = {} must divide the dense width = {}", l.tp, m.dense_ffn);
-  if (m.shared_ffn % l.tp != 0) return fmt::format("tp = {} must divide the shared width = {}", l.tp, m.shared_ffn);
+    return fmt::format("tp = {} must be a multiple of the key/value heads = {} that it exceeds", l.tp,
+                       m.kv_heads);
+  if (m.dense_ffn % l.tp != 0)
+    return fmt::format("tp = {} must divide the dense width = {}", l.tp, m.dense_ffn);
+  if (m.shared_ffn % l.tp != 0)
+    return fmt::format("tp = {} must divide the shared width = {}", l.tp, m.shared_ffn);
   const double pieces = 2.0 * l.cp;
   if (l.cp > 1 && std::fmod(w.seq_len, pieces) != 0.0)
     return fmt::format("2*cp = {} must divide the sequence length = {}", pieces, w.seq_len);
   const int chunks = l.pp * l.virtual_stages;
   if (chunks > m.layers + 1)
-    return fmt::format("pp*virtual stages = {}*{} = {} exceeds the {} layers", l.pp, l.virtual_stages, chunks, m.layers);
-  if (l.virtual_stages > 1 && l.pp < 2) return fmt::format("virtual stages = {}: need pp of at least 2", l.virtual_stages);
+    return fmt::format("pp*virtual stages = {}*{} = {} exceeds the {} layers", l.pp, l.virtual_stages, chunks,
+                       m.layers);
+  if (l.virtual_stages > 1 && l.pp < 2)
+    return fmt::format("virtual stages = {}: need pp of at least 2", l.virtual_stages);
   if (auto reason = bad_expert_axes(m, l)) return reason;
   const double per_step = static_cast<double>(l.dp) * l.micro_batch;
   if (std::fmod(w.global_batch, per_step) != 0.0)
-    return fmt::format("dp*micro batch = {}*{} = {} must divide the global batch = {}", l.dp, l.micro_batch, per_step,
-                       w.global_batch);
+    return fmt::format("dp*micro batch = {}*{} = {} must divide the global batch = {}", l.dp, l.micro_batch,
+                       per_step, w.global_batch);
   const double micro = num_micro_batches(l, w);
   if (l.virtual_stages > 1 && std::fmod(micro, l.pp) != 0.0)
     return fmt::format("interleaving: pp = {} must divide the {} micro-batches", l.pp, micro);
@@ -72,10 +78,10 @@ std::optional<std::string> forbidden(const ModelSpec& m, const Layout& l, const 
 std::string recompute_name(const Recompute& r) {
   if (r.full) return "full";
   std::string name;
-  const std::pair<bool, const char*> parts[] = {{r.attention_core, "core_attn"}, {r.norms, "norms"},
-                                                {r.latent_up, "mla_up"},         {r.activation, "moe_act"},
-                                                {r.dense_ffn, "mlp"},            {r.moe, "moe"},
-                                                {r.operators, "operators"}};
+  const std::pair<bool, const char*> parts[] = {
+      {r.attention_core, "core_attn"}, {r.norms, "norms"},   {r.latent_up, "mla_up"},
+      {r.activation, "moe_act"},       {r.dense_ffn, "mlp"}, {r.moe, "moe"},
+      {r.operators, "operators"}};
   for (const auto& [set, text] : parts) {
     if (!set) continue;
     if (!name.empty()) name.push_back('+');
@@ -108,18 +114,19 @@ Recompute parse_recompute(const std::string& text) {
     } else if (part == "operators") {
       r.operators = true;
     } else if (part != "SP" && part != "none") {
-      throw ConfigError(fmt::format("recompute = {}: part {} is not one of full, core_attn, norms, mla_up, moe_act, "
-                                    "mlp, moe",
-                                    text, part));
+      throw ConfigError(
+          fmt::format("recompute = {}: part {} is not one of full, core_attn, norms, mla_up, moe_act, "
+                      "mlp, moe",
+                      text, part));
     }
   }
   return r;
 }
 
 std::string layout_name(const Layout& l) {
-  return fmt::format("tp{}.cp{}.pp{}.vp{}.dp{}.ep{}.etp{}.zero{}.mb{}.{}.{}.{}", l.tp, l.cp, l.pp, l.virtual_stages, l.dp,
-                     l.ep, l.etp, static_cast<int>(l.zero), l.micro_batch, recompute_name(l.recompute),
-                     enum_name(l.dispatcher), enum_name(l.schedule));
+  return fmt::format("tp{}.cp{}.pp{}.vp{}.dp{}.ep{}.etp{}.zero{}.mb{}.{}.{}.{}", l.tp, l.cp, l.pp,
+                     l.virtual_stages, l.dp, l.ep, l.etp, static_cast<int>(l.zero), l.micro_batch,
+                     recompute_name(l.recompute), enum_name(l.dispatcher), enum_name(l.schedule));
 }
 
 namespace {
@@ -148,9 +155,9 @@ bool read_name(const std::string& part, E& value) {
 
 bool read_number(const std::string& part, Layout& l) {
   // Longer keys first: "etp" ends in "tp".
-  const std::pair<std::string_view, int*> keys[] = {{"etp", &l.etp}, {"ep", &l.ep}, {"tp", &l.tp},
-                                                    {"cp", &l.cp},   {"pp", &l.pp}, {"vp", &l.virtual_stages},
-                                                    {"dp", &l.dp},   {"mb", &l.micro_batch}};
+  const std::pair<std::string_view, int*> keys[] = {
+      {"etp", &l.etp},           {"ep", &l.ep}, {"tp", &l.tp},         {"cp", &l.cp}, {"pp", &l.pp},
+      {"vp", &l.virtual_stages}, {"dp", &l.dp}, {"mb", &l.micro_batch}};
   for (const auto& [key, target] : keys) {
     if (const auto value = number_after(part, key)) {
       *target = *value;
@@ -174,7 +181,8 @@ Layout parse_layout(const std::string& text) {
     try {
       l.recompute = parse_recompute(part);
     } catch (const ConfigError&) {
-      throw ConfigError(fmt::format("layout part {}: write parts such as tp2.pp4.dp8.ep8.zero1.mb1.full.a2a.1f1b", part));
+      throw ConfigError(
+          fmt::format("layout part {}: write parts such as tp2.pp4.dp8.ep8.zero1.mb1.full.a2a.1f1b", part));
     }
   }
   return l;

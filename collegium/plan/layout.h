@@ -12,9 +12,9 @@ namespace collegium::plan {
 
 /// kSharded is data parallelism that gathers every layer's weights when it needs them (ZeRO-3, FSDP).
 enum class Zero { kNone, kOptimizer, kGradients, kSharded };
-/// Who exchanges tokens with experts, and how. kAllToAll: a row per (token, expert); kDeduplicated: a row per (token,
-/// rank); kHierarchical: a row per (token, node) over slow links, then one per (token, rank) inside; kPadded: every
-/// pair of ranks sends the largest pair's rows; kAllGather: every rank gets every token.
+/// Who exchanges tokens with experts, and how. kAllToAll: a row per (token, expert); kDeduplicated: a row per
+/// (token, rank); kHierarchical: a row per (token, node) over slow links, then one per (token, rank) inside;
+/// kPadded: every pair of ranks sends the largest pair's rows; kAllGather: every rank gets every token.
 enum class Dispatcher { kAllToAll, kDeduplicated, kHierarchical, kPadded, kAllGather };
 enum class Schedule { kGPipe, k1F1B, kInterleaved, kZeroBubble, kDualPipe };
 
@@ -41,7 +41,7 @@ struct Layout {
   int etp = 1;
   Zero zero = Zero::kOptimizer;
   int micro_batch = 1;  ///< sequences
-  Recompute recompute;
+  Recompute recompute{};
   Dispatcher dispatcher = Dispatcher::kAllToAll;
   Schedule schedule = Schedule::k1F1B;
   bool sequence_parallel = true;  ///< norms and residuals split over tp
@@ -60,29 +60,31 @@ struct Workload {
 /// Habits of a training stack that change memory or time. Facts about software, not fitted figures.
 struct Stack {
   std::string name = "collegium";
-  std::string family = "collegium";   ///< software whose efficiency is one constant per accelerator
+  std::string family = "collegium";  ///< software whose efficiency is one constant per accelerator
   bool flash_attention = true;
-  bool fused_elementwise = true;      ///< norms, activations and dropout in few passes over memory
-  double dropout_mask_bytes = 0.0;    ///< 1 when masks of dropout are kept
-  double weight_bytes = 2.0;          ///< low-precision weights
-  double gradient_bytes = 4.0;        ///< accumulated gradients
-  double optimizer_bytes = 12.0;      ///< master weight and two moments
-  double reduce_bytes = 4.0;          ///< what the gradient reduction sends per parameter
-  bool split_pipeline_sends = true;   ///< tensor-parallel ranks send a part each and gather it inside the node
-  bool fused_accumulation = true;     ///< products add to the gradients themselves, without a pass over memory
-  bool balanced_stages = false;       ///< stages hold equal work, embedding and head counted as layers
-  double fragmentation = 0.03;        ///< cached but unusable share of what the allocator handed out
-  double bucket_bytes = 0.0;          ///< buffers of gradient reduction and weight gathering
-  bool keeps_stage_edges = false;     ///< pipeline buffers keep a stage's input and output, for one micro-batch more
-  double data_overlap = 0.5;          ///< share of the gradient reduction hidden behind the backward pass
-  double tensor_overlap = 0.0;        ///< share of tensor-parallel collectives hidden behind GEMMs
-  double expert_overlap = 0.0;        ///< share of dispatch and combine hidden behind computation
-  double sharded_overlap = 0.9;       ///< share of computation that can hide gathers of sharded weights
-  bool never_fitted = false;          ///< its step times are judged with the accelerator's own efficiency
-  bool causal_skip = true;            ///< attention computes no score above the diagonal
+  bool fused_elementwise = true;     ///< norms, activations and dropout in few passes over memory
+  double dropout_mask_bytes = 0.0;   ///< 1 when masks of dropout are kept
+  double weight_bytes = 2.0;         ///< low-precision weights
+  double gradient_bytes = 4.0;       ///< accumulated gradients
+  double optimizer_bytes = 12.0;     ///< master weight and two moments
+  double reduce_bytes = 4.0;         ///< what the gradient reduction sends per parameter
+  bool split_pipeline_sends = true;  ///< tensor-parallel ranks send a part each and gather it inside the node
+  bool fused_accumulation = true;    ///< products add to the gradients themselves, without a pass over memory
+  bool balanced_stages = false;      ///< stages hold equal work, embedding and head counted as layers
+  double fragmentation = 0.03;       ///< cached but unusable share of what the allocator handed out
+  double bucket_bytes = 0.0;         ///< buffers of gradient reduction and weight gathering
+  bool keeps_stage_edges =
+      false;                  ///< pipeline buffers keep a stage's input and output, for one micro-batch more
+  double data_overlap = 0.5;  ///< share of the gradient reduction hidden behind the backward pass
+  double tensor_overlap = 0.0;   ///< share of tensor-parallel collectives hidden behind GEMMs
+  double expert_overlap = 0.0;   ///< share of dispatch and combine hidden behind computation
+  double sharded_overlap = 0.9;  ///< share of computation that can hide gathers of sharded weights
+  bool never_fitted = false;     ///< its step times are judged with the accelerator's own efficiency
+  bool causal_skip = true;       ///< attention computes no score above the diagonal
 };
 
-/// What     Micro-batches of one pipeline in an optimizer step: global_batch / (dp * micro_batch), rounded up.
+/// What     Micro-batches of one pipeline in an optimizer step: global_batch / (dp * micro_batch), rounded
+/// up.
 double num_micro_batches(const Layout& layout, const Workload& work);
 
 /// What     Why this layout is impossible, or nothing: a rule with both numbers.
@@ -94,7 +96,8 @@ std::string layout_name(const Layout& layout);
 Layout parse_layout(const std::string& text);
 /// What     "none", "full", or the parts: "core_attn+norms".
 std::string recompute_name(const Recompute& recompute);
-/// What     Reads none, full, selective:core_attn+... as published runs write it; `+SP` is not a recompute and skipped.
+/// What     Reads none, full, selective:core_attn+... as published runs write it; `+SP` is not a recompute
+/// and skipped.
 Recompute parse_recompute(const std::string& text);
 
 }  // namespace collegium::plan

@@ -24,7 +24,8 @@ std::int64_t balanced_boundary(const ModelSpec& m, const Layout& l, int stage) {
 
 }  // namespace
 
-std::pair<std::int64_t, std::int64_t> stage_layers(const ModelSpec& m, const Layout& l, const Stack& stack, int stage) {
+std::pair<std::int64_t, std::int64_t> stage_layers(const ModelSpec& m, const Layout& l, const Stack& stack,
+                                                   int stage) {
   if (stack.balanced_stages && l.pp > 1) {
     const std::int64_t first = stage == 0 ? 0 : balanced_boundary(m, l, stage);
     const std::int64_t last = stage == l.pp - 1 ? m.layers : balanced_boundary(m, l, stage + 1);
@@ -43,8 +44,8 @@ StageWeights stage_weights(const ModelSpec& m, const Layout& l, const Stack& sta
   const double tp = l.tp;
   const auto add_layer = [&](const LayerWeights& layer, double times) {
     w.dense += times * (static_cast<double>(layer.attention_sharded + layer.dense_sharded) / tp +
-                        static_cast<double>(layer.attention_replicated + layer.dense_replicated + layer.norms +
-                                            layer.router));
+                        static_cast<double>(layer.attention_replicated + layer.dense_replicated +
+                                            layer.norms + layer.router));
     w.experts += times * static_cast<double>(layer.expert * layer.experts) / (l.ep * l.etp);
   };
   for (std::int64_t layer = first; layer < last; ++layer) {
@@ -81,17 +82,18 @@ struct Bytes {
 // Inputs of matrix products wait for the backward pass in the products' own format.
 double linear_input_bytes(const Workload& w) { return matrix_format(w.precision) == "bf16" ? 2.0 : 1.0; }
 
-double attention_bytes(const ModelSpec& m, const Layout& l, const Workload& w, const Stack& stack, bool keep_all) {
+double attention_bytes(const ModelSpec& m, const Layout& l, const Workload& w, const Stack& stack,
+                       bool keep_all) {
   const double tp = l.tp;
   const double sp = l.sequence_parallel ? tp : 1.0;
   const auto hidden = static_cast<double>(m.hidden);
   const double q = static_cast<double>(m.heads * m.q_head_dim());
   const double v = static_cast<double>(m.heads * m.value_head_dim());
   const double kv = m.latent.kv_rank > 0 ? q + v : 2.0 * static_cast<double>(m.kv_heads * m.head_dim);
-  double bytes = 2.0 * hidden / sp;                                        // the norm's input
+  double bytes = 2.0 * hidden / sp;  // the norm's input
   const double input = linear_input_bytes(w);
   const bool norms = l.recompute.norms || l.recompute.operators;
-  if (keep_all || !norms) bytes += input * hidden / sp;                    // its output, input of the projections
+  if (keep_all || !norms) bytes += input * hidden / sp;  // its output, input of the projections
   bytes += stack.dropout_mask_bytes * hidden / sp;
   const bool recompute_up = !keep_all && l.recompute.latent_up && m.latent.kv_rank > 0;
   bytes += recompute_up ? 0.0 : 2.0 * (q + kv) / tp;
@@ -129,9 +131,11 @@ double moe_bytes(const ModelSpec& m, const Layout& l, const Workload& w, const S
   return bytes;
 }
 
-double dense_bytes(const ModelSpec& m, const Layout& l, const Workload& w, const Stack& stack, bool keep_all) {
+double dense_bytes(const ModelSpec& m, const Layout& l, const Workload& w, const Stack& stack,
+                   bool keep_all) {
   const double sp = l.sequence_parallel ? l.tp : 1.0;
-  double bytes = 2.0 * static_cast<double>(m.hidden) / sp + stack.dropout_mask_bytes * static_cast<double>(m.hidden) / sp;
+  double bytes = 2.0 * static_cast<double>(m.hidden) / sp +
+                 stack.dropout_mask_bytes * static_cast<double>(m.hidden) / sp;
   const bool norms = l.recompute.norms || l.recompute.operators;
   if (keep_all || !norms) bytes += linear_input_bytes(w) * static_cast<double>(m.hidden) / sp;
   const bool keep = keep_all || !l.recompute.operators;
@@ -150,7 +154,8 @@ Bytes token_bytes(const ModelSpec& m, const Layout& l, const Workload& w, const 
 
 }  // namespace
 
-LayerActivations layer_activations(const ModelSpec& m, const Layout& l, const Workload& w, const Stack& stack) {
+LayerActivations layer_activations(const ModelSpec& m, const Layout& l, const Workload& w,
+                                   const Stack& stack) {
   const double tokens = l.micro_batch * w.seq_len / l.cp;
   LayerActivations a;
   if (l.recompute.full) {
@@ -258,7 +263,8 @@ MemoryReport stage_memory(const ModelSpec& m, const Layout& l, const Workload& w
   if (stage == 0 && l.pp > 1) add("embedded tokens", 2.0 * tokens * static_cast<double>(m.hidden) / l.tp);
   if (stage == l.pp - 1) {
     // Low-precision logits, and the fp32 copy that the softmax leaves for its backward.
-    add("logits", 6.0 * tokens * static_cast<double>(m.vocab) / l.tp * (1.0 + static_cast<double>(m.mtp_layers)));
+    add("logits",
+        6.0 * tokens * static_cast<double>(m.vocab) / l.tp * (1.0 + static_cast<double>(m.mtp_layers)));
   }
   for (const MemoryLine& line : r.lines) r.peak_bytes += line.bytes;
   r.device_bytes = r.peak_bytes * (1.0 + stack.fragmentation) + kContextBytes;

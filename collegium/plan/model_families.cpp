@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// config.json of each Hugging Face family as a ModelSpec. Only sizes are read: what changes no weight and no FLOP
-// is ignored, so released files load as they are.
+// config.json of each Hugging Face family as a ModelSpec. Only sizes are read: what changes no weight and no
+// FLOP is ignored, so released files load as they are.
 #include <functional>
 #include <map>
 
@@ -22,10 +22,13 @@ class Keys {
     }
     throw ConfigError(fmt::format("{}: {} is missing", origin_, *keys.begin()));
   }
-  std::int64_t get(const char* key, std::int64_t fallback) const { return present(key) ? integer(key) : fallback; }
+  std::int64_t get(const char* key, std::int64_t fallback) const {
+    return present(key) ? integer(key) : fallback;
+  }
   bool flag(const char* key, bool fallback) const {
     if (!present(key)) return fallback;
-    require_config(json_[key].is_boolean(), "{}: {} = {}: must be true or false", origin_, key, json_[key].dump());
+    require_config(json_[key].is_boolean(), "{}: {} = {}: must be true or false", origin_, key,
+                   json_[key].dump());
     return json_[key].get<bool>();
   }
   std::string text(const char* key, const std::string& fallback) const {
@@ -128,7 +131,8 @@ ModelSpec deepseek(const Keys& keys) {
   const std::int64_t step = keys.get("moe_layer_freq", 1);
   for (std::int64_t layer = 0; layer < m.layers; ++layer)
     m.moe_layers.push_back(layer >= dense && layer % step == 0);
-  m.selection_bias = keys.text("topk_method", "") == "noaux_tc" || keys.text("model_type", "") != "deepseek_v2";
+  m.selection_bias =
+      keys.text("topk_method", "") == "noaux_tc" || keys.text("model_type", "") != "deepseek_v2";
   m.mtp_layers = keys.get("num_nextn_predict_layers", 0);
   if (keys.get("n_group", 1) > 1) {
     m.routing_groups = keys.get("n_group", 1);
@@ -148,7 +152,8 @@ ModelSpec gpt_oss(const Keys& keys) {
   m.router_bias = true;
   m.expert_bias = true;
   m.window = keys.get("sliding_window", 0);
-  for (std::int64_t layer = 0; layer < m.layers; ++layer) m.window_layers.push_back(m.window > 0 && layer % 2 == 0);
+  for (std::int64_t layer = 0; layer < m.layers; ++layer)
+    m.window_layers.push_back(m.window > 0 && layer % 2 == 0);
   return m;
 }
 
@@ -234,12 +239,20 @@ ModelSpec collegium_moe(const Keys& keys) {
 using Parser = std::function<ModelSpec(const Keys&)>;
 
 const std::map<std::string, Parser>& parsers() {
-  static const std::map<std::string, Parser> table = {
-      {"mixtral", mixtral},         {"qwen3_moe", qwen3_moe},     {"qwen2_moe", qwen2_moe},
-      {"olmoe", olmoe},             {"deepseek_v2", deepseek},    {"deepseek_v3", deepseek},
-      {"kimi_k2", deepseek},        {"gpt_oss", gpt_oss},         {"llama", llama_like},
-      {"gpt2", gpt2},               {"bloom", bloom},             {"opt", opt},
-      {"glm", glm},                 {"collegium_moe", collegium_moe}};
+  static const std::map<std::string, Parser> table = {{"mixtral", mixtral},
+                                                      {"qwen3_moe", qwen3_moe},
+                                                      {"qwen2_moe", qwen2_moe},
+                                                      {"olmoe", olmoe},
+                                                      {"deepseek_v2", deepseek},
+                                                      {"deepseek_v3", deepseek},
+                                                      {"kimi_k2", deepseek},
+                                                      {"gpt_oss", gpt_oss},
+                                                      {"llama", llama_like},
+                                                      {"gpt2", gpt2},
+                                                      {"bloom", bloom},
+                                                      {"opt", opt},
+                                                      {"glm", glm},
+                                                      {"collegium_moe", collegium_moe}};
   return table;
 }
 

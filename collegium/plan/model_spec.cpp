@@ -11,7 +11,8 @@ namespace collegium::plan {
 
 namespace {
 
-// Matrices of one feed-forward network of width `width`, its biases by whether tensor parallelism splits them.
+// Matrices of one feed-forward network of width `width`, its biases by whether tensor parallelism splits
+// them.
 struct FfnWeights {
   std::int64_t matrices = 0;
   std::int64_t inner_bias = 0;
@@ -81,11 +82,12 @@ void require_positive(std::int64_t value, const std::string& origin, const char*
 void check_experts(const ModelSpec& m, const std::string& origin) {
   require_positive(m.expert_ffn, origin, "width of an expert");
   require_config(m.top_k >= 1 && m.top_k <= m.experts,
-                 "{}: experts per token = {}: must be between 1 and the number of experts = {}", origin, m.top_k,
-                 m.experts);
+                 "{}: experts per token = {}: must be between 1 and the number of experts = {}", origin,
+                 m.top_k, m.experts);
   if (m.routing_groups > 0)
-    require_config(m.experts % m.routing_groups == 0, "{}: n_group = {} must divide the number of experts = {}",
-                   origin, m.routing_groups, m.experts);
+    require_config(m.experts % m.routing_groups == 0,
+                   "{}: n_group = {} must divide the number of experts = {}", origin, m.routing_groups,
+                   m.experts);
 }
 
 }  // namespace
@@ -100,9 +102,7 @@ std::int64_t ModelSpec::q_head_dim() const {
 
 std::int64_t ModelSpec::value_head_dim() const { return latent.kv_rank > 0 ? latent.value_dim : head_dim; }
 
-std::int64_t LayerWeights::total() const {
-  return attention() + norms + dense() + router + expert * experts;
-}
+std::int64_t LayerWeights::total() const { return attention() + norms + dense() + router + expert * experts; }
 
 std::int64_t norm_weights(const ModelSpec& model) {
   return model.norm == SpecNorm::kLayer ? 2 * model.hidden : model.hidden;
@@ -113,7 +113,8 @@ LayerWeights layer_weights(const ModelSpec& model, std::int64_t layer) {
 }
 
 std::int64_t mtp_layer_weights(const ModelSpec& model) {
-  return weights_of(model, model.is_moe()).total() + 3 * norm_weights(model) + 2 * model.hidden * model.hidden;
+  return weights_of(model, model.is_moe()).total() + 3 * norm_weights(model) +
+         2 * model.hidden * model.hidden;
 }
 
 void complete(ModelSpec& m, const std::string& origin) {
@@ -123,7 +124,8 @@ void complete(ModelSpec& m, const std::string& origin) {
   require_positive(m.heads, origin, "heads");
   if (m.kv_heads == 0) m.kv_heads = m.heads;
   require_config(m.kv_heads >= 1 && m.heads % m.kv_heads == 0,
-                 "{}: key/value heads = {} must divide the number of heads = {}", origin, m.kv_heads, m.heads);
+                 "{}: key/value heads = {} must divide the number of heads = {}", origin, m.kv_heads,
+                 m.heads);
   if (m.head_dim == 0) {
     // Published sweeps contain widths that the heads do not divide; the last head is then wider.
     m.head_dim = m.hidden / m.heads;
@@ -138,7 +140,8 @@ void complete(ModelSpec& m, const std::string& origin) {
   require_config(static_cast<std::int64_t>(m.moe_layers.size()) == m.layers,
                  "{}: {} layers are marked dense or experts, but there are {}", origin, m.moe_layers.size(),
                  m.layers);
-  if (m.num_moe_layers() < m.layers) require_positive(m.dense_ffn, origin, "width of the dense feed-forward network");
+  if (m.num_moe_layers() < m.layers)
+    require_positive(m.dense_ffn, origin, "width of the dense feed-forward network");
 }
 
 std::vector<std::string> model_names() {
@@ -161,10 +164,10 @@ ModelSpec load_model(const std::string& name_or_path) {
   if (!std::filesystem::exists(path)) {
     const std::vector<std::string> names = model_names();
     const auto nearest = nearest_name(name_or_path, names);
-    throw ConfigError(fmt::format("--model {}: neither a model of the catalogue nor a file{}; `collegium plan --list` shows "
-                                  "the {} names",
-                                  name_or_path, nearest ? fmt::format(" (did you mean {}?)", *nearest) : "",
-                                  names.size()));
+    throw ConfigError(fmt::format(
+        "--model {}: neither a model of the catalogue nor a file{}; `collegium plan --list` shows "
+        "the {} names",
+        name_or_path, nearest ? fmt::format(" (did you mean {}?)", *nearest) : "", names.size()));
   }
   Json config;
   try {
@@ -173,7 +176,8 @@ ModelSpec load_model(const std::string& name_or_path) {
     throw ConfigError(fmt::format("{}: not JSON: {}", path.string(), error.what()));
   }
   ModelSpec model = parse_model(config, path.string());
-  model.name = path.filename() == "config.json" ? path.parent_path().filename().string() : path.stem().string();
+  model.name =
+      path.filename() == "config.json" ? path.parent_path().filename().string() : path.stem().string();
   return model;
 }
 

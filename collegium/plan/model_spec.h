@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// What the planner knows about a model: sizes, and which parts have weights. Read from a Hugging Face config.json or
-// built from a row of published runs. Letters of docs/notation.md: D hidden, F expert width, E experts, K top-k, V
-// vocabulary, H heads, J key/value heads, A head dimension.
+// What the planner knows about a model: sizes, and which parts have weights. Read from a Hugging Face
+// config.json or built from a row of published runs. Letters of docs/notation.md: D hidden, F expert width, E
+// experts, K top-k, V vocabulary, H heads, J key/value heads, A head dimension.
 
 #include <cstdint>
 #include <filesystem>
@@ -19,7 +19,8 @@ enum class SpecQkNorm { kNone, kPerHead, kProjection };
 /// kRms: D weights; kLayer: D weights and D biases.
 enum class SpecNorm { kRms, kLayer };
 
-/// Multi-head latent attention (DeepSeek-V2/V3); kv_rank = 0 means plain multi-head or grouped-query attention.
+/// Multi-head latent attention (DeepSeek-V2/V3); kv_rank = 0 means plain multi-head or grouped-query
+/// attention.
 struct LatentAttention {
   std::int64_t q_rank = 0;  ///< rank of the query's down-projection; 0 = none
   std::int64_t kv_rank = 0;
@@ -58,14 +59,15 @@ struct ModelSpec {
   bool shared_gate = false;     ///< one row that gates the shared expert (Qwen2-MoE)
   bool router_bias = false;
   bool expert_bias = false;
-  bool selection_bias = false;      ///< a buffer of E numbers per layer that is no parameter (DeepSeek-V3)
-  std::int64_t routing_groups = 0;  ///< experts are chosen from at most `routing_top_groups` of these; 0 = any
+  bool selection_bias = false;  ///< a buffer of E numbers per layer that is no parameter (DeepSeek-V3)
+  std::int64_t routing_groups =
+      0;  ///< experts are chosen from at most `routing_top_groups` of these; 0 = any
   std::int64_t routing_top_groups = 0;
   std::vector<bool> moe_layers;  ///< per decoder layer: experts (true) or dense
   std::int64_t mtp_layers = 0;   ///< multi-token-prediction layers, each a full layer more
 
-  std::int64_t window = 0;           ///< keys that a query of a windowed layer sees; 0 = all layers see all keys
-  std::vector<bool> window_layers;   ///< which layers use the window
+  std::int64_t window = 0;  ///< keys that a query of a windowed layer sees; 0 = all layers see all keys
+  std::vector<bool> window_layers;      ///< which layers use the window
   double attention_dropout_mask = 0.0;  ///< bytes kept per score of unfused attention for its dropout mask
 
   bool is_moe() const { return experts > 0; }
@@ -76,13 +78,14 @@ struct ModelSpec {
 
 /// Weights of one layer, split by how tensor and expert parallelism treat them.
 struct LayerWeights {
-  std::int64_t attention_sharded = 0;     ///< divided over tensor-parallel ranks
-  std::int64_t attention_replicated = 0;  ///< biases added after the reduction, latent down-projections, q/k norms
-  std::int64_t norms = 0;                 ///< replicated
-  std::int64_t dense_sharded = 0;         ///< dense or shared feed-forward network
+  std::int64_t attention_sharded = 0;  ///< divided over tensor-parallel ranks
+  std::int64_t attention_replicated =
+      0;                           ///< biases added after the reduction, latent down-projections, q/k norms
+  std::int64_t norms = 0;          ///< replicated
+  std::int64_t dense_sharded = 0;  ///< dense or shared feed-forward network
   std::int64_t dense_replicated = 0;
-  std::int64_t router = 0;  ///< replicated
-  std::int64_t expert = 0;  ///< one expert, all its matrices and biases
+  std::int64_t router = 0;   ///< replicated
+  std::int64_t expert = 0;   ///< one expert, all its matrices and biases
   std::int64_t experts = 0;  ///< experts of the layer over all ranks
   std::int64_t total() const;
   std::int64_t attention() const { return attention_sharded + attention_replicated; }
@@ -91,8 +94,10 @@ struct LayerWeights {
 
 /// What     Weights of decoder layer `layer` (from 0).
 LayerWeights layer_weights(const ModelSpec& model, std::int64_t layer);
-/// What     Weights of one multi-token-prediction layer: a full layer, two norms and the 2D x D projection that joins
-///          the next token's embedding with the hidden state, and its final norm. Embedding and head are shared.
+/// What     Weights of one multi-token-prediction layer: a full layer, two norms and the 2D x D projection
+/// that joins
+///          the next token's embedding with the hidden state, and its final norm. Embedding and head are
+///          shared.
 std::int64_t mtp_layer_weights(const ModelSpec& model);
 /// What     Weights of one norm: D (RMS) or 2 D (layer norm).
 std::int64_t norm_weights(const ModelSpec& model);

@@ -34,7 +34,8 @@ std::int64_t vocabulary(const CsvRow& row, PublishedRun& run) {
   if (const auto given = row.number("vocab")) return static_cast<std::int64_t>(*given);
   std::int64_t assumed = 50257;
   std::string name = row.text("name");
-  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+  std::transform(name.begin(), name.end(), name.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
   if (has(name, "deepseekv3") || has(name, "deepseek-v3")) assumed = 129280;
   if (has(name, "mixtral")) assumed = 32000;
   if (has(name, "llama")) assumed = 128256;
@@ -51,7 +52,8 @@ void read_experts(const CsvRow& row, ModelSpec& m) {
   if (m.experts == 0) return;
   m.top_k = whole(row, "topk");
   m.expert_ffn = whole(row, "moe_ffn_hidden");
-  m.shared_ffn = static_cast<std::int64_t>(row.number("shared_experts").value_or(0.0) * static_cast<double>(m.expert_ffn));
+  m.shared_ffn = static_cast<std::int64_t>(row.number("shared_experts").value_or(0.0) *
+                                           static_cast<double>(m.expert_ffn));
 }
 
 // What sizes do not say: latent attention, prediction layers, dense first layers, windows.
@@ -86,7 +88,8 @@ void read_architecture(const CsvRow& row, PublishedRun& run) {
 }
 
 void read_model(const CsvRow& row, PublishedRun& run) {
-  require_config(!has(run.source, "hybrid arch"), "hybrid architecture: not a transformer of attention and networks alone");
+  require_config(!has(run.source, "hybrid arch"),
+                 "hybrid architecture: not a transformer of attention and networks alone");
   ModelSpec& m = run.model;
   m.name = row.text("name");
   m.family = "published run";
@@ -95,7 +98,8 @@ void read_model(const CsvRow& row, PublishedRun& run) {
   m.heads = whole(row, "heads");
   m.kv_heads = static_cast<std::int64_t>(row.number("kv_heads").value_or(static_cast<double>(m.heads)));
   read_experts(row, m);
-  m.dense_ffn = static_cast<std::int64_t>(row.number("ffn_hidden").value_or(4.0 * static_cast<double>(m.hidden)));
+  m.dense_ffn =
+      static_cast<std::int64_t>(row.number("ffn_hidden").value_or(4.0 * static_cast<double>(m.hidden)));
   m.vocab = vocabulary(row, run);
   m.gated_ffn = has(run.source, "non-gated") ? false : (m.is_moe() || m.dense_ffn != 4 * m.hidden);
   if (!m.gated_ffn) {
@@ -140,8 +144,9 @@ void read_world(const CsvRow& row, PublishedRun& run) {
     require_config(world % stage == 0, "num_gpus = {} must be a multiple of tp*pp*cp = {}", world, stage);
     l.dp = world / stage;
     const auto dp = row.number("dp");
-    require_config(!dp || static_cast<int>(*dp) == l.dp, "dp = {} contradicts num_gpus/(tp*pp*cp) = {}/{} = {}",
-                   dp.value_or(0.0), world, stage, l.dp);
+    require_config(!dp || static_cast<int>(*dp) == l.dp,
+                   "dp = {} contradicts num_gpus/(tp*pp*cp) = {}/{} = {}", dp.value_or(0.0), world, stage,
+                   l.dp);
   } else if (!row.text("dp").empty()) {
     l.dp = size_or_one(row, "dp");
   } else {
@@ -178,10 +183,20 @@ std::string cluster_name(const CsvRow& row, const std::string& source) {
   require_config(!gpu.empty(), "gpu is missing");
   if (has(source, "bigscience")) return "jean-zay-a100";
   if (has(source, "vTrain")) return "a100-80-4rail";
-  const std::pair<const char*, const char*> table[] = {
-      {"V100-32GB", "v100-32"}, {"A100-40GB", "a100-40"}, {"A100-80GB", "a100-80"}, {"A100", "a100-80"},
-      {"H100-96GB-500W", "h100-96"}, {"H100-80GB", "h100-80"}, {"H100", "h100-80"}, {"H200", "h200"}, {"H800", "h800"},
-      {"B200", "b200"}, {"B300", "b300"}, {"GB200", "gb200"}, {"GB300", "gb300"}, {"MI300X", "mi300x"}};
+  const std::pair<const char*, const char*> table[] = {{"V100-32GB", "v100-32"},
+                                                       {"A100-40GB", "a100-40"},
+                                                       {"A100-80GB", "a100-80"},
+                                                       {"A100", "a100-80"},
+                                                       {"H100-96GB-500W", "h100-96"},
+                                                       {"H100-80GB", "h100-80"},
+                                                       {"H100", "h100-80"},
+                                                       {"H200", "h200"},
+                                                       {"H800", "h800"},
+                                                       {"B200", "b200"},
+                                                       {"B300", "b300"},
+                                                       {"GB200", "gb200"},
+                                                       {"GB300", "gb300"},
+                                                       {"MI300X", "mi300x"}};
   for (const auto& [name, cluster] : table) {
     if (gpu == name) return cluster;
   }
@@ -192,7 +207,8 @@ void read_value(const CsvRow& row, PublishedRun& run) {
   const std::string& metric = row.text("metric");
   const double value = required(row, "value");
   const double unit = row.text("unit") == "GB" ? 1e9 : 1073741824.0;
-  const bool device = metric == "peak_mem_nvidia_smi" || metric == "peak_mem" || metric == "peak_reserved_mem";
+  const bool device =
+      metric == "peak_mem_nvidia_smi" || metric == "peak_mem" || metric == "peak_reserved_mem";
   run.device_memory = device;
   if (metric == "static_alloc_mem") {
     run.metric = Metric::kStaticMemory;
@@ -209,7 +225,8 @@ void read_value(const CsvRow& row, PublishedRun& run) {
     run.value = value;
   } else if (metric == "tokens_per_s_per_gpu") {
     run.metric = Metric::kStepTime;
-    run.value = required(row, "global_batch") * required(row, "seq_len") / (value * required(row, "num_gpus"));
+    run.value =
+        required(row, "global_batch") * required(row, "seq_len") / (value * required(row, "num_gpus"));
   } else if (metric == "model_tflops_per_gpu") {
     run.metric = Metric::kModelFlops;
     run.value = value * 1e12;
@@ -220,7 +237,8 @@ void read_value(const CsvRow& row, PublishedRun& run) {
     run.metric = Metric::kUtilisation;
     run.value = value / 100.0;
   } else {
-    throw ConfigError(fmt::format("metric = {}: not a figure of memory, time or FLOP/s that the planner predicts", metric));
+    throw ConfigError(
+        fmt::format("metric = {}: not a figure of memory, time or FLOP/s that the planner predicts", metric));
   }
 }
 
@@ -243,7 +261,8 @@ PublishedRun published_run(const CsvRow& row) {
   if (has(run.source, "last rank")) run.stage = run.layout.pp - 1;
   // The flash kernels of 2023 stacks and later; classical stacks keep the scores.
   for (const auto& [column, text] : row.fields) {
-    if (column != "metric" && column != "value" && column != "unit" && column != "source" && column != "read_or_memory")
+    if (column != "metric" && column != "value" && column != "unit" && column != "source" &&
+        column != "read_or_memory")
       run.key.append(text).append("|");
   }
   run.key.append(run.stack.name);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// Published runs: rows of a CSV file, one measured figure each, as something the planner can predict. What a row leaves
-// open is filled by rules that are listed with the row.
+// Published runs: rows of a CSV file, one measured figure each, as something the planner can predict. What a
+// row leaves open is filled by rules that are listed with the row.
 
 #include <map>
 #include <optional>
@@ -34,10 +34,10 @@ enum class Metric {
   kStaticMemory,
   kPeakMemory,
   kOutOfMemory,
-  kStepTime,      ///< seconds, or tokens per second and accelerator
-  kModelFlops,    ///< model FLOP/s per accelerator
-  kHardwareFlops, ///< FLOP/s with recomputation counted, causal attention not halved
-  kUtilisation    ///< model FLOP/s over the peak
+  kStepTime,       ///< seconds, or tokens per second and accelerator
+  kModelFlops,     ///< model FLOP/s per accelerator
+  kHardwareFlops,  ///< FLOP/s with recomputation counted, causal attention not halved
+  kUtilisation     ///< model FLOP/s over the peak
 };
 
 /// A row the planner can predict.
@@ -53,14 +53,15 @@ struct PublishedRun {
   Workload work;
   Stack stack;
   Cluster cluster;
-  int stage = -1;             ///< the stage whose memory was measured; -1 = the worst
-  bool recompute_open = false; ///< the row does not say what is recomputed
-  bool device_memory = false; ///< the device's own figure, context and fragmentation included
+  int stage = -1;               ///< the stage whose memory was measured; -1 = the worst
+  bool recompute_open = false;  ///< the row does not say what is recomputed
+  bool device_memory = false;   ///< the device's own figure, context and fragmentation included
   std::vector<std::string> assumptions;
 };
 
 /// What     A row as a run.
-/// Throws   ConfigError with the reason why the row cannot be predicted: unknown metric, accelerator or architecture,
+/// Throws   ConfigError with the reason why the row cannot be predicted: unknown metric, accelerator or
+/// architecture,
 ///          missing or contradictory columns.
 PublishedRun published_run(const CsvRow& row);
 

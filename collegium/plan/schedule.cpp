@@ -27,7 +27,8 @@ std::vector<Task> one_f_one_b_order(const Pipeline& p, int rank) {
   return order;
 }
 
-// The k-th forward (or backward) of a rank: groups of `ranks` micro-batches walk through the rank's chunks in turn.
+// The k-th forward (or backward) of a rank: groups of `ranks` micro-batches walk through the rank's chunks in
+// turn.
 Task interleaved_task(const Pipeline& p, int rank, int k, Pass pass) {
   const int group = p.ranks * p.virtual_stages;
   int chunk = k % group / p.ranks;
@@ -63,19 +64,19 @@ bool Pipeline::splits_backward() const {
 
 std::vector<std::vector<Task>> fixed_order(const Pipeline& p) {
   require_config(p.ranks >= 1 && p.virtual_stages >= 1 && p.micro_batches >= 1,
-                 "pipeline of {} ranks, {} virtual stages and {} micro-batches: each must be at least 1", p.ranks,
-                 p.virtual_stages, p.micro_batches);
+                 "pipeline of {} ranks, {} virtual stages and {} micro-batches: each must be at least 1",
+                 p.ranks, p.virtual_stages, p.micro_batches);
   if (p.schedule == Schedule::kDualPipe) {
     require_config(p.ranks % 2 == 0 && p.micro_batches % 2 == 0 && p.virtual_stages == 1,
-                   "dualpipe: ranks = {} and micro-batches = {} must be even, virtual stages = {} must be 1", p.ranks,
-                   p.micro_batches, p.virtual_stages);
+                   "dualpipe: ranks = {} and micro-batches = {} must be even, virtual stages = {} must be 1",
+                   p.ranks, p.micro_batches, p.virtual_stages);
     return {};
   }
   if (p.virtual_stages > 1) {
     require_config(p.schedule == Schedule::kInterleaved || p.schedule == Schedule::k1F1B,
                    "virtual stages = {}: only the interleaved schedule has them", p.virtual_stages);
-    require_config(p.micro_batches % p.ranks == 0, "interleaved: ranks = {} must divide the micro-batches = {}", p.ranks,
-                   p.micro_batches);
+    require_config(p.micro_batches % p.ranks == 0,
+                   "interleaved: ranks = {} must divide the micro-batches = {}", p.ranks, p.micro_batches);
   }
   if (p.schedule == Schedule::kZeroBubble) return {};
   std::vector<std::vector<Task>> orders;

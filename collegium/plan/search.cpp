@@ -54,7 +54,8 @@ class Search {
     l.dp = o_.accelerators / (tp * cp * pp);
     l.sequence_parallel = o_.sequence_parallel && tp > 1;
     // Context parallelism pays where one sequence does not fit; short sequences only lose by it.
-    if (cp > 1 && w_.seq_len / cp < 2048) return reject("cp: less than 2,048 positions would be left per rank", l);
+    if (cp > 1 && w_.seq_len / cp < 2048)
+      return reject("cp: less than 2,048 positions would be left per rank", l);
     const int stage_ranks = l.dp * cp * tp;
     for (const int ep : m_.is_moe() ? divisors(m_.experts, stage_ranks) : std::vector<int>{1}) {
       for (const int etp : m_.is_moe() ? divisors(tp, 8) : std::vector<int>{1}) {
@@ -90,14 +91,16 @@ class Search {
     }
   }
 
-  // Modes that only trade memory for time: the first that fits of each ZeRO stage is the fastest of that stage.
+  // Modes that only trade memory for time: the first that fits of each ZeRO stage is the fastest of that
+  // stage.
   void choices(Layout l) {
     for (const Zero zero : {Zero::kOptimizer, Zero::kGradients, Zero::kSharded}) {
       if (zero != Zero::kOptimizer && (l.dp == 1 || l.pp > 1)) continue;
       l.zero = zero;
       double smallest = 0.0;
       bool fitted = false;
-      for (const Recompute& recompute : {Recompute{}, Recompute{.norms = true, .activation = true}, Recompute{.full = true}}) {
+      for (const Recompute& recompute :
+           {Recompute{}, Recompute{.norms = true, .activation = true}, Recompute{.full = true}}) {
         l.recompute = recompute;
         ++result_.examined;
         MemoryReport memory = worst_memory(m_, l, w_, c_, s_);
@@ -110,8 +113,9 @@ class Search {
       if (!fitted) {
         const double have = c_.accelerator.memory_gib * 1073741824.0;
         const double over = std::ceil((smallest - have) / 1073741824.0 / 20.0) * 20.0;
-        reject(fmt::format("memory: up to {:.0f} GiB more than the {:.0f} GiB of {}, even with full recomputation", over,
-                           c_.accelerator.memory_gib, c_.accelerator.name),
+        reject(fmt::format(
+                   "memory: up to {:.0f} GiB more than the {:.0f} GiB of {}, even with full recomputation",
+                   over, c_.accelerator.memory_gib, c_.accelerator.name),
                l);
       }
     }
@@ -119,7 +123,8 @@ class Search {
 
   void dispatchers(Layout l, MemoryReport memory) {
     std::vector<Dispatcher> kinds = {Dispatcher::kAllToAll};
-    if (o_.vary_dispatcher && l.ep > 1) kinds = {Dispatcher::kAllToAll, Dispatcher::kDeduplicated, Dispatcher::kHierarchical};
+    if (o_.vary_dispatcher && l.ep > 1)
+      kinds = {Dispatcher::kAllToAll, Dispatcher::kDeduplicated, Dispatcher::kHierarchical};
     Candidate best;
     for (const Dispatcher kind : kinds) {
       l.dispatcher = kind;
@@ -149,7 +154,8 @@ class Search {
 
   void finish() {
     std::vector<Candidate>& all = result_.ranked;
-    std::sort(all.begin(), all.end(), [](const Candidate& a, const Candidate& b) { return a.time.step_s < b.time.step_s; });
+    std::sort(all.begin(), all.end(),
+              [](const Candidate& a, const Candidate& b) { return a.time.step_s < b.time.step_s; });
     double least = 1e300;
     for (Candidate& c : all) {
       c.pareto = c.memory.device_bytes < least;
@@ -191,9 +197,11 @@ class Search {
 SearchResult search(const ModelSpec& model, const Workload& work, const Cluster& cluster, const Stack& stack,
                     const SearchOptions& options) {
   require_config(options.accelerators >= 1, "--gpus = {}: must be at least 1", options.accelerators);
-  require_config(work.global_batch >= 1.0, "--global-batch = {}: must be at least 1 sequence", work.global_batch);
+  require_config(work.global_batch >= 1.0, "--global-batch = {}: must be at least 1 sequence",
+                 work.global_batch);
   require_config(work.seq_len >= 1.0, "--seq = {}: must be at least 1 position", work.seq_len);
-  require_config(work.imbalance >= 1.0, "--imbalance = {}: the fullest rank has at least the mean, 1", work.imbalance);
+  require_config(work.imbalance >= 1.0, "--imbalance = {}: the fullest rank has at least the mean, 1",
+                 work.imbalance);
   return Search(model, work, cluster, stack, options).run();
 }
 

@@ -13,10 +13,10 @@ constexpr std::size_t kShownReasons = 12;
 
 std::string candidate_line(const Candidate& c, const ModelSpec& m, const Workload& w) {
   const double tokens = w.global_batch * w.seq_len / (c.time.step_s * c.layout.world());
-  return fmt::format("  {:>9.4g} s{:>8.0f} TFLOP/s{:>9.0f} tok/s{:>8.1f} GiB{:>8.1f} GiB left  {}{}{}\n", c.time.step_s,
-                     model_flops_per_s(m, c.layout, w, c.time.step_s) * 1e-12, tokens, c.memory.device_bytes / kGiB,
-                     c.headroom_bytes / kGiB, layout_name(c.layout), c.slower_because.empty() ? "" : "  | ",
-                     c.slower_because);
+  return fmt::format("  {:>9.4g} s{:>8.0f} TFLOP/s{:>9.0f} tok/s{:>8.1f} GiB{:>8.1f} GiB left  {}{}{}\n",
+                     c.time.step_s, model_flops_per_s(m, c.layout, w, c.time.step_s) * 1e-12, tokens,
+                     c.memory.device_bytes / kGiB, c.headroom_bytes / kGiB, layout_name(c.layout),
+                     c.slower_because.empty() ? "" : "  | ", c.slower_because);
 }
 
 // Time against memory: a column per tenth of the front's range of time.
@@ -33,19 +33,22 @@ std::string front_picture(const std::vector<Candidate>& front, const Cluster& cl
     const auto y = static_cast<std::size_t>(std::clamp(c.memory.device_bytes / most, 0.0, 0.999) * kHeight);
     canvas[kHeight - 1 - y][x] = '*';
   }
-  std::string text = fmt::format("\nPareto front: memory per accelerator (0 to {:.0f} GiB, up) against step time ({:.3g} to {:.3g} s, right)\n",
-                                 cluster.accelerator.memory_gib, first, last);
+  std::string text = fmt::format(
+      "\nPareto front: memory per accelerator (0 to {:.0f} GiB, up) against step time ({:.3g} to {:.3g} s, "
+      "right)\n",
+      cluster.accelerator.memory_gib, first, last);
   for (const std::string& line : canvas) text.append("  |").append(line).append("\n");
   return text.append("  +").append(kWidth + 1, '-').append("\n");
 }
 
 }  // namespace
 
-std::string format_search(const SearchResult& r, const ModelSpec& m, const Workload& w, const Cluster& cluster,
-                          std::size_t rows) {
-  std::string text = fmt::format("{} layouts examined, {} fit; per accelerator: model TFLOP/s, tokens per second, device memory; "
-                                 "behind the bar what costs most against the fastest\n",
-                                 r.examined, r.fitting);
+std::string format_search(const SearchResult& r, const ModelSpec& m, const Workload& w,
+                          const Cluster& cluster, std::size_t rows) {
+  std::string text = fmt::format(
+      "{} layouts examined, {} fit; per accelerator: model TFLOP/s, tokens per second, device memory; "
+      "behind the bar what costs most against the fastest\n",
+      r.examined, r.fitting);
   if (r.ranked.empty()) text.append("  no layout fits\n");
   for (std::size_t i = 0; i < std::min(rows, r.ranked.size()); ++i) text += candidate_line(r.ranked[i], m, w);
   if (!r.front.empty()) {
@@ -55,8 +58,8 @@ std::string format_search(const SearchResult& r, const ModelSpec& m, const Workl
   }
   text.append("\nImpossible layouts, by reason\n");
   for (std::size_t i = 0; i < std::min(kShownReasons, r.rejected.size()); ++i)
-    text += fmt::format("  {:>7} layouts: {} (for instance {})\n", r.rejected[i].layouts, r.rejected[i].reason,
-                        r.rejected[i].example);
+    text += fmt::format("  {:>7} layouts: {} (for instance {})\n", r.rejected[i].layouts,
+                        r.rejected[i].reason, r.rejected[i].example);
   if (r.rejected.size() > kShownReasons)
     text += fmt::format("  and {} more reasons (--json lists all)\n", r.rejected.size() - kShownReasons);
   return text;

@@ -37,7 +37,8 @@ class Run {
     std::priority_queue<double, std::vector<double>, std::greater<>> moments;
     moments.push(0.0);
     while (result_.spans.size() < total) {
-      COLLEGIUM_CHECK(!moments.empty(), "{} of {} passes ran, and none can start", result_.spans.size(), total);
+      COLLEGIUM_CHECK(!moments.empty(), "{} of {} passes ran, and none can start", result_.spans.size(),
+                      total);
       const double now = moments.top();
       while (!moments.empty() && moments.top() <= now) moments.pop();
       for (int rank = 0; rank < p_.ranks; ++rank) {
@@ -67,18 +68,24 @@ class Run {
       }
     }
     for (auto& tasks : pending_) {
-      std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return order(a) < order(b); });
+      std::stable_sort(tasks.begin(), tasks.end(),
+                       [](const Task& a, const Task& b) { return order(a) < order(b); });
     }
   }
-  static int order(const Task& t) { return t.pass == Pass::kBackward ? 0 : (t.pass == Pass::kForward ? 1 : 2); }
+  static int order(const Task& t) {
+    return t.pass == Pass::kBackward ? 0 : (t.pass == Pass::kForward ? 1 : 2);
+  }
 
   bool ready(const Task& t, double now) const {
-    const auto after = [&](double done, double delay) { return done != kNever && done + delay <= now + 1e-15; };
+    const auto after = [&](double done, double delay) {
+      return done != kNever && done + delay <= now + 1e-15;
+    };
     if (t.pass == Pass::kWeights) return after(backward_done_[slot(t)], 0.0);
     if (t.pass == Pass::kForward)
       return t.chunk == 0 || after(forward_done_[slot({t.pass, t.micro_batch, t.chunk - 1})], d_.send_s);
     if (!after(forward_done_[slot(t)], 0.0)) return false;
-    return t.chunk == p_.chunks() - 1 || after(backward_done_[slot({t.pass, t.micro_batch, t.chunk + 1})], d_.send_s);
+    return t.chunk == p_.chunks() - 1 ||
+           after(backward_done_[slot({t.pass, t.micro_batch, t.chunk + 1})], d_.send_s);
   }
 
   bool start_one(int rank, double now) {
@@ -91,7 +98,8 @@ class Run {
     std::vector<Task>& tasks = pending_[index(rank)];
     for (auto task = tasks.begin(); task != tasks.end(); ++task) {
       if (task->pass == Pass::kForward &&
-          held_[index(rank)].at(index(p_.direction_of(*task))) >= p_.most_in_flight(*task)) continue;
+          held_[index(rank)].at(index(p_.direction_of(*task))) >= p_.most_in_flight(*task))
+        continue;
       if (!ready(*task, now)) continue;
       const Task chosen = *task;
       tasks.erase(task);
@@ -140,6 +148,8 @@ double Simulation::bubble_share() const {
   return 1.0 - busy / (makespan_s * static_cast<double>(busy_s.size()));
 }
 
-Simulation simulate(const Pipeline& pipeline, const Durations& durations) { return Run(pipeline, durations).run(); }
+Simulation simulate(const Pipeline& pipeline, const Durations& durations) {
+  return Run(pipeline, durations).run();
+}
 
 }  // namespace collegium::plan

@@ -44,8 +44,8 @@ double expert_seconds(const ModelSpec& m, const Cost& pass) {
   return pass[Part::kExpertComm] + share * pass[Part::kGemm];
 }
 
-ChunkSeconds chunk_seconds(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& c, const Stack& s,
-                           int chunk) {
+ChunkSeconds chunk_seconds(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& c,
+                           const Stack& s, int chunk) {
   const int chunks = l.pp * l.virtual_stages;
   const std::int64_t first = m.layers * chunk / chunks;
   const std::int64_t last = m.layers * (chunk + 1) / chunks;
@@ -80,17 +80,20 @@ double skewed_imbalance(int experts, int ranks, double skew, std::uint64_t seed,
   return *std::max_element(load.begin(), load.end()) * ranks / total;
 }
 
-Durations layout_durations(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& c, const Stack& s,
-                           double skew, std::uint64_t seed) {
+Durations layout_durations(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& c,
+                           const Stack& s, double skew, std::uint64_t seed) {
   auto table = std::make_shared<LayoutSeconds>();
   table->experts = static_cast<int>(m.experts);
   table->ep = l.ep;
   table->skew = skew;
   table->seed = seed;
   table->split = l.schedule == Schedule::kZeroBubble || l.schedule == Schedule::kDualPipe;
-  for (int chunk = 0; chunk < l.pp * l.virtual_stages; ++chunk) table->chunks.push_back(chunk_seconds(m, l, w, c, s, chunk));
+  for (int chunk = 0; chunk < l.pp * l.virtual_stages; ++chunk)
+    table->chunks.push_back(chunk_seconds(m, l, w, c, s, chunk));
   Durations d;
-  d.forward = [table](const Task& t) { return table->scaled(table->of(t).forward, table->of(t).forward_experts, t); };
+  d.forward = [table](const Task& t) {
+    return table->scaled(table->of(t).forward, table->of(t).forward_experts, t);
+  };
   d.backward = [table](const Task& t) {
     const double seconds = table->scaled(table->of(t).backward, table->of(t).backward_experts, t);
     return table->split ? seconds / 2.0 : seconds;
@@ -109,9 +112,14 @@ std::string trace_json(const Simulation& simulation) {
   constexpr double kMicroseconds = 1e6;
   Json events = Json::array();
   for (std::size_t rank = 0; rank < simulation.busy_s.size(); ++rank)
-    events.push_back({{"name", "process_name"}, {"ph", "M"}, {"pid", rank}, {"args", {{"name", fmt::format("stage {}", rank)}}}});
+    events.push_back({{"name", "process_name"},
+                      {"ph", "M"},
+                      {"pid", rank},
+                      {"args", {{"name", fmt::format("stage {}", rank)}}}});
   for (const Span& span : simulation.spans) {
-    const char* pass = span.task.pass == Pass::kForward ? "forward" : (span.task.pass == Pass::kBackward ? "backward" : "weights");
+    const char* pass = span.task.pass == Pass::kForward
+                           ? "forward"
+                           : (span.task.pass == Pass::kBackward ? "backward" : "weights");
     events.push_back({{"name", fmt::format("{} {}", pass, span.task.micro_batch)},
                       {"cat", pass},
                       {"ph", "X"},
@@ -128,7 +136,8 @@ std::string timeline_picture(const Simulation& simulation, std::size_t width) {
   std::vector<std::string> lines(simulation.busy_s.size(), std::string(width, '.'));
   for (const Span& span : simulation.spans) {
     const auto column = [&](double time) {
-      return std::min(width, static_cast<std::size_t>(std::lround(time / simulation.makespan_s * static_cast<double>(width))));
+      return std::min(width, static_cast<std::size_t>(
+                                 std::lround(time / simulation.makespan_s * static_cast<double>(width))));
     };
     const int micro = span.task.micro_batch;
     char mark = '+';
@@ -138,7 +147,8 @@ std::string timeline_picture(const Simulation& simulation, std::size_t width) {
     for (std::size_t i = column(span.start_s); i < column(span.end_s); ++i) line[i] = mark;
   }
   std::string text;
-  for (std::size_t rank = 0; rank < lines.size(); ++rank) text += fmt::format("  stage {:>3} |{}|\n", rank, lines[rank]);
+  for (std::size_t rank = 0; rank < lines.size(); ++rank)
+    text += fmt::format("  stage {:>3} |{}|\n", rank, lines[rank]);
   return text;
 }
 

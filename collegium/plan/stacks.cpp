@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Habits of the training stacks that published runs were measured with. Each entry states facts of the software; the one
-// fitted figure, the efficiency of matrix products, is not here.
+// Habits of the training stacks that published runs were measured with. Each entry states facts of the
+// software; the one fitted figure, the efficiency of matrix products, is not here.
 #include "collegium/plan/published.h"
 
 namespace collegium::plan {
@@ -9,7 +9,8 @@ namespace {
 
 bool has(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
 
-// Megatron-LM before fused attention: scores kept, dropout on, gradients reduced in 16 bits before the optimizer runs.
+// Megatron-LM before fused attention: scores kept, dropout on, gradients reduced in 16 bits before the
+// optimizer runs.
 Stack megatron_2021() {
   Stack s;
   s.flash_attention = false;
@@ -71,8 +72,9 @@ Stack stack_of(const std::string& source, const std::string& precision) {
   Stack s;
   if (has(source, "bigscience")) {
     s = megatron_deepspeed(precision);
-  } else if (has(source, "vTrain") || has(source, "5281919420") || has(source, "50a4b5fa02") || has(source, "cli99") ||
-             has(source, "calculon") || has(source, "2e90a342f5") || has(source, "2205.05198")) {
+  } else if (has(source, "vTrain") || has(source, "5281919420") || has(source, "50a4b5fa02") ||
+             has(source, "cli99") || has(source, "calculon") || has(source, "2e90a342f5") ||
+             has(source, "2205.05198")) {
     s = megatron_2021();
     s.never_fitted = has(source, "calculon");
   } else if (has(source, "llm-foundry")) {

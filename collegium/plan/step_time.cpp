@@ -100,7 +100,8 @@ double seconds_of(const LayerCost& cost) {
   return cost.forward.total() + cost.backward.total() + cost.recompute.total();
 }
 
-// Work that the stack hides behind other work leaves the critical path; the exchange itself is still reported.
+// Work that the stack hides behind other work leaves the critical path; the exchange itself is still
+// reported.
 void hide_expert_comm(LayerCost& cost, double overlap) {
   for (Cost* c : {&cost.forward, &cost.backward, &cost.recompute}) {
     const double compute = c->total() - (*c)[Part::kExpertComm];
@@ -115,7 +116,8 @@ double send_time(const ModelSpec& m, const Layout& l, const Workload& w, const C
   const double whole = 2.0 * tokens * static_cast<double>(m.hidden);
   const double sent = s.split_pipeline_sends || l.sequence_parallel ? whole / l.tp : whole;
   double seconds = send_seconds(c, l.tp * l.cp * l.dp, sent);
-  if (s.split_pipeline_sends && !l.sequence_parallel) seconds += gather_seconds(c, group_of(c, l.tp, 1), whole);
+  if (s.split_pipeline_sends && !l.sequence_parallel)
+    seconds += gather_seconds(c, group_of(c, l.tp, 1), whole);
   return 2.0 * seconds * l.virtual_stages;
 }
 
@@ -125,13 +127,14 @@ double reduction_seconds(const StageWeights& weights, const Layout& l, const Clu
   const Group expert = group_of(c, l.expert_dp(), l.ep * l.etp);
   const auto one = [&](const Group& group, double parameters) {
     if (l.zero == Zero::kNone) return all_reduce_seconds(c, group, parameters * s.reduce_bytes);
-    return gather_seconds(c, group, parameters * s.reduce_bytes) + gather_seconds(c, group, parameters * s.weight_bytes);
+    return gather_seconds(c, group, parameters * s.reduce_bytes) +
+           gather_seconds(c, group, parameters * s.weight_bytes);
   };
   return one(dense, weights.dense) + one(expert, weights.experts);
 }
 
-// Fully sharded: weights are gathered for the forward and again for the backward pass of every micro-batch, gradients
-// scattered after each; the stack hides what computation can cover.
+// Fully sharded: weights are gathered for the forward and again for the backward pass of every micro-batch,
+// gradients scattered after each; the stack hides what computation can cover.
 double sharded_seconds(const StageWeights& weights, const Layout& l, const Cluster& c, const Stack& s) {
   const Group dense = group_of(c, l.dp * l.cp, l.tp);
   const Group expert = group_of(c, l.expert_dp(), l.ep * l.etp);
@@ -146,7 +149,8 @@ double optimizer_seconds(const StageWeights& weights, const Layout& l, const Clu
   const bool sharded = l.zero != Zero::kNone;
   const double dense = weights.dense / (sharded ? static_cast<double>(l.dp) * l.cp : 1.0);
   const double experts = weights.experts / (sharded ? l.expert_dp() : 1.0);
-  // Gradient read (twice: norm, update), master weight and moments read and written, low-precision weight written.
+  // Gradient read (twice: norm, update), master weight and moments read and written, low-precision weight
+  // written.
   const double bytes = 2.0 * s.gradient_bytes + 2.0 * s.optimizer_bytes + s.weight_bytes;
   return stream_seconds(c.accelerator, (dense + experts) * bytes);
 }
@@ -176,7 +180,8 @@ StepTime step_time(const ModelSpec& m, const Layout& l, const Workload& w, const
     }
   }
   t.backward_s = backward_of_slowest;
-  for (const Cost* part : {&mean.forward, &mean.backward, &mean.recompute}) t.busy.add(*part, t.micro_batches);
+  for (const Cost* part : {&mean.forward, &mean.backward, &mean.recompute})
+    t.busy.add(*part, t.micro_batches);
   const double mean_s = seconds_of(mean);
   t.stage_imbalance_s = s.balanced_stages ? 0.0 : t.micro_batches * (slowest - mean_s);
   t.bubble_s = bubble_micro_batches(l, mean.forward.total(), mean_s - mean.forward.total()) * mean_s;
@@ -184,7 +189,8 @@ StepTime step_time(const ModelSpec& m, const Layout& l, const Workload& w, const
   const StageWeights weights = stage_weights(m, l, s, 0);
   const double work = t.busy.total() + t.stage_imbalance_s;
   if (l.zero == Zero::kSharded) {
-    t.data_comm_s = std::max(0.0, t.micro_batches * sharded_seconds(weights, l, c, s) - s.sharded_overlap * work);
+    t.data_comm_s =
+        std::max(0.0, t.micro_batches * sharded_seconds(weights, l, c, s) - s.sharded_overlap * work);
   } else {
     const double reduction = reduction_seconds(weights, l, c, s);
     t.data_comm_s = reduction - std::min(reduction * s.data_overlap, work / t.micro_batches);
@@ -195,7 +201,8 @@ StepTime step_time(const ModelSpec& m, const Layout& l, const Workload& w, const
 }
 
 double model_flops_per_s(const ModelSpec& m, const Layout& l, const Workload& w, double step_s) {
-  return 3.0 * forward_flops_per_token(m, w.seq_len).total() * w.global_batch * w.seq_len / (step_s * l.world());
+  return 3.0 * forward_flops_per_token(m, w.seq_len).total() * w.global_batch * w.seq_len /
+         (step_s * l.world());
 }
 
 }  // namespace collegium::plan

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// Seconds of an optimizer step: kernels by roofline, collectives on the layout's groups, the pipeline's bubble, the
-// gradient reduction behind the backward pass, the optimizer.
+// Seconds of an optimizer step: kernels by roofline, collectives on the layout's groups, the pipeline's
+// bubble, the gradient reduction behind the backward pass, the optimizer.
 
 #include <array>
 #include <string>
@@ -36,15 +36,17 @@ struct LayerCost {
   Cost backward;
   Cost recompute;
 };
-/// What     Cost of a layer with experts or with a dense network; `windowed` layers see at most the window's keys.
-LayerCost layer_cost(const ModelSpec& model, const Layout& layout, const Workload& work, const Cluster& cluster,
-                     const Stack& stack, bool moe, bool windowed);
+/// What     Cost of a layer with experts or with a dense network; `windowed` layers see at most the window's
+/// keys.
+LayerCost layer_cost(const ModelSpec& model, const Layout& layout, const Workload& work,
+                     const Cluster& cluster, const Stack& stack, bool moe, bool windowed);
 /// What     Cost of the output head and loss of one micro-batch.
-LayerCost head_cost(const ModelSpec& model, const Layout& layout, const Workload& work, const Cluster& cluster,
-                    const Stack& stack);
+LayerCost head_cost(const ModelSpec& model, const Layout& layout, const Workload& work,
+                    const Cluster& cluster, const Stack& stack);
 
 /// What     Seconds of an optimizer step.
-/// Math     step = m * slowest stage + (pp - 1)/v * mean stage + sends + exposed reduction + optimizer; the slowest
+/// Math     step = m * slowest stage + (pp - 1)/v * mean stage + sends + exposed reduction + optimizer; the
+/// slowest
 ///          stage's share that does not fit the mean is its imbalance.
 struct StepTime {
   Cost busy;  ///< the mean stage's work of all micro-batches, by part
@@ -60,6 +62,7 @@ struct StepTime {
   double expert_comm_s = 0.0;  ///< dispatch and combine, hidden or not
   double expert_comm_share() const { return step_s > 0.0 ? expert_comm_s / step_s : 0.0; }
 };
+/// What     The step's seconds by cause.
 StepTime step_time(const ModelSpec& model, const Layout& layout, const Workload& work, const Cluster& cluster,
                    const Stack& stack);
 
@@ -67,7 +70,8 @@ StepTime step_time(const ModelSpec& model, const Layout& layout, const Workload&
 double model_flops_per_s(const ModelSpec& model, const Layout& layout, const Workload& work, double step_s);
 
 /// What     Share of a pipeline's time that its schedule leaves idle, in units of one micro-batch's work.
-/// Math     GPipe, 1F1B: pp - 1; interleaved: (pp - 1)/v; zero-bubble: (pp - 1)(F + B - 2W)/(F + B); DualPipe:
+/// Math     GPipe, 1F1B: pp - 1; interleaved: (pp - 1)/v; zero-bubble: (pp - 1)(F + B - 2W)/(F + B);
+/// DualPipe:
 ///          (pp/2 - 1)(F + 2B - 3W)/(F + B); F forward, B the whole backward pass, W its half for weights.
 /// Ref      [DeepSeekV3, Table 2]
 double bubble_micro_batches(const Layout& layout, double forward_s, double backward_s);

@@ -15,7 +15,7 @@ namespace collegium::plan {
 struct TrafficLine {
   std::string operation;  ///< "all-reduce", "dispatch", ...
   std::string purpose;
-  std::string axes;       ///< the group's axes
+  std::string axes;  ///< the group's axes
   int ranks = 1;
   bool slow_link = false;      ///< the group spans more than one fast domain
   double bytes_per_use = 0.0;  ///< sent by one rank
@@ -24,16 +24,18 @@ struct TrafficLine {
 };
 
 /// What     Everything that a rank of the first stage sends in an optimizer step.
-/// Math     ring all-reduce of n bytes over g ranks: 2 n (g-1)/g; reduce-scatter or all-gather: n (g-1)/g; dispatch or
+/// Math     ring all-reduce of n bytes over g ranks: 2 n (g-1)/g; reduce-scatter or all-gather: n (g-1)/g;
+/// dispatch or
 ///          combine: rows of expert_traffic() x (D x 2 bytes, and 4 for the row's weight on the way out).
 std::vector<TrafficLine> step_traffic(const ModelSpec& model, const Layout& layout, const Workload& work,
                                       const Cluster& cluster, const Stack& stack);
 /// What     The lines as a table with sums per link.
 std::string format_traffic(const std::vector<TrafficLine>& lines);
 
-/// What     A layout drawn: ranks on their machines with both foldings' coordinates, a group of every axis, the traffic.
-std::string explain_layout(const ModelSpec& model, const Layout& layout, const Workload& work, const Cluster& cluster,
-                           const Stack& stack);
+/// What     A layout drawn: ranks on their machines with both foldings' coordinates, a group of every axis,
+/// the traffic.
+std::string explain_layout(const ModelSpec& model, const Layout& layout, const Workload& work,
+                           const Cluster& cluster, const Stack& stack);
 
 /// A variant of expert exchange beside its share of the step.
 struct ExchangeShare {
@@ -42,8 +44,10 @@ struct ExchangeShare {
   double share = 0.0;  ///< of the step, if nothing hides it
   double step_s = 0.0;
 };
-/// What     The expert exchange's share of a step on few and on many ranks, and what each remedy would give back:
-///          deduplication, two levels, node-limited routing, placement that keeps a token's experts together, overlap.
+/// What     The expert exchange's share of a step on few and on many ranks, and what each remedy would give
+/// back:
+///          deduplication, two levels, node-limited routing, placement that keeps a token's experts together,
+///          overlap.
 std::vector<ExchangeShare> exchange_shares(const ModelSpec& model, const Layout& layout, const Workload& work,
                                            const Cluster& cluster, const Stack& stack);
 

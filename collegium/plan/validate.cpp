@@ -26,7 +26,8 @@ double quantile(std::vector<double> values, double share) {
 }
 
 double model_flops(const PublishedRun& run) {
-  return 3.0 * forward_flops_per_token(run.model, run.work.seq_len).total() * run.work.global_batch * run.work.seq_len;
+  return 3.0 * forward_flops_per_token(run.model, run.work.seq_len).total() * run.work.global_batch *
+         run.work.seq_len;
 }
 
 // The utilisation that its source defines: 6 N + 12 L D S per token, scores not halved, over the peak.
@@ -76,15 +77,14 @@ double fit_efficiency(const std::vector<TimedRun>& rows, bool half) {
 }
 
 // Halves by a hash of the row's columns: equal rows stay together, and the split depends on nothing else.
-bool half_of(const PublishedRun& run) {
-  return (mix(hash_name(run.key), 0) & 1U) != 0;
-}
+bool half_of(const PublishedRun& run) { return (mix(hash_name(run.key), 0) & 1U) != 0; }
 
 using Pairs = std::map<std::pair<std::string, std::string>, std::vector<TimedRun>>;
 
 void judge_times(const Pairs& pairs, Validation& v) {
   for (const auto& [pair, rows] : pairs) {
-    const auto in_b = static_cast<std::size_t>(std::count_if(rows.begin(), rows.end(), [](const TimedRun& r) { return r.half; }));
+    const auto in_b = static_cast<std::size_t>(
+        std::count_if(rows.begin(), rows.end(), [](const TimedRun& r) { return r.half; }));
     const double fallback = rows.front().run->cluster.accelerator.gemm_efficiency;
     FittedConstant constant{pair.first, pair.second, fallback, fallback, rows.size()};
     // A constant needs both halves; the eight points of the Calculon paper are judged without any fit.
@@ -114,7 +114,8 @@ void collect_times(Validation& v, Pairs& pairs) {
     if (rate) {
       const auto partner = seconds_of_key.find(run.key);
       if (partner != seconds_of_key.end()) {
-        v.judged.push_back({&run, "identity", flops_per_s(run), step_flops(run) / (partner->second * run.layout.world())});
+        v.judged.push_back(
+            {&run, "identity", flops_per_s(run), step_flops(run) / (partner->second * run.layout.world())});
         continue;
       }
       seconds = step_flops(run) / (flops_per_s(run) * run.layout.world());
@@ -145,7 +146,8 @@ void judge_memory(Validation& v) {
       const char* name = run.value >= kLargeStatic ? "static memory" : "static memory < 10 GiB";
       v.judged.push_back({&run, name, run.value, report.static_bytes});
     } else {
-      v.judged.push_back({&run, "peak memory", run.value, run.device_memory ? report.device_bytes : report.peak_bytes});
+      v.judged.push_back(
+          {&run, "peak memory", run.value, run.device_memory ? report.device_bytes : report.peak_bytes});
     }
   }
 }
@@ -226,8 +228,8 @@ void rank_layouts(Validation& v) {
   for (const Judged& row : v.judged) {
     if (row.metric != "step time") continue;
     const PublishedRun& r = *row.run;
-    const std::string set = fmt::format("{} on {} {} (batch {}, {})", r.name, r.layout.world(), r.cluster.accelerator.name,
-                                        r.work.global_batch, r.work.precision);
+    const std::string set = fmt::format("{} on {} {} (batch {}, {})", r.name, r.layout.world(),
+                                        r.cluster.accelerator.name, r.work.global_batch, r.work.precision);
     Ranked& entry = sets[set][layout_name(r.layout)];
     entry.predicted = row.predicted;
     entry.measured.push_back(row.measured);
@@ -235,7 +237,8 @@ void rank_layouts(Validation& v) {
   for (const auto& [name, set] : sets) {
     if (set.size() < kSmallestSet) continue;
     std::vector<std::pair<double, double>> points;
-    for (const auto& [layout, entry] : set) points.emplace_back(entry.predicted, quantile(entry.measured, 0.5));
+    for (const auto& [layout, entry] : set)
+      points.emplace_back(entry.predicted, quantile(entry.measured, 0.5));
     v.rankings.push_back(rank(name, points));
   }
 }

@@ -30,7 +30,8 @@ struct ErrorRow {
   double percentile90 = 0.0;
   double worst = 0.0;
   double mean = 0.0;
-  double spread = 0.0;  ///< median deviation among rows with equal columns: what no prediction can remove; 0 = none
+  double spread =
+      0.0;  ///< median deviation among rows with equal columns: what no prediction can remove; 0 = none
   std::size_t repeated = 0;  ///< rows that have such a twin
 };
 
@@ -58,7 +59,7 @@ struct FitVerdict {
 struct Ranking {
   std::string set;
   std::size_t layouts = 0;
-  double kendall_tau = 0.0;  ///< agreement of the orders of all pairs, from -1 to 1
+  double kendall_tau = 0.0;           ///< agreement of the orders of all pairs, from -1 to 1
   double kendall_tau_distinct = 0.0;  ///< the same over pairs that lie further apart than equal runs do (6 %)
   std::size_t distinct_pairs = 0;
   double regret = 0.0;  ///< measured time of the layout predicted fastest, over the fastest, less 1
@@ -81,7 +82,8 @@ std::string format_validation(const Validation& validation, bool every_row);
 /// The same for a program.
 Json validation_json(const Validation& validation);
 
-/// What     FLOPs of an optimizer step as hardware counts them: recomputation included, scores above the diagonal too.
+/// What     FLOPs of an optimizer step as hardware counts them: recomputation included, scores above the
+/// diagonal too.
 double hardware_flops(const ModelSpec& model, const Layout& layout, const Workload& work);
 
 }  // namespace collegium::plan

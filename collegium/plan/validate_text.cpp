@@ -23,9 +23,10 @@ std::string format_every_row(const Validation& v) {
     const bool memory = row->metric.find("memory") != std::string::npos;
     const double scale = memory ? 1.0 / 1073741824.0 : (row->metric == "identity" ? 1e-12 : 1.0);
     const char* unit = memory ? "GiB" : (row->metric == "identity" ? "TFLOP/s" : "s");
-    text += fmt::format("  {:+7.1f} %  measured {:9.3f} {}, predicted {:9.3f} {}  {} | {} | {} | {} | line {}\n",
-                        100.0 * row->error(), row->measured * scale, unit, row->predicted * scale, unit, row->metric,
-                        row->run->name, row->run->cluster.name, layout_name(row->run->layout), row->run->line);
+    text += fmt::format(
+        "  {:+7.1f} %  measured {:9.3f} {}, predicted {:9.3f} {}  {} | {} | {} | {} | line {}\n",
+        100.0 * row->error(), row->measured * scale, unit, row->predicted * scale, unit, row->metric,
+        row->run->name, row->run->cluster.name, layout_name(row->run->layout), row->run->line);
   }
   return text;
 }
@@ -41,39 +42,47 @@ std::string format_verdicts(const Validation& v) {
     }
     if (verdict.ran == verdict.predicted_to_fit) continue;
     wrong += fmt::format("  line {}: {} {} on {} {}, predicted {}\n", verdict.run->line, verdict.run->name,
-                         layout_name(verdict.run->layout), verdict.run->cluster.name, verdict.ran ? "ran" : "ran out of memory",
+                         layout_name(verdict.run->layout), verdict.run->cluster.name,
+                         verdict.ran ? "ran" : "ran out of memory",
                          verdict.predicted_to_fit ? "to fit" : "not to fit");
   }
-  return fmt::format("\nOut of memory: {} of {} such runs are predicted not to fit; wrong verdicts:\n{}", oom_right, oom,
-                     wrong.empty() ? "  none\n" : wrong);
+  return fmt::format("\nOut of memory: {} of {} such runs are predicted not to fit; wrong verdicts:\n{}",
+                     oom_right, oom, wrong.empty() ? "  none\n" : wrong);
 }
 
 }  // namespace
 
 std::string format_validation(const Validation& v, bool every_row) {
-  std::string text = fmt::format("{:<24}{:<62}{:>5}{:>10}{:>10}{:>10}{:>10}{:>12}\n", "metric", "source", "rows", "median",
-                                 "90th pct", "worst", "mean", "equal rows");
+  std::string text = fmt::format("{:<24}{:<62}{:>5}{:>10}{:>10}{:>10}{:>10}{:>12}\n", "metric", "source",
+                                 "rows", "median", "90th pct", "worst", "mean", "equal rows");
   for (const ErrorRow& e : v.errors) {
     const std::string spread = e.repeated > 0 ? percent(e.spread) : "-";
-    text += fmt::format("{:<24}{:<62}{:>5}{:>10}{:>10}{:>10}{:>10}{:>12}\n", e.metric, e.source.substr(0, 61), e.rows,
-                        percent(e.median), percent(e.percentile90), percent(e.worst), percent(e.mean), spread);
+    text += fmt::format("{:<24}{:<62}{:>5}{:>10}{:>10}{:>10}{:>10}{:>12}\n", e.metric, e.source.substr(0, 61),
+                        e.rows, percent(e.median), percent(e.percentile90), percent(e.worst), percent(e.mean),
+                        spread);
   }
-  text += "(equal rows: median deviation of measurements whose columns are all equal: no prediction can be closer)\n";
-  text += "\nEfficiency of large matrix products, fitted on one half of the rows and judged on the other, each way\n";
+  text +=
+      "(equal rows: median deviation of measurements whose columns are all equal: no prediction can be "
+      "closer)\n";
+  text +=
+      "\nEfficiency of large matrix products, fitted on one half of the rows and judged on the other, each "
+      "way\n";
   for (const FittedConstant& c : v.constants)
-    text += fmt::format("  {:<62}{:<16} {:.3f} and {:.3f} of the peak ({} rows)\n", c.stack.substr(0, 61), c.accelerator,
-                        c.efficiency_half_a, c.efficiency_half_b, c.rows);
+    text += fmt::format("  {:<62}{:<16} {:.3f} and {:.3f} of the peak ({} rows)\n", c.stack.substr(0, 61),
+                        c.accelerator, c.efficiency_half_a, c.efficiency_half_b, c.rows);
   text += format_verdicts(v);
   text += "\nRanking of layouts: Kendall tau over all pairs, and over pairs measured more than 6 % apart\n";
   for (const Ranking& r : v.rankings)
-    text += fmt::format("  {:<70}{:>3} layouts, tau {:.2f}, {:.2f} over {} pairs; the one predicted fastest is {} slower than the fastest\n",
-                        r.set, r.layouts, r.kendall_tau, r.kendall_tau_distinct, r.distinct_pairs, percent(r.regret));
+    text += fmt::format(
+        "  {:<70}{:>3} layouts, tau {:.2f}, {:.2f} over {} pairs; the one predicted fastest is {} slower "
+        "than the fastest\n",
+        r.set, r.layouts, r.kendall_tau, r.kendall_tau_distinct, r.distinct_pairs, percent(r.regret));
   std::size_t refused = 0;
   for (const RefusedRows& r : v.refused) refused += r.lines.size();
   text += fmt::format("\nRefused rows: {}\n", refused);
   for (const RefusedRows& r : v.refused)
-    text += fmt::format("  {:>4} rows (line {}{}): {}\n", r.lines.size(), r.lines.front(), r.lines.size() > 1 ? ", ..." : "",
-                        r.reason);
+    text += fmt::format("  {:>4} rows (line {}{}): {}\n", r.lines.size(), r.lines.front(),
+                        r.lines.size() > 1 ? ", ..." : "", r.reason);
   if (every_row) text += format_every_row(v);
   return text;
 }
@@ -118,8 +127,8 @@ Json validation_json(const Validation& v) {
                         {"kendall_tau", r.kendall_tau},
                         {"kendall_tau_distinct", r.kendall_tau_distinct},
                         {"regret", r.regret}});
-  return {{"errors", errors},         {"constants", constants}, {"rows", rows},
-          {"refused", refused},       {"verdicts", verdicts},   {"rankings", rankings}};
+  return {{"errors", errors},   {"constants", constants}, {"rows", rows},
+          {"refused", refused}, {"verdicts", verdicts},   {"rankings", rankings}};
 }
 
 }  // namespace collegium::plan

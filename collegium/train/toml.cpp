@@ -5,6 +5,8 @@
 
 namespace collegium::train {
 
-Json parse_toml(std::string_view text, const std::string& origin) { return collegium::parse_toml(text, origin); }
+Json parse_toml(std::string_view text, const std::string& origin) {
+  return collegium::parse_toml(text, origin);
+}
 
 }  // namespace collegium::train

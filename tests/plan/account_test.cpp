@@ -75,7 +75,7 @@ TEST(Account, worked_example_of_mixtral) {
 
 TEST(Account, forward_flops_of_a_token) {
   const std::pair<const char*, double> expected[] = {
-      {"mixtral-8x7b", 2.657e10},  {"mixtral-8x22b", 8.073e10}, {"qwen3-30b-a3b", 7.694e9},
+      {"mixtral-8x7b", 2.657e10},    {"mixtral-8x22b", 8.073e10}, {"qwen3-30b-a3b", 7.694e9},
       {"qwen3-235b-a22b", 4.945e10}, {"olmoe-1b-7b", 2.626e9},    {"deepseek-v2-lite", 5.469e9},
       {"deepseek-v3", 8.349e10}};
   for (const auto& [name, flops] : expected) {
@@ -100,11 +100,13 @@ std::string message_of(const Json& config) {
 
 TEST(Model, errors_name_key_value_and_rule) {
   EXPECT_THAT(message_of({{"model_type", "mamba"}}), HasSubstr("model_type = \"mamba\": must be one of"));
-  EXPECT_THAT(message_of({{"model_type", "mixtral"}, {"vocab_size", 10}}), HasSubstr("hidden_size is missing"));
-  const Json bad = {{"model_type", "mixtral"},   {"vocab_size", 10},         {"hidden_size", 64},
-                    {"num_hidden_layers", 2},    {"num_attention_heads", 4}, {"intermediate_size", 32},
+  EXPECT_THAT(message_of({{"model_type", "mixtral"}, {"vocab_size", 10}}),
+              HasSubstr("hidden_size is missing"));
+  const Json bad = {{"model_type", "mixtral"},  {"vocab_size", 10},         {"hidden_size", 64},
+                    {"num_hidden_layers", 2},   {"num_attention_heads", 4}, {"intermediate_size", 32},
                     {"num_experts_per_tok", 9}, {"num_local_experts", 8}};
-  EXPECT_THAT(message_of(bad), HasSubstr("experts per token = 9: must be between 1 and the number of experts = 8"));
+  EXPECT_THAT(message_of(bad),
+              HasSubstr("experts per token = 9: must be between 1 and the number of experts = 8"));
   EXPECT_THROW(load_model("mixtral-8x7c"), ConfigError);
 }
 
