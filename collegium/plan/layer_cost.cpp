@@ -55,9 +55,11 @@ double projection_seconds(const Context& x) {
   return seconds + x.gemm(x.tokens, hidden, heads * static_cast<double>(a.value_dim) / tp);
 }
 
+bool fused(const Context& x) { return x.s.flash_attention && (x.s.fused_sinks || !x.m.attention_sinks); }
+
 double score_flops(const Context& x, bool windowed) {
   const double visible = mean_visible_keys(x.w.seq_len, windowed ? x.m.window : 0);
-  const double keys = x.s.causal_skip && x.s.flash_attention ? visible : x.w.seq_len;
+  const double keys = x.s.causal_skip && fused(x) ? visible : x.w.seq_len;
   return 2.0 * x.tokens * static_cast<double>(x.m.heads * (x.m.q_head_dim() + x.m.value_head_dim())) /
          x.l.tp * keys;
 }
@@ -65,7 +67,7 @@ double score_flops(const Context& x, bool windowed) {
 double attention_seconds(const Context& x, bool windowed, bool backward) {
   const double flops = score_flops(x, windowed) * (backward ? 2.5 : 1.0);
   const Accelerator& a = x.c.accelerator;
-  if (x.s.flash_attention)
+  if (fused(x))
     return flops / (x.score_peak * a.gemm_efficiency * (backward ? kFlashBackward : kFlashForward)) +
            a.launch_us * 1e-6;
   // Two batched products over heads, and softmax, mask and dropout as passes over the scores.
@@ -127,7 +129,11 @@ double network_gemms(const Context& x, bool moe) {
   const double local = static_cast<double>(x.m.experts) / x.l.ep;
   const double rows = x.tokens / x.l.tp * x.l.etp * static_cast<double>(x.m.top_k) * x.w.imbalance / local;
   const double width = static_cast<double>(x.m.expert_ffn) / x.l.etp;
-  seconds += x.gemm(rows, inner * width, hidden, local) + x.gemm(rows, hidden, width, local);
+  if (x.s.batched_experts) {
+    seconds += x.gemm(rows, inner * width, hidden, local) + x.gemm(rows, hidden, width, local);
+  } else {
+    seconds += local * (x.gemm(rows, inner * width, hidden) + x.gemm(rows, hidden, width));
+  }
   return seconds + x.gemm(x.tokens / x.sequence_share(), static_cast<double>(x.m.experts), hidden);
 }
 

@@ -83,6 +83,7 @@ void read_architecture(const CsvRow& row, PublishedRun& run) {
   if (has(name, "GPT OSS") || has(name, "gpt-oss")) {
     m.head_dim = 64;
     m.window = 128;
+    m.attention_sinks = true;
     for (std::int64_t i = 0; i < m.layers; ++i) m.window_layers.push_back(i % 2 == 0);
   }
 }

@@ -89,6 +89,8 @@ Stack stack_of(const std::string& source, const std::string& precision) {
     if (has(source, "Bridge")) {
       s.gradient_bytes = s.reduce_bytes = 2.0;
       s.expert_overlap = 0.35;
+      s.fused_sinks = false;
+      s.batched_experts = false;
     }
   }
   if (has(source, "unfused attention")) {
