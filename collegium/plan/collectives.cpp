@@ -15,7 +15,7 @@ struct Tile {
 };
 constexpr Tile kTiles[] = {{256, 128, 1.0}, {128, 128, 0.93}, {64, 128, 0.75}, {64, 64, 0.5}};
 // Depth that a tile spends filling and draining its pipeline.
-constexpr double kStartDepth = 160.0;
+constexpr double kStartDepth = 220.0;
 
 }  // namespace
 

@@ -10,8 +10,8 @@ namespace collegium::plan {
 namespace {
 
 // Fused attention reaches less of the peak than a plain product: the softmax shares its units.
-constexpr double kFlashForward = 0.72;
-constexpr double kFlashBackward = 0.55;
+constexpr double kFlashForward = 0.5;
+constexpr double kFlashBackward = 0.36;
 // A product of the score kernels (unfused) has the depth of one head only; its utilisation says the rest.
 constexpr double kMinHeadDepth = 8.0;
 

@@ -91,6 +91,8 @@ void read_architecture(const CsvRow& row, PublishedRun& run) {
 void read_model(const CsvRow& row, PublishedRun& run) {
   require_config(!has(run.source, "hybrid arch"),
                  "hybrid architecture: not a transformer of attention and networks alone");
+  require_config(!has(row.text("name"), "tokendrop"),
+                 "routing that drops tokens by an unstated capacity: the work of a step is unknown");
   ModelSpec& m = run.model;
   m.name = row.text("name");
   m.family = "published run";

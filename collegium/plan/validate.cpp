@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <map>
 
 #include "collegium/base/error.h"
+#include "collegium/base/file.h"
 #include "collegium/base/rng.h"
 #include "collegium/plan/account.h"
 
@@ -73,7 +75,12 @@ double fit_efficiency(const std::vector<TimedRun>& rows, bool half) {
     }
     (quantile(logs, 0.5) > 0.0 ? low : high) = middle;
   }
-  return std::sqrt(low * high);
+  // A handful of rows is not trusted alone: the accelerator's own figure counts as half a row more.
+  constexpr double kPriorRows = 0.5;
+  const auto fitted = static_cast<double>(
+      std::count_if(rows.begin(), rows.end(), [half](const TimedRun& row) { return row.half == half; }));
+  const double prior = rows.front().run->cluster.accelerator.gemm_efficiency;
+  return std::exp((fitted * std::log(std::sqrt(low * high)) + kPriorRows * std::log(prior)) / (fitted + kPriorRows));
 }
 
 // Halves by a hash of the row's columns: equal rows stay together, and the split depends on nothing else.
@@ -272,6 +279,31 @@ Validation validate(const std::string& csv, const std::string& origin) {
   summarise_all(v);
   rank_layouts(v);
   return v;
+}
+
+Validation validate_path(const std::string& path) {
+  if (!std::filesystem::is_directory(path)) return validate(read_file(path), path);
+  std::vector<std::filesystem::path> files;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(path)) {
+    if (entry.path().filename() == "runs.csv") files.push_back(entry.path());
+  }
+  require_config(!files.empty(), "--validate {}: no runs.csv below this folder", path);
+  std::sort(files.begin(), files.end());
+  std::string all;
+  std::string header;
+  for (const std::filesystem::path& file : files) {
+    const std::string text = read_file(file);
+    const std::size_t end = std::min(text.find('\n'), text.size());
+    if (header.empty()) {
+      header = text.substr(0, end);
+      all = text;
+      continue;
+    }
+    require_config(text.compare(0, end, header) == 0, "{}: its columns differ from those of {}", file.string(),
+                   files.front().string());
+    all.append(text, end + 1);
+  }
+  return validate(all, path);
 }
 
 }  // namespace collegium::plan

@@ -77,6 +77,9 @@ struct Validation {
 
 /// What     Judges every row of a CSV text.
 Validation validate(const std::string& csv, const std::string& origin);
+/// What     The same of a file, or of every runs.csv below a folder.
+/// Throws   ConfigError when there is none, or when their headers differ.
+Validation validate_path(const std::string& path);
 /// What     The tables as text.
 std::string format_validation(const Validation& validation, bool every_row);
 /// The same for a program.
