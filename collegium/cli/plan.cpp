@@ -155,7 +155,8 @@ void add_plan(CLI::App& app) {
   verb->add_option("--explain", arguments->layout,
                    "draw a layout such as tp2.pp4.dp8.ep8.mb1: ranks, groups, traffic, memory, time");
   verb->add_flag("--compare", arguments->compare, "classical published layouts beside the planner's choice");
-  verb->add_option("--validate", arguments->validate, "judge the planner on published runs: a CSV, or a folder of runs.csv files");
+  verb->add_option("--validate", arguments->validate,
+                   "judge the planner on published runs: a CSV, or a folder of runs.csv files");
   verb->add_flag("--rows", arguments->rows, "with --validate: list every row");
   verb->add_flag("--list", arguments->list, "names of the catalogue's models and clusters");
   verb->add_flag("--json", arguments->json, "print one JSON object");

@@ -80,9 +80,10 @@ struct Stack {
   double expert_overlap = 0.0;   ///< share of dispatch and combine hidden behind computation
   double sharded_overlap = 0.9;  ///< share of computation that can hide gathers of sharded weights
   bool never_fitted = false;     ///< its step times are judged with the accelerator's own efficiency
-  bool fused_sinks = true;           ///< fused attention knows attention sinks (gpt-oss)
-  bool batched_experts = true;       ///< experts share one launch; else one product after the other, each with its own tail
-  bool causal_skip = true;       ///< attention computes no score above the diagonal
+  bool fused_sinks = true;       ///< fused attention knows attention sinks (gpt-oss)
+  bool batched_experts =
+      true;  ///< experts share one launch; else one product after the other, each with its own tail
+  bool causal_skip = true;  ///< attention computes no score above the diagonal
 };
 
 /// What     Micro-batches of one pipeline in an optimizer step: global_batch / (dp * micro_batch), rounded

@@ -76,7 +76,7 @@ MemoryReport stage_memory(const ModelSpec& model, const Layout& layout, const Wo
 /// What     The stage with the largest peak (first, last, or between).
 MemoryReport worst_memory(const ModelSpec& model, const Layout& layout, const Workload& work,
                           const Cluster& cluster, const Stack& stack);
-/// What     Whether the device's memory holds the report's peak with fragmentation and context.
+/// What     Whether the device's memory holds the report's peak and the driver's context.
 bool fits(const MemoryReport& report, const Cluster& cluster);
 
 /// What     What the model of memory takes for granted, a line each.

@@ -105,7 +105,8 @@ class Search {
         ++result_.examined;
         MemoryReport memory = worst_memory(m_, l, w_, c_, s_);
         smallest = memory.device_bytes;
-        if (!fits(memory, c_)) continue;
+        // Stricter than fits(): a layout that is to be chosen leaves the allocator its fragmentation.
+        if (memory.device_bytes > c_.accelerator.memory_gib * 1073741824.0) continue;
         fitted = true;
         dispatchers(l, std::move(memory));
         break;

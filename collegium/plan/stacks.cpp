@@ -27,12 +27,13 @@ Stack megatron_deepspeed(const std::string& precision) {
   s.balanced_stages = true;
   s.fused_accumulation = false;
   s.reduce_bytes = precision == "bf16" ? 4.0 : 2.0;
-  // A 16-bit gradient, and its fp32 sum (bf16) or its flattened 16-bit copy for the optimizer (fp16).
-  s.gradient_bytes = precision == "bf16" ? 6.0 : 4.0;
-  // Two buckets of 5e8 gradients or weights in 16 bits.
-  s.bucket_bytes = 2e9;
+  // A 16-bit gradient, with bf16 also its fp32 sum.
+  s.gradient_bytes = precision == "bf16" ? 6.0 : 2.0;
+  // Reduction and gathering buckets and flat send buffers: one constant for the stack, from its published
+  // sweep.
+  s.bucket_bytes = 8e9;
   s.keeps_stage_edges = true;
-  s.fragmentation = 0.12;
+  s.fragmentation = 0.06;
   return s;
 }
 

@@ -73,11 +73,11 @@ class Stages {
       sum.recompute.add(cost.recompute, times);
     };
     for (std::int64_t i = first; i < last; ++i) add(layer(i), 1.0);
-    // Every micro-batch reads and writes the accumulated gradients.
+    // Every micro-batch reads and writes the accumulated gradients, after writing and reading its own.
     if (!s_.fused_accumulation && num_micro_batches(l_, w_) > 1.0) {
       const StageWeights held = stage_weights(m_, l_, s_, index);
-      sum.backward[Part::kElementwise] +=
-          stream_seconds(c_.accelerator, 2.0 * s_.gradient_bytes * (held.dense + held.experts));
+      sum.backward[Part::kElementwise] += stream_seconds(
+          c_.accelerator, 2.0 * (s_.gradient_bytes + s_.weight_bytes) * (held.dense + held.experts));
     }
     if (index == l_.pp - 1) {
       add(head_, 1.0 + static_cast<double>(m_.mtp_layers));

@@ -80,7 +80,8 @@ double fit_efficiency(const std::vector<TimedRun>& rows, bool half) {
   const auto fitted = static_cast<double>(
       std::count_if(rows.begin(), rows.end(), [half](const TimedRun& row) { return row.half == half; }));
   const double prior = rows.front().run->cluster.accelerator.gemm_efficiency;
-  return std::exp((fitted * std::log(std::sqrt(low * high)) + kPriorRows * std::log(prior)) / (fitted + kPriorRows));
+  return std::exp((fitted * std::log(std::sqrt(low * high)) + kPriorRows * std::log(prior)) /
+                  (fitted + kPriorRows));
 }
 
 // Halves by a hash of the row's columns: equal rows stay together, and the split depends on nothing else.
@@ -299,8 +300,8 @@ Validation validate_path(const std::string& path) {
       all = text;
       continue;
     }
-    require_config(text.compare(0, end, header) == 0, "{}: its columns differ from those of {}", file.string(),
-                   files.front().string());
+    require_config(text.compare(0, end, header) == 0, "{}: its columns differ from those of {}",
+                   file.string(), files.front().string());
     all.append(text, end + 1);
   }
   return validate(all, path);

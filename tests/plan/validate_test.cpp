@@ -72,5 +72,35 @@ TEST(Validate, constants_are_judged_on_the_other_half) {
   EXPECT_LT(v.errors.back().median, 0.1);
 }
 
+const ErrorRow& row_of(const Validation& v, const std::string& metric, const std::string& source) {
+  for (const ErrorRow& row : v.errors) {
+    if (row.metric == metric && row.source.find(source) != std::string::npos) return row;
+  }
+  throw InternalError(fmt::format("no row {} of {}", metric, source));
+}
+
+// What the planner must keep on the published runs of validation/; step times are judged on rows that no
+// constant saw.
+TEST(Validate, published_runs_are_met) {
+  const Validation v = validate_path(COLLEGIUM_SOURCE_DIR "/validation");
+  EXPECT_LE(row_of(v, "static memory", "all sources").median, 0.03);
+  EXPECT_LE(row_of(v, "peak memory", "all sources").median, 0.08);
+  EXPECT_LE(row_of(v, "identity", "all sources").median, 0.01);
+  EXPECT_LE(row_of(v, "step time", "all sources").median, 0.08);
+  EXPECT_LE(row_of(v, "step time", "all sources").percentile90, 0.23);
+  EXPECT_LE(row_of(v, "step time", "calculon").mean, 0.0365);
+  bool bloom = false;
+  for (const Ranking& ranking : v.rankings) {
+    if (ranking.set.find("bloom") == std::string::npos) continue;
+    bloom = true;
+    EXPECT_GE(ranking.kendall_tau_distinct, 0.8);
+    EXPECT_LE(ranking.regret, 0.05);
+  }
+  EXPECT_TRUE(bloom);
+  std::size_t wrong = 0;
+  for (const FitVerdict& verdict : v.verdicts) wrong += verdict.ran != verdict.predicted_to_fit ? 1 : 0;
+  EXPECT_LE(wrong, 2U);
+}
+
 }  // namespace
 }  // namespace collegium::plan
