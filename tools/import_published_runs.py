@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Splits a table of published runs into validation/<source>/runs.csv, one folder per repository that published them.
 
-Every row keeps all its columns, the document and commit it was read from among them. A second call writes the same files.
+Every row keeps all its columns, the document and commit it was read from among them. A second call writes the same
+files.
 """
 
 import argparse

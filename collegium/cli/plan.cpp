@@ -31,6 +31,7 @@ struct PlanArguments {
   std::size_t top = 20;
   bool all_schedules = false;
   bool compare = false;
+  bool shares = false;
   bool list = false;
   bool rows = false;
   bool json = false;
@@ -121,12 +122,16 @@ void run_plan(const PlanArguments& a) {
                a.json ? plan::validation_json(found).dump() + "\n" : plan::format_validation(found, a.rows));
     return;
   }
+  if (a.shares) {
+    fmt::print("{}", plan::format_exchange_shares(plan::load_cluster(a.cluster), a.seq_len));
+    return;
+  }
   if (a.compare) {
     const auto all = plan::compare_classics();
     fmt::print("{}", a.json ? plan::comparison_json(all).dump() + "\n" : plan::format_comparison(all));
     return;
   }
-  require_config(!a.model.empty(), "plan: give --model, --compare, --validate or --list");
+  require_config(!a.model.empty(), "plan: give --model, --compare, --shares, --validate or --list");
   const plan::ModelSpec model = plan::load_model(a.model);
   if (!a.layout.empty()) return explain(a, model);
   if (a.gpus > 0) return run_search(a, model);
@@ -154,6 +159,8 @@ void add_plan(CLI::App& app) {
   verb->add_flag("--all-schedules", arguments->all_schedules, "zero-bubble and DualPipe too");
   verb->add_option("--explain", arguments->layout,
                    "draw a layout such as tp2.pp4.dp8.ep8.mb1: ranks, groups, traffic, memory, time");
+  verb->add_flag("--shares", arguments->shares,
+                 "the expert exchange's share on 2 and 32 ranks, and its remedies");
   verb->add_flag("--compare", arguments->compare, "classical published layouts beside the planner's choice");
   verb->add_option("--validate", arguments->validate,
                    "judge the planner on published runs: a CSV, or a folder of runs.csv files");

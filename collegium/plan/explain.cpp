@@ -82,4 +82,26 @@ std::string explain_layout(const ModelSpec& m, const Layout& l, const Workload& 
   return text;
 }
 
+std::string format_exchange_shares(const Cluster& cluster, double seq_len) {
+  std::string text = fmt::format(
+      "Expert exchange's share of the step on {} ({} per fast domain), one sequence of {} per rank, nothing "
+      "hidden "
+      "unless it says so\n",
+      cluster.accelerator.name, cluster.fast_domain, seq_len);
+  for (const auto& [kind, name] :
+       {std::pair{"coarse", "gpt-oss-20b"}, std::pair{"fine-grained", "deepseek-v2-lite"}}) {
+    const ModelSpec model = load_model(name);
+    for (const int ranks : {2, 32}) {
+      const Layout layout = parse_layout(fmt::format("dp{}.ep{}", ranks, ranks));
+      const Workload work{.seq_len = seq_len, .global_batch = static_cast<double>(ranks)};
+      text +=
+          fmt::format("{} experts ({}, {} of {}), {} ranks\n", kind, name, model.top_k, model.experts, ranks);
+      for (const ExchangeShare& share : exchange_shares(model, layout, work, cluster, Stack{}))
+        text +=
+            fmt::format("  {:<54}{:>6.1f} % of {:.4g} s\n", share.variant, 100.0 * share.share, share.step_s);
+    }
+  }
+  return text + "Published for 32 accelerators: 44.4 to 68.4 % of the iteration time\n";
+}
+
 }  // namespace collegium::plan

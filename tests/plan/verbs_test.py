@@ -35,6 +35,7 @@ def main() -> None:
     dispatch = [line for line in explained["traffic"] if line["operation"] == "dispatch"]
     assert dispatch, explained
     run(0, "predicted gain", "plan", "--compare")
+    run(0, "fine-grained", "plan", "--shares", "--cluster", "a100-80-4rail")
     run(0, "share of the step", "plan --model olmoe-1b-7b --explain dp32.ep32 --global-batch 64")
     with tempfile.TemporaryDirectory() as folder:
         trace = pathlib.Path(folder) / "trace.json"
