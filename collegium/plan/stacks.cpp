@@ -18,6 +18,9 @@ Stack megatron_2021() {
   s.dropout_mask_bytes = 1.0;
   s.reduce_bytes = 2.0;
   s.data_overlap = 0.0;
+  // Sharded weights of that time: parameter by parameter, over one ring.
+  s.one_ring_gathers = true;
+  s.sharded_overlap = 0.5;
   return s;
 }
 

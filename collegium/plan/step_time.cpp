@@ -136,8 +136,9 @@ double reduction_seconds(const StageWeights& weights, const Layout& l, const Clu
 // Fully sharded: weights are gathered for the forward and again for the backward pass of every micro-batch,
 // gradients scattered after each; the stack hides what computation can cover.
 double sharded_seconds(const StageWeights& weights, const Layout& l, const Cluster& c, const Stack& s) {
-  const Group dense = group_of(c, l.dp * l.cp, l.tp);
-  const Group expert = group_of(c, l.expert_dp(), l.ep * l.etp);
+  Group dense = group_of(c, l.dp * l.cp, l.tp);
+  Group expert = group_of(c, l.expert_dp(), l.ep * l.etp);
+  if (s.one_ring_gathers) dense.in_domain = expert.in_domain = 1.0;
   const auto one = [&](const Group& group, double parameters) {
     return 2.0 * gather_seconds(c, group, parameters * s.weight_bytes) +
            gather_seconds(c, group, parameters * s.reduce_bytes);

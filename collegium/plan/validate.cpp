@@ -48,7 +48,7 @@ double step_flops(const PublishedRun& run) {
 
 double flops_per_s(const PublishedRun& run) {
   if (run.metric != Metric::kUtilisation) return run.value;
-  return run.value * peak_flops(run.cluster.accelerator, "bf16");
+  return run.value * peak_flops(run.cluster.accelerator, run.work.precision);
 }
 
 struct TimedRun {
