@@ -83,8 +83,8 @@ struct Stack {
   bool fused_sinks = true;       ///< fused attention knows attention sinks (gpt-oss)
   bool batched_experts =
       true;  ///< experts share one launch; else one product after the other, each with its own tail
-  bool one_ring_gathers = false;     ///< sharded weights travel over one ring, which uses one link of a machine
-  bool causal_skip = true;  ///< attention computes no score above the diagonal
+  bool one_ring_gathers = false;  ///< sharded weights travel over one ring, which uses one link of a machine
+  bool causal_skip = true;        ///< attention computes no score above the diagonal
 };
 
 /// What     Micro-batches of one pipeline in an optimizer step: global_batch / (dp * micro_batch), rounded

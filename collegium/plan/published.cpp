@@ -155,6 +155,9 @@ void read_world(const CsvRow& row, PublishedRun& run) {
   } else {
     throw ConfigError("num_gpus is missing: optimizer state is sharded over an unknown number of ranks");
   }
+  const int stage_ranks = l.dp * l.cp * l.tp;
+  require_config(stage_ranks % (l.ep * l.etp) == 0, "ep*etp = {}*{} must divide dp*cp*tp = {}", l.ep, l.etp,
+                 stage_ranks);
 }
 
 void read_layout(const CsvRow& row, PublishedRun& run) {
@@ -169,11 +172,13 @@ void read_layout(const CsvRow& row, PublishedRun& run) {
     run.assumptions.emplace_back("full recomputation (the row does not say; its stack had no other)");
   }
   if (recompute == "selective" && has(run.source, "torchtitan")) l.recompute = {.operators = true};
-  const bool modern = has(run.source, "Bridge") || has(run.source, "torchtitan") || run.model.is_moe();
+  const bool modern = has(run.source, "Bridge") || has(run.source, "torchtitan") ||
+                      has(run.source, "model_table") || run.model.is_moe();
   l.sequence_parallel = l.tp > 1 && (modern || has(recompute, "+SP"));
   l.schedule = l.virtual_stages > 1 ? Schedule::kInterleaved : Schedule::k1F1B;
   if (const auto micro = row.number("micro_batch")) {
     l.micro_batch = static_cast<int>(*micro);
+    require_config(l.micro_batch >= 1, "micro_batch = {}: must be at least 1", *micro);
   } else {
     l.micro_batch = has(run.source, "tables.tex") ? static_cast<int>(run.work.global_batch) / l.dp : 1;
     run.assumptions.push_back(fmt::format("micro-batch of {} (not in the row)", l.micro_batch));
@@ -262,7 +267,6 @@ PublishedRun published_run(const CsvRow& row) {
   run.work.global_batch = required(row, "global_batch");
   read_layout(row, run);
   if (has(run.source, "last rank")) run.stage = run.layout.pp - 1;
-  // The flash kernels of 2023 stacks and later; classical stacks keep the scores.
   for (const auto& [column, text] : row.fields) {
     if (column != "metric" && column != "value" && column != "unit" && column != "source" &&
         column != "read_or_memory")
