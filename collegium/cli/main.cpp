@@ -25,6 +25,8 @@ int run(int argc, char** argv) {
   collegium::cli::add_generate(app);
   collegium::cli::add_inspect(app);
   collegium::cli::add_doctor(app);
+  collegium::cli::add_plan(app);
+  collegium::cli::add_simulate(app);
   try {
     app.parse(argc, argv);
     return 0;

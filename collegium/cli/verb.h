@@ -14,5 +14,7 @@ void add_eval(CLI::App& app);
 void add_generate(CLI::App& app);
 void add_inspect(CLI::App& app);
 void add_doctor(CLI::App& app);
+void add_plan(CLI::App& app);
+void add_simulate(CLI::App& app);
 
 }  // namespace collegium::cli

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// The planner's verbs alone, without libtorch: builds in seconds and runs where nothing else of the project
+// does.
+#include <cstdio>
+#include <exception>
+
+#include "collegium/base/error.h"
+#include "collegium/cli/verb.h"
+
+int main(int argc, char** argv) {
+  constexpr int kFailed = 1;
+  constexpr int kWrongUsage = 2;
+  CLI::App app("The planner of Collegium: what fits, how fast, and why.", "collegium_planner");
+  app.require_subcommand(1);
+  app.failure_message(CLI::FailureMessage::simple);
+  collegium::cli::add_plan(app);
+  collegium::cli::add_simulate(app);
+  try {
+    app.parse(argc, argv);
+    return 0;
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : kWrongUsage;
+  } catch (const collegium::ConfigError& error) {
+    fmt::print(stderr, "collegium: {}\n", error.what());
+    return kWrongUsage;
+  } catch (const std::exception& error) {
+    fmt::print(stderr, "collegium: {}\n", error.what());
+    return kFailed;
+  }
+}

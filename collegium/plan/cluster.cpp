@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/plan/cluster.h"
+
+#include <algorithm>
+#include <cctype>
+#include <cmath>
+#include <filesystem>
+
+#include "collegium/base/error.h"
+#include "collegium/base/file.h"
+#include "collegium/base/toml.h"
+#include "collegium/plan/embedded.h"
+
+namespace collegium::plan {
+
+namespace {
+
+void require_positive(double value, const std::string& origin, const std::string& field) {
+  require_config(std::isfinite(value) && value > 0.0, "{}: {} = {}: must be a positive number", origin, field,
+                 value);
+}
+
+void require_share(double value, const std::string& origin, const std::string& field) {
+  require_config(std::isfinite(value) && value > 0.0 && value <= 1.0, "{}: {} = {}: must lie in (0, 1]",
+                 origin, field, value);
+}
+
+void validate_link(const Link& link, const std::string& origin, const std::string& field) {
+  require_positive(link.gb_per_s, origin, fmt::format("{}.gb_per_s", field));
+  require_share(link.efficiency, origin, fmt::format("{}.efficiency", field));
+  require_config(std::isfinite(link.latency_us) && link.latency_us >= 0.0,
+                 "{}: {}.latency_us = {}: must not be negative", origin, field, link.latency_us);
+}
+
+void validate(const Cluster& c, const std::string& origin) {
+  require_config(!c.accelerator.peak_tflops.empty(), "{}: accelerator.peak_tflops is missing", origin);
+  for (const auto& [format, tflops] : c.accelerator.peak_tflops)
+    require_positive(tflops, origin, fmt::format("accelerator.peak_tflops.{}", format));
+  require_positive(c.accelerator.memory_gib, origin, "accelerator.memory_gib");
+  require_positive(c.accelerator.memory_gb_per_s, origin, "accelerator.memory_gb_per_s");
+  require_share(c.accelerator.gemm_efficiency, origin, "accelerator.gemm_efficiency");
+  require_share(c.accelerator.memory_efficiency, origin, "accelerator.memory_efficiency");
+  require_config(c.accelerator.compute_units >= 1, "{}: accelerator.compute_units = {}: must be at least 1",
+                 origin, c.accelerator.compute_units);
+  require_config(c.node_size >= 1, "{}: node_size = {}: must be at least 1", origin, c.node_size);
+  require_config(c.fast_domain >= 1, "{}: fast_domain = {}: must be at least 1", origin, c.fast_domain);
+  validate_link(c.fast_link, origin, "fast_link");
+  validate_link(c.slow_link, origin, "slow_link");
+}
+
+}  // namespace
+
+Cluster parse_cluster(std::string_view text, const std::string& origin) {
+  Cluster cluster;
+  read_fields(parse_toml(text, origin), origin, cluster);
+  validate(cluster, origin);
+  return cluster;
+}
+
+std::vector<std::string> cluster_names() {
+  std::vector<std::string> names;
+  for (const EmbeddedFile& file : embedded_clusters()) names.emplace_back(file.name);
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+Cluster load_cluster(const std::string& name_or_path) {
+  for (const EmbeddedFile& file : embedded_clusters()) {
+    if (file.name == name_or_path) return parse_cluster(file.text, fmt::format("cluster {}", name_or_path));
+  }
+  if (!std::filesystem::exists(name_or_path)) {
+    const std::vector<std::string> names = cluster_names();
+    const auto nearest = nearest_name(name_or_path, names);
+    throw ConfigError(fmt::format("--cluster {}: neither a cluster of the catalogue nor a file{}; known: {}",
+                                  name_or_path, nearest ? fmt::format(" (did you mean {}?)", *nearest) : "",
+                                  fmt::join(names, ", ")));
+  }
+  return parse_cluster(read_file(name_or_path), name_or_path);
+}
+
+std::string matrix_format(const std::string& precision) {
+  std::string p;
+  for (const char c : precision) p.push_back(static_cast<char>(std::tolower(static_cast<unsigned char>(c))));
+  if (p.find("fp4") != std::string::npos) return "fp4";
+  if (p.find("fp8") != std::string::npos) return "fp8";
+  if (p == "fp32" || p == "float32" || p == "tf32") return "fp32";
+  return "bf16";
+}
+
+double peak_flops(const Accelerator& accelerator, const std::string& precision) {
+  const std::string format = matrix_format(precision);
+  const auto found = accelerator.peak_tflops.find(format);
+  if (found == accelerator.peak_tflops.end())
+    throw ConfigError(
+        fmt::format("precision {}: {} has no peak_tflops.{}", precision, accelerator.name, format));
+  return found->second * 1e12;
+}
+
+std::string cluster_toml(const Cluster& c) {
+  std::string text =
+      fmt::format("name = \"{}\"\nnote = \"{}\"\nnode_size = {}\nfast_domain = {}\n\n[accelerator]\n", c.name,
+                  c.note, c.node_size, c.fast_domain);
+  const Accelerator& a = c.accelerator;
+  text += fmt::format("name = \"{}\"\nmemory_gib = {:.6f}\nmemory_gb_per_s = {:.6f}\ncompute_units = {}\n",
+                      a.name, a.memory_gib, a.memory_gb_per_s, a.compute_units);
+  text += fmt::format(
+      "gemm_efficiency = {:.6f}\nmemory_efficiency = {:.6f}\nlaunch_us = {:.6f}\nworkspace_gib = {:.6f}\n",
+      a.gemm_efficiency, a.memory_efficiency, a.launch_us, a.workspace_gib);
+  text += "\n[accelerator.peak_tflops]\n";
+  for (const auto& [format, tflops] : a.peak_tflops) text += fmt::format("{} = {:.6f}\n", format, tflops);
+  for (const auto& [name, link] : {std::pair{"fast_link", c.fast_link}, std::pair{"slow_link", c.slow_link}})
+    text += fmt::format("\n[{}]\ngb_per_s = {:.6f}\nlatency_us = {:.6f}\nefficiency = {:.6f}\n", name,
+                        link.gb_per_s, link.latency_us, link.efficiency);
+  return text;
+}
+
+}  // namespace collegium::plan

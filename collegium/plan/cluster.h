@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// What the planner knows about machines: an accelerator, the fast links inside a domain, the slow links
+// between domains. Read from the TOML files of configs/clusters (compiled in) or from a file of the user's.
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "collegium/base/fields.h"
+
+namespace collegium::plan {
+
+struct Accelerator {
+  std::string name;
+  std::map<std::string, double> peak_tflops;  ///< dense matrix peak per number format: bf16, fp8, fp4, fp32
+  double memory_gib = 0.0;
+  double memory_gb_per_s = 0.0;
+  int compute_units = 1;            ///< blocks that run at once; what a GEMM's tiles are dealt out to
+  double gemm_efficiency = 0.7;     ///< share of the peak that a large GEMM reaches: the one fitted constant
+  double memory_efficiency = 0.85;  ///< share of the bandwidth that streaming kernels reach
+  double launch_us = 3.0;           ///< what each kernel adds
+  double workspace_gib = 0.3;       ///< held by libraries before the first activation
+};
+
+/// One direction of one accelerator's share of a link.
+struct Link {
+  double gb_per_s = 0.0;
+  double latency_us = 5.0;
+  double efficiency = 0.8;  ///< share of the line rate that large collectives reach
+};
+
+struct Cluster {
+  std::string name;
+  std::string note;
+  int node_size = 8;    ///< accelerators of a machine
+  int fast_domain = 8;  ///< accelerators that the fast link joins (72 in an NVL72 rack)
+  Accelerator accelerator;
+  Link fast_link;
+  Link slow_link;
+};
+
+template <class Fields>
+void describe(Fields& fields, Accelerator& a) {
+  fields("name", a.name, "what it is called");
+  fields("peak_tflops", a.peak_tflops, "TFLOP/s of dense matrix products per format: bf16, fp8, fp4, fp32");
+  fields("memory_gib", a.memory_gib, "GiB that a process can allocate");
+  fields("memory_gb_per_s", a.memory_gb_per_s, "GB/s of its memory");
+  fields("compute_units", a.compute_units, "units that the tiles of a GEMM are dealt out to");
+  fields("gemm_efficiency", a.gemm_efficiency, "share of the peak that a large GEMM reaches");
+  fields("memory_efficiency", a.memory_efficiency, "share of memory_gb_per_s that streaming kernels reach");
+  fields("launch_us", a.launch_us, "microseconds that each kernel adds");
+  fields("workspace_gib", a.workspace_gib, "GiB that libraries hold");
+}
+template <class Fields>
+void describe(Fields& fields, Link& l) {
+  fields("gb_per_s", l.gb_per_s, "GB/s of one accelerator in one direction");
+  fields("latency_us", l.latency_us, "microseconds of a message");
+  fields("efficiency", l.efficiency, "share of gb_per_s that large collectives reach");
+}
+template <class Fields>
+void describe(Fields& fields, Cluster& c) {
+  fields("name", c.name, "what it is called");
+  fields("note", c.note, "where the figures come from");
+  fields("node_size", c.node_size, "accelerators of a machine");
+  fields("fast_domain", c.fast_domain, "accelerators that the fast link joins");
+  fields("accelerator", c.accelerator, "the accelerator");
+  fields("fast_link", c.fast_link, "inside a domain");
+  fields("slow_link", c.slow_link, "between domains");
+}
+
+/// What     A cluster by its name in the catalogue or from a TOML file.
+/// Throws   ConfigError: unknown name (with the nearest), unknown key, or a figure that is not a positive
+/// number.
+Cluster load_cluster(const std::string& name_or_path);
+/// The same from TOML text at hand; `origin` names it in messages.
+Cluster parse_cluster(std::string_view text, const std::string& origin);
+/// What     Names of the catalogue, sorted.
+std::vector<std::string> cluster_names();
+
+/// What     FLOP/s of matrix products in a training precision ("bf16", "fp16", "fp8", "mxfp8", "nvfp4",
+/// "fp32", ...). Throws   ConfigError when the accelerator has no such format.
+double peak_flops(const Accelerator& accelerator, const std::string& precision);
+/// What     The format of the matrix products of a training precision: "fp16" and "amp_bf16" -> "bf16", ...
+std::string matrix_format(const std::string& precision);
+
+/// What     The description as TOML, ready to be read back.
+std::string cluster_toml(const Cluster& cluster);
+
+}  // namespace collegium::plan

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/plan/collectives.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace collegium::plan {
+
+namespace {
+
+struct Tile {
+  double m;
+  double n;
+  double reach;  // share of the best tile's rate: a smaller tile reads more per FLOP
+};
+constexpr Tile kTiles[] = {{256, 128, 1.0}, {128, 128, 0.93}, {64, 128, 0.75}, {64, 64, 0.5}};
+// Depth that a tile spends filling and draining its pipeline.
+constexpr double kStartDepth = 220.0;
+
+}  // namespace
+
+double gemm_utilisation(const Accelerator& a, double m, double n, double k, double groups) {
+  double best = 0.0;
+  for (const Tile& tile : kTiles) {
+    const double tiles = groups * std::ceil(m / tile.m) * std::ceil(n / tile.n);
+    const double useful = groups * (m / tile.m) * (n / tile.n);
+    const double waves = std::ceil(tiles / a.compute_units);
+    best = std::max(best, tile.reach * useful / (waves * a.compute_units));
+  }
+  return best * k / (k + kStartDepth);
+}
+
+double gemm_seconds(const Accelerator& a, double peak, double m, double n, double k, double groups) {
+  if (m <= 0.0) return 0.0;
+  const double compute =
+      2.0 * m * n * k * groups / (peak * a.gemm_efficiency * gemm_utilisation(a, m, n, k, groups));
+  const double bytes = 2.0 * groups * (m * k + k * n + m * n);
+  return std::max(compute, stream_seconds(a, bytes)) + a.launch_us * 1e-6;
+}
+
+double stream_seconds(const Accelerator& a, double bytes) {
+  return bytes / (a.memory_gb_per_s * 1e9 * a.memory_efficiency);
+}
+
+Group group_of(const Cluster& cluster, int ranks, int stride) {
+  const int inside = std::max(1, cluster.fast_domain / std::max(1, stride));
+  return {.ranks = static_cast<double>(ranks), .in_domain = static_cast<double>(std::min(ranks, inside))};
+}
+
+double ring_bandwidth(const Cluster& cluster, const Group& g) {
+  const double fast = cluster.fast_link.gb_per_s * 1e9 * cluster.fast_link.efficiency;
+  if (g.ranks <= g.in_domain) return fast;
+  return std::min(fast, cluster.slow_link.gb_per_s * 1e9 * cluster.slow_link.efficiency * g.in_domain);
+}
+
+double gather_seconds(const Cluster& cluster, const Group& g, double bytes) {
+  if (g.ranks <= 1.0) return 0.0;
+  const double domains = g.ranks / g.in_domain;
+  // Large groups use trees between domains: their latency grows with the logarithm.
+  const double hops = (g.in_domain - 1.0) * cluster.fast_link.latency_us * 0.3 +
+                      std::log2(std::max(1.0, domains)) * cluster.slow_link.latency_us;
+  return (g.ranks - 1.0) / g.ranks * bytes / ring_bandwidth(cluster, g) +
+         (cluster.fast_link.latency_us + hops) * 1e-6;
+}
+
+double all_reduce_seconds(const Cluster& cluster, const Group& g, double bytes) {
+  return 2.0 * gather_seconds(cluster, g, bytes);
+}
+
+double send_seconds(const Cluster& cluster, int stride, double bytes) {
+  const Link& link = stride < cluster.fast_domain ? cluster.fast_link : cluster.slow_link;
+  return bytes / (link.gb_per_s * 1e9 * link.efficiency) + link.latency_us * 1e-6;
+}
+
+double distinct_groups(double experts, double top_k, double groups) {
+  if (groups <= 1.0) return 1.0;
+  const double others = experts - experts / groups;
+  // C(E - E/G, K) / C(E, K) as a product, so that nothing overflows.
+  double missed = 1.0;
+  for (double i = 0.0; i < top_k; i += 1.0) missed *= std::max(0.0, (others - i) / (experts - i));
+  return groups * (1.0 - missed);
+}
+
+ExpertTraffic expert_traffic(const ModelSpec& m, const Layout& l, const Cluster& cluster, double imbalance) {
+  if (!m.is_moe() || l.ep == 1) return {};
+  const auto experts = static_cast<double>(m.experts);
+  const auto top_k = static_cast<double>(m.top_k);
+  const double ranks = l.ep;
+  const double in_domain = std::min<double>(ranks, std::max(1, cluster.fast_domain / l.etp));
+  const double domains = ranks / in_domain;
+  double remote_share = (1.0 - 1.0 / domains);
+  double rank_rows = distinct_groups(experts, top_k, ranks);
+  double domain_rows = distinct_groups(experts, top_k, domains);
+  if (m.routing_groups > 0) {
+    // Group-limited routing: the K experts lie in at most the allowed groups, which lie in as many domains.
+    domain_rows = std::min(domain_rows, static_cast<double>(m.routing_top_groups));
+  }
+  double rows = top_k;
+  if (l.dispatcher == Dispatcher::kDeduplicated) rows = rank_rows;
+  if (l.dispatcher == Dispatcher::kPadded) rows *= imbalance;
+  if (l.dispatcher == Dispatcher::kAllGather) rows = ranks;
+  ExpertTraffic t;
+  t.slow_rows = rows * remote_share;
+  t.fast_rows = rows * (1.0 - 1.0 / ranks) - t.slow_rows;
+  if (l.dispatcher == Dispatcher::kHierarchical) {
+    t.slow_rows = domain_rows * remote_share;
+    t.fast_rows = rank_rows * (1.0 - 1.0 / in_domain);
+  }
+  return t;
+}
+
+double expert_exchange_seconds(const ModelSpec& m, const Layout& l, const Cluster& cluster, double tokens,
+                               double row_bytes, double imbalance) {
+  const ExpertTraffic t = expert_traffic(m, l, cluster, imbalance);
+  if (t.fast_rows + t.slow_rows <= 0.0) return 0.0;
+  const double in_domain = std::min<double>(l.ep, std::max(1, cluster.fast_domain / l.etp));
+  const double fast =
+      tokens * t.fast_rows * row_bytes / (cluster.fast_link.gb_per_s * 1e9 * cluster.fast_link.efficiency);
+  const double slow =
+      tokens * t.slow_rows * row_bytes / (cluster.slow_link.gb_per_s * 1e9 * cluster.slow_link.efficiency);
+  const double latency =
+      cluster.fast_link.latency_us + (l.ep > in_domain ? cluster.slow_link.latency_us : 0.0);
+  // The fullest rank receives `imbalance` times the mean; the others wait for it.
+  return std::max(fast, slow) * imbalance + 2.0 * latency * 1e-6;
+}
+
+}  // namespace collegium::plan

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// Seconds of kernels and collectives: a roofline for kernels, latency plus bytes over bandwidth for
+// collectives on two levels of links. A machine's slow links are shared by its accelerators: a group gets the
+// part that its members bring.
+
+#include "collegium/plan/cluster.h"
+#include "collegium/plan/layout.h"
+#include "collegium/plan/model_spec.h"
+
+namespace collegium::plan {
+
+/// What     Share of the tile slots that an m x n product keeps busy: tiles / (waves * units), best of three
+/// tile sizes,
+///          times what each tile size reaches, times the share of the depth k that is not start-up.
+double gemm_utilisation(const Accelerator& accelerator, double m, double n, double k, double groups = 1.0);
+/// What     Seconds of `groups` products m x k by k x n: the larger of computing and of moving operands, plus
+/// a launch.
+double gemm_seconds(const Accelerator& accelerator, double peak_flops, double m, double n, double k,
+                    double groups = 1.0);
+/// What     Seconds of a kernel that streams `bytes` through memory.
+double stream_seconds(const Accelerator& accelerator, double bytes);
+
+/// A group of ranks: how many, and how many of them lie in one fast domain.
+struct Group {
+  double ranks = 1.0;
+  double in_domain = 1.0;
+};
+/// What     A group of `ranks` whose neighbours are `stride` world ranks apart, on this cluster.
+Group group_of(const Cluster& cluster, int ranks, int stride);
+
+/// What     Bytes per second that a ring through the group sustains: the fast link inside a domain; across
+/// domains the
+///          members' share of their slow links, if that is less.
+double ring_bandwidth(const Cluster& cluster, const Group& group);
+/// What     Seconds to reduce-scatter or all-gather `bytes` (the whole tensor).
+/// Math     (n-1)/n bytes / bandwidth + hops * latency
+double gather_seconds(const Cluster& cluster, const Group& group, double bytes);
+/// What     Seconds to all-reduce `bytes`: a reduce-scatter and an all-gather.
+double all_reduce_seconds(const Cluster& cluster, const Group& group, double bytes);
+/// What     Seconds to send `bytes` to a rank `stride` ranks away.
+double send_seconds(const Cluster& cluster, int stride, double bytes);
+
+/// What     Distinct groups of `groups` equal ones that a token's K of E experts touch, balanced random
+/// choice. Math     D(G) = G (1 - C(E - E/G, K) / C(E, K)); under group-limited routing at most the allowed
+/// groups.
+double distinct_groups(double experts, double top_k, double groups);
+
+/// Rows that one rank sends per token of its own, by link.
+struct ExpertTraffic {
+  double fast_rows = 0.0;
+  double slow_rows = 0.0;
+};
+/// What     Rows per token and direction that leave a rank, by dispatcher, the rank's own experts excepted.
+/// Math     a row per (token, expert): K (1 - 1/R); deduplicated: D(R) (1 - 1/R); hierarchical: D(N) (1 -
+/// 1/N) over slow
+///          links, the rest inside a domain; gathered: R - 1; padded: as all-to-all times the imbalance.
+ExpertTraffic expert_traffic(const ModelSpec& model, const Layout& layout, const Cluster& cluster,
+                             double imbalance);
+/// What     Seconds of one dispatch or combine of `tokens` tokens of `row_bytes` each; both links work at
+/// once.
+double expert_exchange_seconds(const ModelSpec& model, const Layout& layout, const Cluster& cluster,
+                               double tokens, double row_bytes, double imbalance);
+
+}  // namespace collegium::plan

@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/plan/published.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "collegium/base/error.h"
+
+namespace collegium::plan {
+
+namespace {
+
+bool has(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
+
+double required(const CsvRow& row, const std::string& column) {
+  const auto value = row.number(column);
+  require_config(value.has_value(), "{} is missing", column);
+  require_config(*value > 0.0, "{} = {}: must be positive", column, *value);
+  return *value;
+}
+
+std::int64_t whole(const CsvRow& row, const std::string& column) {
+  const double value = required(row, column);
+  require_config(value == std::floor(value), "{} = {}: must be a whole number", column, value);
+  return static_cast<std::int64_t>(value);
+}
+
+int size_or_one(const CsvRow& row, const std::string& column) {
+  return row.text(column).empty() ? 1 : static_cast<int>(whole(row, column));
+}
+
+// Vocabularies that rows leave open, by the family that the row's name gives away.
+std::int64_t vocabulary(const CsvRow& row, PublishedRun& run) {
+  if (const auto given = row.number("vocab")) return static_cast<std::int64_t>(*given);
+  std::int64_t assumed = 50257;
+  std::string name = row.text("name");
+  std::transform(name.begin(), name.end(), name.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+  if (has(name, "deepseekv3") || has(name, "deepseek-v3")) assumed = 129280;
+  if (has(name, "mixtral")) assumed = 32000;
+  if (has(name, "llama")) assumed = 128256;
+  if (has(name, "qwen3")) assumed = 151936;
+  run.assumptions.push_back(fmt::format("vocabulary {} (not in the row)", assumed));
+  return assumed;
+}
+
+// Test-size models keep the classical default, tied embeddings.
+constexpr std::int64_t kTestWidth = 1024;
+
+void read_experts(const CsvRow& row, ModelSpec& m) {
+  m.experts = static_cast<std::int64_t>(row.number("experts").value_or(0.0));
+  if (m.experts == 0) return;
+  m.top_k = whole(row, "topk");
+  m.expert_ffn = whole(row, "moe_ffn_hidden");
+  m.shared_ffn = static_cast<std::int64_t>(row.number("shared_experts").value_or(0.0) *
+                                           static_cast<double>(m.expert_ffn));
+}
+
+// What sizes do not say: latent attention, prediction layers, dense first layers, windows.
+void read_architecture(const CsvRow& row, PublishedRun& run) {
+  ModelSpec& m = run.model;
+  const std::string& name = row.text("name");
+  const bool deepseek = has(name, "DeepSeekV3") || has(name, "deepseek-v3") || has(name, "deepseekv3") ||
+                        has(name, "Kimi") || has(name, "kimi");
+  if (deepseek || has(run.source, "MLA")) {
+    const bool wide = m.hidden >= 4096;
+    m.latent = {.q_rank = wide ? 1536 : 0, .kv_rank = 512, .nope_dim = 128, .rope_dim = 64, .value_dim = 128};
+    m.head_dim = 192;
+  }
+  if (deepseek && m.layers == 61) {
+    const bool kimi = m.experts == 384;
+    m.moe_layers.assign(61, true);
+    std::fill_n(m.moe_layers.begin(), kimi ? 1 : 3, false);
+    m.mtp_layers = kimi ? 0 : 1;
+    m.routing_groups = kimi ? 0 : 8;
+    m.routing_top_groups = kimi ? 0 : 4;
+  }
+  if (has(run.source, "MTP=1")) m.mtp_layers = 1;
+  if (has(name, "Qwen3") || has(name, "qwen3")) {
+    m.head_dim = 128;
+    m.qk_norm = SpecQkNorm::kPerHead;
+  }
+  if (has(name, "GPT OSS") || has(name, "gpt-oss")) {
+    m.head_dim = 64;
+    m.window = 128;
+    m.attention_sinks = true;
+    for (std::int64_t i = 0; i < m.layers; ++i) m.window_layers.push_back(i % 2 == 0);
+  }
+}
+
+void read_model(const CsvRow& row, PublishedRun& run) {
+  require_config(!has(run.source, "hybrid arch"),
+                 "hybrid architecture: not a transformer of attention and networks alone");
+  require_config(!has(row.text("name"), "tokendrop"),
+                 "routing that drops tokens by an unstated capacity: the work of a step is unknown");
+  ModelSpec& m = run.model;
+  m.name = row.text("name");
+  m.family = "published run";
+  m.layers = whole(row, "layers");
+  m.hidden = whole(row, "hidden");
+  m.heads = whole(row, "heads");
+  m.kv_heads = static_cast<std::int64_t>(row.number("kv_heads").value_or(static_cast<double>(m.heads)));
+  read_experts(row, m);
+  m.dense_ffn =
+      static_cast<std::int64_t>(row.number("ffn_hidden").value_or(4.0 * static_cast<double>(m.hidden)));
+  m.vocab = vocabulary(row, run);
+  m.gated_ffn = has(run.source, "non-gated") ? false : (m.is_moe() || m.dense_ffn != 4 * m.hidden);
+  if (!m.gated_ffn) {
+    m.norm = SpecNorm::kLayer;
+    m.qkv_bias = m.attention_output_bias = m.ffn_bias = !has(run.source, "llm-foundry");
+  }
+  // Classical GPT models tie input and output embeddings; runs of Megatron Core and all gated models do not.
+  const bool core = has(run.source, "functional_tests") || has(run.source, "model_table");
+  m.tied_embeddings = !m.gated_ffn && (!core || m.hidden <= kTestWidth);
+  read_architecture(row, run);
+  complete(m, m.name);
+}
+
+void read_zero(const CsvRow& row, Layout& l) {
+  const std::string& zero = row.text("zero");
+  if (zero.empty() || zero == "0") {
+    l.zero = Zero::kNone;
+  } else if (zero == "1") {
+    l.zero = Zero::kOptimizer;
+  } else if (zero == "2" || zero == "fsdp-SHARD_GRAD_OP") {
+    l.zero = Zero::kGradients;
+  } else if (zero == "3" || has(zero, "fsdp")) {
+    l.zero = Zero::kSharded;
+  } else {
+    throw ConfigError(fmt::format("zero = {}: must be 0, 1, 2, 3 or fsdp", zero));
+  }
+}
+
+void read_world(const CsvRow& row, PublishedRun& run) {
+  Layout& l = run.layout;
+  l.tp = size_or_one(row, "tp");
+  l.pp = size_or_one(row, "pp");
+  l.cp = size_or_one(row, "cp");
+  l.virtual_stages = size_or_one(row, "vpp");
+  l.ep = size_or_one(row, "ep");
+  l.etp = size_or_one(row, "etp");
+  if (!run.model.is_moe()) l.ep = l.etp = 1;
+  const int stage = l.tp * l.pp * l.cp;
+  if (const auto gpus = row.number("num_gpus")) {
+    const int world = static_cast<int>(*gpus);
+    require_config(!row.text("tp").empty() && !row.text("pp").empty(), "tp and pp are missing");
+    require_config(world % stage == 0, "num_gpus = {} must be a multiple of tp*pp*cp = {}", world, stage);
+    l.dp = world / stage;
+    const auto dp = row.number("dp");
+    require_config(!dp || static_cast<int>(*dp) == l.dp,
+                   "dp = {} contradicts num_gpus/(tp*pp*cp) = {}/{} = {}", dp.value_or(0.0), world, stage,
+                   l.dp);
+  } else if (!row.text("dp").empty()) {
+    l.dp = size_or_one(row, "dp");
+  } else {
+    throw ConfigError("num_gpus is missing: optimizer state is sharded over an unknown number of ranks");
+  }
+  const int stage_ranks = l.dp * l.cp * l.tp;
+  require_config(stage_ranks % (l.ep * l.etp) == 0, "ep*etp = {}*{} must divide dp*cp*tp = {}", l.ep, l.etp,
+                 stage_ranks);
+}
+
+void read_layout(const CsvRow& row, PublishedRun& run) {
+  Layout& l = run.layout;
+  read_world(row, run);
+  read_zero(row, l);
+  const std::string& recompute = row.text("recompute");
+  l.recompute = parse_recompute(recompute);
+  run.recompute_open = recompute.empty();
+  if (recompute.empty() && (has(run.source, "tables.tex") || run.metric == Metric::kHardwareFlops)) {
+    l.recompute.full = true;
+    run.assumptions.emplace_back("full recomputation (the row does not say; its stack had no other)");
+  }
+  if (recompute == "selective" && has(run.source, "torchtitan")) l.recompute = {.operators = true};
+  const bool modern = has(run.source, "Bridge") || has(run.source, "torchtitan") ||
+                      has(run.source, "model_table") || run.model.is_moe();
+  l.sequence_parallel = l.tp > 1 && (modern || has(recompute, "+SP"));
+  l.schedule = l.virtual_stages > 1 ? Schedule::kInterleaved : Schedule::k1F1B;
+  if (const auto micro = row.number("micro_batch")) {
+    l.micro_batch = static_cast<int>(*micro);
+    require_config(l.micro_batch >= 1, "micro_batch = {}: must be at least 1", *micro);
+  } else {
+    l.micro_batch = has(run.source, "tables.tex") ? static_cast<int>(run.work.global_batch) / l.dp : 1;
+    run.assumptions.push_back(fmt::format("micro-batch of {} (not in the row)", l.micro_batch));
+  }
+  if (run.model.is_moe() && has(run.source, "Bridge")) l.dispatcher = Dispatcher::kHierarchical;
+}
+
+std::string cluster_name(const CsvRow& row, const std::string& source) {
+  const std::string& gpu = row.text("gpu");
+  require_config(!gpu.empty(), "gpu is missing");
+  if (has(source, "bigscience")) return "jean-zay-a100";
+  if (has(source, "vTrain")) return "a100-80-4rail";
+  const std::pair<const char*, const char*> table[] = {{"V100-32GB", "v100-32"},
+                                                       {"A100-40GB", "a100-40"},
+                                                       {"A100-80GB", "a100-80"},
+                                                       {"A100", "a100-80"},
+                                                       {"H100-96GB-500W", "h100-96"},
+                                                       {"H100-80GB", "h100-80"},
+                                                       {"H100", "h100-80"},
+                                                       {"H200", "h200"},
+                                                       {"H800", "h800"},
+                                                       {"B200", "b200"},
+                                                       {"B300", "b300"},
+                                                       {"GB200", "gb200"},
+                                                       {"GB300", "gb300"},
+                                                       {"MI300X", "mi300x"}};
+  for (const auto& [name, cluster] : table) {
+    if (gpu == name) return cluster;
+  }
+  throw ConfigError(fmt::format("gpu = {}: not in the catalogue of clusters", gpu));
+}
+
+void read_value(const CsvRow& row, PublishedRun& run) {
+  const std::string& metric = row.text("metric");
+  const double value = required(row, "value");
+  const double unit = row.text("unit") == "GB" ? 1e9 : 1073741824.0;
+  const bool device =
+      metric == "peak_mem_nvidia_smi" || metric == "peak_mem" || metric == "peak_reserved_mem";
+  run.device_memory = device;
+  if (metric == "static_alloc_mem") {
+    run.metric = Metric::kStaticMemory;
+    run.value = value * unit;
+  } else if (metric == "peak_alloc_mem" || device) {
+    run.metric = Metric::kPeakMemory;
+    // nvidia-smi counts in GiB whatever the label says.
+    run.value = value * (metric == "peak_mem_nvidia_smi" ? 1073741824.0 : unit);
+  } else if (metric == "oom") {
+    run.metric = Metric::kOutOfMemory;
+    run.value = value;
+  } else if (metric == "iteration_time") {
+    run.metric = Metric::kStepTime;
+    run.value = value;
+  } else if (metric == "tokens_per_s_per_gpu") {
+    run.metric = Metric::kStepTime;
+    run.value =
+        required(row, "global_batch") * required(row, "seq_len") / (value * required(row, "num_gpus"));
+  } else if (metric == "model_tflops_per_gpu") {
+    run.metric = Metric::kModelFlops;
+    run.value = value * 1e12;
+  } else if (metric == "hw_tflops_per_gpu") {
+    run.metric = Metric::kHardwareFlops;
+    run.value = value * 1e12;
+  } else if (metric == "mfu") {
+    run.metric = Metric::kUtilisation;
+    run.value = value / 100.0;
+  } else {
+    throw ConfigError(
+        fmt::format("metric = {}: not a figure of memory, time or FLOP/s that the planner predicts", metric));
+  }
+}
+
+}  // namespace
+
+PublishedRun published_run(const CsvRow& row) {
+  PublishedRun run;
+  run.line = row.line;
+  run.name = row.text("name");
+  run.source = row.text("source");
+  read_value(row, run);
+  const std::string& precision = row.text("precision");
+  run.work.precision = precision.empty() ? "bf16" : precision;
+  run.stack = stack_of(run.source, run.work.precision);
+  run.cluster = load_cluster(cluster_name(row, run.source));
+  read_model(row, run);
+  run.work.seq_len = required(row, "seq_len");
+  run.work.global_batch = required(row, "global_batch");
+  read_layout(row, run);
+  if (has(run.source, "last rank")) run.stage = run.layout.pp - 1;
+  for (const auto& [column, text] : row.fields) {
+    if (column != "metric" && column != "value" && column != "unit" && column != "source" &&
+        column != "read_or_memory")
+      run.key.append(text).append("|");
+  }
+  run.key.append(run.stack.name);
+  return run;
+}
+
+}  // namespace collegium::plan

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// Published runs: rows of a CSV file, one measured figure each, as something the planner can predict. What a
+// row leaves open is filled by rules that are listed with the row.
+
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "collegium/plan/cluster.h"
+#include "collegium/plan/layout.h"
+#include "collegium/plan/model_spec.h"
+
+namespace collegium::plan {
+
+/// One row: column -> text, and its place in the file.
+struct CsvRow {
+  int line = 0;
+  std::map<std::string, std::string> fields;
+  /// The field's text; empty when the column is absent.
+  const std::string& text(const std::string& column) const;
+  /// The field as a number, or nothing when it is empty.
+  std::optional<double> number(const std::string& column) const;
+};
+
+/// What     Reads a CSV text with a header line; quoted fields may hold commas and quotes.
+/// Throws   ConfigError: a row with another number of fields than the header, no header.
+std::vector<CsvRow> read_csv(const std::string& text, const std::string& origin);
+
+/// What a figure measures.
+enum class Metric {
+  kStaticMemory,
+  kPeakMemory,
+  kOutOfMemory,
+  kStepTime,       ///< seconds, or tokens per second and accelerator
+  kModelFlops,     ///< model FLOP/s per accelerator
+  kHardwareFlops,  ///< FLOP/s with recomputation counted, causal attention not halved
+  kUtilisation     ///< model FLOP/s over the peak
+};
+
+/// A row the planner can predict.
+struct PublishedRun {
+  int line = 0;
+  std::string name;
+  std::string source;  ///< repository and document
+  Metric metric = Metric::kStepTime;
+  double value = 0.0;  ///< in seconds, bytes, FLOP/s, or 1
+  std::string key;     ///< equal for rows of one run with equal columns
+  ModelSpec model;
+  Layout layout;
+  Workload work;
+  Stack stack;
+  Cluster cluster;
+  int stage = -1;               ///< the stage whose memory was measured; -1 = the worst
+  bool recompute_open = false;  ///< the row does not say what is recomputed
+  bool device_memory = false;   ///< the device's own figure, context and fragmentation included
+  std::vector<std::string> assumptions;
+};
+
+/// What     A row as a run.
+/// Throws   ConfigError with the reason why the row cannot be predicted: unknown metric, accelerator or
+/// architecture,
+///          missing or contradictory columns.
+PublishedRun published_run(const CsvRow& row);
+
+/// What     The habits of the software a source was measured with, by its name.
+Stack stack_of(const std::string& source, const std::string& precision);
+/// What     The repository, and the document or container, without the row's own details.
+std::string source_name(const std::string& source);
+
+}  // namespace collegium::plan

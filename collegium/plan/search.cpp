@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/plan/search.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <map>
+
+#include "collegium/base/error.h"
+
+namespace collegium::plan {
+
+namespace {
+
+constexpr int kMaxMicroBatch = 8;
+constexpr int kMaxVirtualStages = 8;
+
+std::vector<int> divisors(std::int64_t n, std::int64_t limit) {
+  std::vector<int> all;
+  for (std::int64_t d = 1; d <= std::min(n, limit); ++d) {
+    if (n % d == 0) all.push_back(static_cast<int>(d));
+  }
+  return all;
+}
+
+class Search {
+ public:
+  Search(const ModelSpec& m, const Workload& w, const Cluster& c, const Stack& s, const SearchOptions& o)
+      : m_(m), w_(w), c_(c), s_(s), o_(o) {}
+
+  SearchResult run() {
+    for (const int tp : divisors(o_.accelerators, std::max(16, c_.fast_domain))) {
+      if (tp > 16) break;
+      for (const int cp : divisors(o_.accelerators / tp, 16)) {
+        for (const int pp : divisors(o_.accelerators / (tp * cp), m_.layers)) shape(tp, cp, pp);
+      }
+    }
+    finish();
+    return std::move(result_);
+  }
+
+ private:
+  void reject(std::string reason, const Layout& layout) {
+    const auto [at, fresh] = index_.emplace(std::move(reason), result_.rejected.size());
+    if (fresh) result_.rejected.push_back({at->first, 0, layout_name(layout)});
+    ++result_.rejected[at->second].layouts;
+  }
+
+  void shape(int tp, int cp, int pp) {
+    Layout l;
+    l.tp = tp;
+    l.cp = cp;
+    l.pp = pp;
+    l.dp = o_.accelerators / (tp * cp * pp);
+    l.sequence_parallel = o_.sequence_parallel && tp > 1;
+    // Context parallelism pays where one sequence does not fit; short sequences only lose by it.
+    if (cp > 1 && w_.seq_len / cp < 2048)
+      return reject("cp: less than 2,048 positions would be left per rank", l);
+    const int stage_ranks = l.dp * cp * tp;
+    for (const int ep : m_.is_moe() ? divisors(m_.experts, stage_ranks) : std::vector<int>{1}) {
+      for (const int etp : m_.is_moe() ? divisors(tp, 8) : std::vector<int>{1}) {
+        l.ep = ep;
+        l.etp = etp;
+        if (stage_ranks % (ep * etp) == 0) micro_batches(l);
+      }
+    }
+  }
+
+  void micro_batches(Layout l) {
+    for (l.micro_batch = 1; l.micro_batch <= kMaxMicroBatch; l.micro_batch *= 2) {
+      const int most = l.pp > 1 ? kMaxVirtualStages : 1;
+      for (l.virtual_stages = 1; l.virtual_stages <= most; l.virtual_stages *= 2) {
+        l.schedule = l.virtual_stages > 1 ? Schedule::kInterleaved : Schedule::k1F1B;
+        if (l.pp * l.virtual_stages > m_.layers) break;
+        if (auto reason = forbidden(m_, l, w_)) {
+          ++result_.examined;
+          reject(std::move(*reason), l);
+          continue;
+        }
+        schedules(l);
+      }
+    }
+  }
+
+  void schedules(Layout l) {
+    choices(l);
+    if (!o_.vary_schedule || l.pp == 1 || l.virtual_stages > 1) return;
+    for (const Schedule schedule : {Schedule::kZeroBubble, Schedule::kDualPipe}) {
+      l.schedule = schedule;
+      if (!forbidden(m_, l, w_)) choices(l);
+    }
+  }
+
+  // Modes that only trade memory for time: the first that fits of each ZeRO stage is the fastest of that
+  // stage.
+  void choices(Layout l) {
+    for (const Zero zero : {Zero::kOptimizer, Zero::kGradients, Zero::kSharded}) {
+      if (zero != Zero::kOptimizer && (l.dp == 1 || l.pp > 1)) continue;
+      l.zero = zero;
+      double smallest = 0.0;
+      bool fitted = false;
+      for (const Recompute& recompute :
+           {Recompute{}, Recompute{.norms = true, .activation = true}, Recompute{.full = true}}) {
+        l.recompute = recompute;
+        ++result_.examined;
+        MemoryReport memory = worst_memory(m_, l, w_, c_, s_);
+        smallest = memory.device_bytes;
+        // Stricter than fits(): a layout that is to be chosen leaves the allocator its fragmentation.
+        if (memory.device_bytes > c_.accelerator.memory_gib * 1073741824.0) continue;
+        fitted = true;
+        dispatchers(l, std::move(memory));
+        break;
+      }
+      if (!fitted) {
+        const double have = c_.accelerator.memory_gib * 1073741824.0;
+        const double over = std::ceil((smallest - have) / 1073741824.0 / 20.0) * 20.0;
+        reject(fmt::format(
+                   "memory: up to {:.0f} GiB more than the {:.0f} GiB of {}, even with full recomputation",
+                   over, c_.accelerator.memory_gib, c_.accelerator.name),
+               l);
+      }
+    }
+  }
+
+  void dispatchers(Layout l, MemoryReport memory) {
+    std::vector<Dispatcher> kinds = {Dispatcher::kAllToAll};
+    if (o_.vary_dispatcher && l.ep > 1)
+      kinds = {Dispatcher::kAllToAll, Dispatcher::kDeduplicated, Dispatcher::kHierarchical};
+    Candidate best;
+    for (const Dispatcher kind : kinds) {
+      l.dispatcher = kind;
+      StepTime time = step_time(m_, l, w_, c_, s_);
+      if (best.time.step_s > 0.0 && time.step_s >= best.time.step_s) continue;
+      best.layout = l;
+      best.time = time;
+    }
+    best.headroom_bytes = c_.accelerator.memory_gib * 1073741824.0 - memory.device_bytes;
+    best.memory = std::move(memory);
+    ++result_.fitting;
+    result_.ranked.push_back(std::move(best));
+  }
+
+  // Seconds by part, the pipeline's and data parallelism's included.
+  static std::vector<std::pair<std::string, double>> parts(const StepTime& t) {
+    std::vector<std::pair<std::string, double>> all;
+    for (std::size_t i = 0; i < kNumParts; ++i)
+      all.emplace_back(part_name(static_cast<Part>(i)), t.busy.seconds.at(i));
+    all.emplace_back("slowest stage", t.stage_imbalance_s);
+    all.emplace_back("pipeline bubble", t.bubble_s);
+    all.emplace_back("pipeline sends", t.pipeline_comm_s);
+    all.emplace_back("data parallelism", t.data_comm_s);
+    all.emplace_back("optimizer", t.optimizer_s);
+    return all;
+  }
+
+  void finish() {
+    std::vector<Candidate>& all = result_.ranked;
+    std::sort(all.begin(), all.end(),
+              [](const Candidate& a, const Candidate& b) { return a.time.step_s < b.time.step_s; });
+    double least = 1e300;
+    for (Candidate& c : all) {
+      c.pareto = c.memory.device_bytes < least;
+      least = std::min(least, c.memory.device_bytes);
+      if (c.pareto) result_.front.push_back(c);
+    }
+    if (all.size() > o_.keep) all.resize(o_.keep);
+    if (all.empty()) return;
+    const auto fastest = parts(all.front().time);
+    for (std::vector<Candidate>* list : {&all, &result_.front}) {
+      for (Candidate& c : *list) explain(c, fastest);
+    }
+    std::sort(result_.rejected.begin(), result_.rejected.end(),
+              [](const Rejection& a, const Rejection& b) { return a.layouts > b.layouts; });
+  }
+
+  static void explain(Candidate& c, const std::vector<std::pair<std::string, double>>& fastest) {
+    const auto own = parts(c.time);
+    double most = 0.0;
+    for (std::size_t i = 0; i < own.size(); ++i) {
+      const double more = own[i].second - fastest[i].second;
+      if (more <= most) continue;
+      most = more;
+      c.slower_because = fmt::format("{} +{:.3g} s", own[i].first, more);
+    }
+  }
+
+  const ModelSpec& m_;
+  const Workload& w_;
+  const Cluster& c_;
+  const Stack& s_;
+  const SearchOptions& o_;
+  SearchResult result_;
+  std::map<std::string, std::size_t> index_;
+};
+
+}  // namespace
+
+SearchResult search(const ModelSpec& model, const Workload& work, const Cluster& cluster, const Stack& stack,
+                    const SearchOptions& options) {
+  require_config(options.accelerators >= 1, "--gpus = {}: must be at least 1", options.accelerators);
+  require_config(work.global_batch >= 1.0, "--global-batch = {}: must be at least 1 sequence",
+                 work.global_batch);
+  require_config(work.seq_len >= 1.0, "--seq = {}: must be at least 1 position", work.seq_len);
+  require_config(work.imbalance >= 1.0, "--imbalance = {}: the fullest rank has at least the mean, 1",
+                 work.imbalance);
+  return Search(model, work, cluster, stack, options).run();
+}
+
+}  // namespace collegium::plan

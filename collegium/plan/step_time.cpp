@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/plan/step_time.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "collegium/plan/account.h"
+#include "collegium/plan/collectives.h"
+
+namespace collegium::plan {
+
+std::string_view part_name(Part part) {
+  constexpr std::array<std::string_view, kNumParts> kNames = {"matrix products", "attention", "element-wise",
+                                                              "tensor collectives", "expert exchange"};
+  return kNames.at(static_cast<std::size_t>(part));
+}
+
+double Cost::total() const { return std::accumulate(seconds.begin(), seconds.end(), 0.0); }
+
+Cost& Cost::add(const Cost& other, double times) {
+  for (std::size_t i = 0; i < kNumParts; ++i) seconds.at(i) += times * other.seconds.at(i);
+  return *this;
+}
+
+double bubble_micro_batches(const Layout& l, double forward_s, double backward_s) {
+  const double total = forward_s + backward_s;
+  if (l.pp == 1 || total <= 0.0) return 0.0;
+  // The backward pass is half for inputs, half for weights.
+  const double half = backward_s / 2.0;
+  switch (l.schedule) {
+    case Schedule::kGPipe:
+    case Schedule::k1F1B:
+    case Schedule::kInterleaved:
+      break;
+    case Schedule::kZeroBubble:
+      return (l.pp - 1.0) * std::max(0.0, forward_s + backward_s - 2.0 * half) / total;
+    case Schedule::kDualPipe:
+      return (l.pp / 2.0 - 1.0) * std::max(0.0, total + backward_s - 3.0 * half) / total;
+  }
+  return (l.pp - 1.0) / l.virtual_stages;
+}
+
+namespace {
+
+// Every kind of layer that a model may have, computed once.
+struct LayerCosts {
+  LayerCost of[2][2];
+  bool known[2][2] = {{false, false}, {false, false}};
+};
+
+class Stages {
+ public:
+  Stages(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& c, const Stack& s)
+      : m_(m), l_(l), w_(w), c_(c), s_(s), head_(head_cost(m, l, w, c, s)) {}
+
+  const LayerCost& layer(std::int64_t index) {
+    const bool moe = m_.is_moe() && m_.moe_layers.at(static_cast<std::size_t>(index));
+    const bool windowed = !m_.window_layers.empty() && m_.window_layers.at(static_cast<std::size_t>(index));
+    LayerCost& cost = costs_.of[moe ? 1 : 0][windowed ? 1 : 0];
+    bool& known = costs_.known[moe ? 1 : 0][windowed ? 1 : 0];
+    if (!known) cost = layer_cost(m_, l_, w_, c_, s_, moe, windowed);
+    known = true;
+    return cost;
+  }
+
+  LayerCost stage(int index) {
+    LayerCost sum;
+    const auto [first, last] = stage_layers(m_, l_, s_, index);
+    const auto add = [&sum](const LayerCost& cost, double times) {
+      sum.forward.add(cost.forward, times);
+      sum.backward.add(cost.backward, times);
+      sum.recompute.add(cost.recompute, times);
+    };
+    for (std::int64_t i = first; i < last; ++i) add(layer(i), 1.0);
+    // Every micro-batch reads and writes the accumulated gradients, after writing and reading its own.
+    if (!s_.fused_accumulation && num_micro_batches(l_, w_) > 1.0) {
+      const StageWeights held = stage_weights(m_, l_, s_, index);
+      sum.backward[Part::kElementwise] += stream_seconds(
+          c_.accelerator, 2.0 * (s_.gradient_bytes + s_.weight_bytes) * (held.dense + held.experts));
+    }
+    if (index == l_.pp - 1) {
+      add(head_, 1.0 + static_cast<double>(m_.mtp_layers));
+      if (m_.mtp_layers > 0) add(layer(m_.layers - 1), static_cast<double>(m_.mtp_layers));
+    }
+    return sum;
+  }
+
+ private:
+  const ModelSpec& m_;
+  const Layout& l_;
+  const Workload& w_;
+  const Cluster& c_;
+  const Stack& s_;
+  LayerCost head_;
+  LayerCosts costs_;
+};
+
+double seconds_of(const LayerCost& cost) {
+  return cost.forward.total() + cost.backward.total() + cost.recompute.total();
+}
+
+// Work that the stack hides behind other work leaves the critical path; the exchange itself is still
+// reported.
+void hide_expert_comm(LayerCost& cost, double overlap) {
+  for (Cost* c : {&cost.forward, &cost.backward, &cost.recompute}) {
+    const double compute = c->total() - (*c)[Part::kExpertComm];
+    (*c)[Part::kExpertComm] -= std::min((*c)[Part::kExpertComm] * overlap, compute);
+  }
+}
+
+// Sends between stages: activations forward and gradients backward, each micro-batch and virtual stage.
+double send_time(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& c, const Stack& s) {
+  if (l.pp == 1) return 0.0;
+  const double tokens = l.micro_batch * w.seq_len / l.cp;
+  const double whole = 2.0 * tokens * static_cast<double>(m.hidden);
+  const double sent = s.split_pipeline_sends || l.sequence_parallel ? whole / l.tp : whole;
+  double seconds = send_seconds(c, l.tp * l.cp * l.dp, sent);
+  if (s.split_pipeline_sends && !l.sequence_parallel)
+    seconds += gather_seconds(c, group_of(c, l.tp, 1), whole);
+  return 2.0 * seconds * l.virtual_stages;
+}
+
+// Gradient reduction and weight gathering of plain, ZeRO-1 and ZeRO-2 data parallelism, once per step.
+double reduction_seconds(const StageWeights& weights, const Layout& l, const Cluster& c, const Stack& s) {
+  const Group dense = group_of(c, l.dp * l.cp, l.tp);
+  const Group expert = group_of(c, l.expert_dp(), l.ep * l.etp);
+  const auto one = [&](const Group& group, double parameters) {
+    if (l.zero == Zero::kNone) return all_reduce_seconds(c, group, parameters * s.reduce_bytes);
+    return gather_seconds(c, group, parameters * s.reduce_bytes) +
+           gather_seconds(c, group, parameters * s.weight_bytes);
+  };
+  return one(dense, weights.dense) + one(expert, weights.experts);
+}
+
+// Fully sharded: weights are gathered for the forward and again for the backward pass of every micro-batch,
+// gradients scattered after each; the stack hides what computation can cover.
+double sharded_seconds(const StageWeights& weights, const Layout& l, const Cluster& c, const Stack& s) {
+  Group dense = group_of(c, l.dp * l.cp, l.tp);
+  Group expert = group_of(c, l.expert_dp(), l.ep * l.etp);
+  if (s.one_ring_gathers) dense.in_domain = expert.in_domain = 1.0;
+  const auto one = [&](const Group& group, double parameters) {
+    return 2.0 * gather_seconds(c, group, parameters * s.weight_bytes) +
+           gather_seconds(c, group, parameters * s.reduce_bytes);
+  };
+  return one(dense, weights.dense) + one(expert, weights.experts);
+}
+
+double optimizer_seconds(const StageWeights& weights, const Layout& l, const Cluster& c, const Stack& s) {
+  const bool sharded = l.zero != Zero::kNone;
+  const double dense = weights.dense / (sharded ? static_cast<double>(l.dp) * l.cp : 1.0);
+  const double experts = weights.experts / (sharded ? l.expert_dp() : 1.0);
+  // Gradient read (twice: norm, update), master weight and moments read and written, low-precision weight
+  // written.
+  const double bytes = 2.0 * s.gradient_bytes + 2.0 * s.optimizer_bytes + s.weight_bytes;
+  return stream_seconds(c.accelerator, (dense + experts) * bytes);
+}
+
+}  // namespace
+
+StepTime step_time(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& c, const Stack& s) {
+  Stages stages(m, l, w, c, s);
+  StepTime t;
+  t.micro_batches = num_micro_batches(l, w);
+  LayerCost mean;
+  double slowest = 0.0;
+  double backward_of_slowest = 0.0;
+  for (int stage = 0; stage < l.pp; ++stage) {
+    LayerCost cost = stages.stage(stage);
+    for (const Cost* part : {&cost.forward, &cost.backward, &cost.recompute})
+      t.expert_comm_s += (*part)[Part::kExpertComm] * t.micro_batches / l.pp;
+    // Dispatch of one chunk hides behind another chunk's work: in a pipeline that takes virtual stages.
+    hide_expert_comm(cost, l.pp == 1 || l.virtual_stages > 1 ? s.expert_overlap : 0.0);
+    mean.forward.add(cost.forward, 1.0 / l.pp);
+    mean.backward.add(cost.backward, 1.0 / l.pp);
+    mean.recompute.add(cost.recompute, 1.0 / l.pp);
+    if (seconds_of(cost) > slowest) {
+      slowest = seconds_of(cost);
+      t.forward_s = cost.forward.total();
+      backward_of_slowest = slowest - t.forward_s;
+    }
+  }
+  t.backward_s = backward_of_slowest;
+  for (const Cost* part : {&mean.forward, &mean.backward, &mean.recompute})
+    t.busy.add(*part, t.micro_batches);
+  const double mean_s = seconds_of(mean);
+  t.stage_imbalance_s = s.balanced_stages ? 0.0 : t.micro_batches * (slowest - mean_s);
+  t.bubble_s = bubble_micro_batches(l, mean.forward.total(), mean_s - mean.forward.total()) * mean_s;
+  t.pipeline_comm_s = (t.micro_batches + (l.pp - 1.0) / l.virtual_stages) * send_time(m, l, w, c, s);
+  const StageWeights weights = stage_weights(m, l, s, 0);
+  const double work = t.busy.total() + t.stage_imbalance_s;
+  if (l.zero == Zero::kSharded) {
+    t.data_comm_s =
+        std::max(0.0, t.micro_batches * sharded_seconds(weights, l, c, s) - s.sharded_overlap * work);
+  } else {
+    const double reduction = reduction_seconds(weights, l, c, s);
+    t.data_comm_s = reduction - std::min(reduction * s.data_overlap, work / t.micro_batches);
+  }
+  t.optimizer_s = optimizer_seconds(weights, l, c, s);
+  t.step_s = work + t.bubble_s + t.pipeline_comm_s + t.data_comm_s + t.optimizer_s;
+  return t;
+}
+
+double model_flops_per_s(const ModelSpec& m, const Layout& l, const Workload& w, double step_s) {
+  return 3.0 * forward_flops_per_token(m, w.seq_len).total() * w.global_batch * w.seq_len /
+         (step_s * l.world());
+}
+
+}  // namespace collegium::plan

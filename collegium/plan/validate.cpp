@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/plan/validate.h"
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <map>
+
+#include "collegium/base/error.h"
+#include "collegium/base/file.h"
+#include "collegium/base/rng.h"
+#include "collegium/plan/account.h"
+
+namespace collegium::plan {
+
+namespace {
+
+constexpr double kGiB = 1073741824.0;
+constexpr double kLargeStatic = 10.0 * kGiB;
+
+double quantile(std::vector<double> values, double share) {
+  if (values.empty()) return 0.0;
+  std::sort(values.begin(), values.end());
+  const double at = share * static_cast<double>(values.size() - 1);
+  const auto low = static_cast<std::size_t>(at);
+  const std::size_t high = std::min(low + 1, values.size() - 1);
+  return values[low] + (at - std::floor(at)) * (values[high] - values[low]);
+}
+
+double model_flops(const PublishedRun& run) {
+  return 3.0 * forward_flops_per_token(run.model, run.work.seq_len).total() * run.work.global_batch *
+         run.work.seq_len;
+}
+
+// The utilisation that its source defines: 6 N + 12 L D S per token, scores not halved, over the peak.
+double utilisation_flops(const PublishedRun& run) {
+  const auto parameters = static_cast<double>(account(run.model).total);
+  const double scores = 12.0 * static_cast<double>(run.model.layers * run.model.hidden) * run.work.seq_len;
+  return (6.0 * parameters + scores) * run.work.global_batch * run.work.seq_len;
+}
+
+// FLOPs of a step by the figure's own definition.
+double step_flops(const PublishedRun& run) {
+  if (run.metric == Metric::kHardwareFlops) return hardware_flops(run.model, run.layout, run.work);
+  if (run.metric == Metric::kUtilisation) return utilisation_flops(run);
+  return model_flops(run);
+}
+
+double flops_per_s(const PublishedRun& run) {
+  if (run.metric != Metric::kUtilisation) return run.value;
+  return run.value * peak_flops(run.cluster.accelerator, run.work.precision);
+}
+
+struct TimedRun {
+  const PublishedRun* run;
+  double seconds;
+  bool half;  // which half of its pair's rows it belongs to
+};
+
+double predicted_step(const PublishedRun& run, double efficiency) {
+  Cluster cluster = run.cluster;
+  cluster.accelerator.gemm_efficiency = efficiency;
+  return step_time(run.model, run.layout, run.work, cluster, run.stack).step_s;
+}
+
+// The efficiency at which the median of log(predicted/measured) is zero; the prediction falls as it rises.
+double fit_efficiency(const std::vector<TimedRun>& rows, bool half) {
+  double low = 0.05;
+  double high = 1.0;
+  for (int i = 0; i < 24; ++i) {
+    const double middle = std::sqrt(low * high);
+    std::vector<double> logs;
+    for (const TimedRun& row : rows) {
+      if (row.half == half) logs.push_back(std::log(predicted_step(*row.run, middle) / row.seconds));
+    }
+    (quantile(logs, 0.5) > 0.0 ? low : high) = middle;
+  }
+  // A handful of rows is not trusted alone: the accelerator's own figure counts as half a row more.
+  constexpr double kPriorRows = 0.5;
+  const auto fitted = static_cast<double>(
+      std::count_if(rows.begin(), rows.end(), [half](const TimedRun& row) { return row.half == half; }));
+  const double prior = rows.front().run->cluster.accelerator.gemm_efficiency;
+  return std::exp((fitted * std::log(std::sqrt(low * high)) + kPriorRows * std::log(prior)) /
+                  (fitted + kPriorRows));
+}
+
+// Halves by a hash of the row's columns: equal rows stay together, and the split depends on nothing else.
+bool half_of(const PublishedRun& run) { return (mix(hash_name(run.key), 0) & 1U) != 0; }
+
+using Pairs = std::map<std::pair<std::string, std::string>, std::vector<TimedRun>>;
+
+void judge_times(const Pairs& pairs, Validation& v) {
+  for (const auto& [pair, rows] : pairs) {
+    const auto in_b = static_cast<std::size_t>(
+        std::count_if(rows.begin(), rows.end(), [](const TimedRun& r) { return r.half; }));
+    const double fallback = rows.front().run->cluster.accelerator.gemm_efficiency;
+    FittedConstant constant{pair.first, pair.second, fallback, fallback, rows.size()};
+    // A constant needs both halves; the eight points of the Calculon paper are judged without any fit.
+    const bool fitted = in_b >= 1 && rows.size() - in_b >= 1 && !rows.front().run->stack.never_fitted;
+    if (fitted) {
+      constant.efficiency_half_a = fit_efficiency(rows, false);
+      constant.efficiency_half_b = fit_efficiency(rows, true);
+      v.constants.push_back(constant);
+    }
+    for (const TimedRun& row : rows) {
+      const double efficiency = row.half ? constant.efficiency_half_a : constant.efficiency_half_b;
+      v.judged.push_back({row.run, "step time", row.seconds, predicted_step(*row.run, efficiency)});
+    }
+  }
+}
+
+void collect_times(Validation& v, Pairs& pairs) {
+  std::map<std::string, double> seconds_of_key;
+  for (const PublishedRun& run : v.runs) {
+    if (run.metric == Metric::kStepTime) seconds_of_key.emplace(run.key, run.value);
+  }
+  for (const PublishedRun& run : v.runs) {
+    const bool rate = run.metric == Metric::kModelFlops || run.metric == Metric::kHardwareFlops ||
+                      run.metric == Metric::kUtilisation;
+    if (run.metric != Metric::kStepTime && !rate) continue;
+    double seconds = run.value;
+    if (rate) {
+      const auto partner = seconds_of_key.find(run.key);
+      if (partner != seconds_of_key.end()) {
+        v.judged.push_back(
+            {&run, "identity", flops_per_s(run), step_flops(run) / (partner->second * run.layout.world())});
+        continue;
+      }
+      seconds = step_flops(run) / (flops_per_s(run) * run.layout.world());
+    }
+    pairs[{run.stack.family, run.cluster.accelerator.name}].push_back({&run, seconds, half_of(run)});
+  }
+}
+
+void judge_memory(Validation& v) {
+  for (const PublishedRun& run : v.runs) {
+    if (run.metric == Metric::kOutOfMemory) {
+      const MemoryReport worst = worst_memory(run.model, run.layout, run.work, run.cluster, run.stack);
+      v.verdicts.push_back({&run, false, fits(worst, run.cluster)});
+      continue;
+    }
+    if (run.metric == Metric::kStepTime) {
+      // A row that leaves recomputation open ran if any mode fits.
+      Layout layout = run.layout;
+      if (run.recompute_open) layout.recompute.full = true;
+      const MemoryReport worst = worst_memory(run.model, layout, run.work, run.cluster, run.stack);
+      if (!fits(worst, run.cluster)) v.verdicts.push_back({&run, true, false});
+    }
+    if (run.metric != Metric::kStaticMemory && run.metric != Metric::kPeakMemory) continue;
+    const MemoryReport report =
+        run.stage >= 0 ? stage_memory(run.model, run.layout, run.work, run.cluster, run.stack, run.stage)
+                       : worst_memory(run.model, run.layout, run.work, run.cluster, run.stack);
+    if (run.metric == Metric::kStaticMemory) {
+      const char* name = run.value >= kLargeStatic ? "static memory" : "static memory < 10 GiB";
+      v.judged.push_back({&run, name, run.value, report.static_bytes});
+    } else {
+      v.judged.push_back(
+          {&run, "peak memory", run.value, run.device_memory ? report.device_bytes : report.peak_bytes});
+    }
+  }
+}
+
+void summarise(const std::vector<const Judged*>& rows, const std::string& source, const std::string& metric,
+               Validation& v) {
+  ErrorRow e{.source = source, .metric = metric, .rows = rows.size()};
+  std::vector<double> errors;
+  std::map<std::string, std::vector<double>> twins;
+  for (const Judged* row : rows) {
+    errors.push_back(std::abs(row->error()));
+    e.mean += errors.back() / static_cast<double>(rows.size());
+    twins[row->run->key].push_back(row->measured);
+  }
+  e.median = quantile(errors, 0.5);
+  e.percentile90 = quantile(errors, 0.9);
+  e.worst = quantile(errors, 1.0);
+  std::vector<double> deviations;
+  for (const auto& [key, values] : twins) {
+    if (values.size() < 2) continue;
+    const double middle = quantile(values, 0.5);
+    for (const double value : values) deviations.push_back(std::abs(value / middle - 1.0));
+  }
+  e.repeated = deviations.size();
+  e.spread = quantile(deviations, 0.5);
+  v.errors.push_back(e);
+}
+
+void summarise_all(Validation& v) {
+  std::map<std::string, std::map<std::string, std::vector<const Judged*>>> by_metric;
+  std::map<std::string, std::vector<const Judged*>> all;
+  for (const Judged& row : v.judged) {
+    by_metric[row.metric][row.run->stack.name].push_back(&row);
+    all[row.metric].push_back(&row);
+  }
+  for (const auto& [metric, sources] : by_metric) {
+    for (const auto& [source, rows] : sources) summarise(rows, source, metric, v);
+    summarise(all[metric], "all sources", metric, v);
+  }
+}
+
+struct Ranked {
+  double predicted = 0.0;
+  std::vector<double> measured;
+};
+
+constexpr std::size_t kSmallestSet = 6;
+// Runs with equal columns differ by 6 % in the median: closer pairs have no order to predict.
+constexpr double kIndistinct = 0.06;
+
+Ranking rank(const std::string& name, const std::vector<std::pair<double, double>>& points) {
+  Ranking r{.set = name, .layouts = points.size()};
+  double compared = 0.0;
+  for (std::size_t i = 0; i < points.size(); ++i) {
+    for (std::size_t j = 0; j < i; ++j) {
+      const double order = (points[i].first - points[j].first) * (points[i].second - points[j].second);
+      const double sign = order > 0.0 ? 1.0 : (order < 0.0 ? -1.0 : 0.0);
+      r.kendall_tau += sign;
+      compared += 1.0;
+      if (std::abs(std::log(points[i].second / points[j].second)) > kIndistinct) {
+        r.kendall_tau_distinct += sign;
+        ++r.distinct_pairs;
+      }
+    }
+  }
+  r.kendall_tau /= compared;
+  if (r.distinct_pairs > 0) r.kendall_tau_distinct /= static_cast<double>(r.distinct_pairs);
+  const auto chosen = std::min_element(points.begin(), points.end());
+  const auto fastest = std::min_element(points.begin(), points.end(),
+                                        [](const auto& a, const auto& b) { return a.second < b.second; });
+  r.regret = chosen->second / fastest->second - 1.0;
+  return r;
+}
+
+// Sets of layouts of one model, machine, batch and stack: does the prediction order them as measured?
+void rank_layouts(Validation& v) {
+  std::map<std::string, std::map<std::string, Ranked>> sets;
+  for (const Judged& row : v.judged) {
+    if (row.metric != "step time") continue;
+    const PublishedRun& r = *row.run;
+    const std::string set = fmt::format("{} on {} {} (batch {}, {})", r.name, r.layout.world(),
+                                        r.cluster.accelerator.name, r.work.global_batch, r.work.precision);
+    Ranked& entry = sets[set][layout_name(r.layout)];
+    entry.predicted = row.predicted;
+    entry.measured.push_back(row.measured);
+  }
+  for (const auto& [name, set] : sets) {
+    if (set.size() < kSmallestSet) continue;
+    std::vector<std::pair<double, double>> points;
+    for (const auto& [layout, entry] : set)
+      points.emplace_back(entry.predicted, quantile(entry.measured, 0.5));
+    v.rankings.push_back(rank(name, points));
+  }
+}
+
+}  // namespace
+
+double hardware_flops(const ModelSpec& m, const Layout& l, const Workload& w) {
+  const TokenFlops f = forward_flops_per_token(m, w.seq_len);
+  const double whole_scores = f.attention_scores * w.seq_len / mean_visible_keys(w.seq_len, 0);
+  const double layers = f.attention_projections + f.dense_ffn + f.experts + f.router + whole_scores;
+  const double passes = l.recompute.full ? 4.0 : 3.0;
+  const double again = l.recompute.attention_core && !l.recompute.full ? whole_scores : 0.0;
+  return (passes * layers + again + 3.0 * (f.head + f.mtp)) * w.global_batch * w.seq_len;
+}
+
+Validation validate(const std::string& csv, const std::string& origin) {
+  Validation v;
+  std::map<std::string, std::vector<int>> refused;
+  for (const CsvRow& row : read_csv(csv, origin)) {
+    try {
+      v.runs.push_back(published_run(row));
+    } catch (const ConfigError& error) {
+      refused[error.what()].push_back(row.line);
+    }
+  }
+  for (auto& [reason, lines] : refused) v.refused.push_back({reason, std::move(lines)});
+  Pairs pairs;
+  collect_times(v, pairs);
+  judge_times(pairs, v);
+  judge_memory(v);
+  summarise_all(v);
+  rank_layouts(v);
+  return v;
+}
+
+Validation validate_path(const std::string& path) {
+  if (!std::filesystem::is_directory(path)) return validate(read_file(path), path);
+  std::vector<std::filesystem::path> files;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(path)) {
+    if (entry.path().filename() == "runs.csv") files.push_back(entry.path());
+  }
+  require_config(!files.empty(), "--validate {}: no runs.csv below this folder", path);
+  std::sort(files.begin(), files.end());
+  std::string all;
+  std::string header;
+  for (const std::filesystem::path& file : files) {
+    const std::string text = read_file(file);
+    const std::size_t end = std::min(text.find('\n'), text.size());
+    if (header.empty()) {
+      header = text.substr(0, end);
+      all = text;
+      continue;
+    }
+    require_config(text.compare(0, end, header) == 0, "{}: its columns differ from those of {}",
+                   file.string(), files.front().string());
+    all.append(text, end + 1);
+  }
+  return validate(all, path);
+}
+
+}  // namespace collegium::plan

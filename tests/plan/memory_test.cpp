@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/plan/memory.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "collegium/base/error.h"
+#include "collegium/plan/search.h"
+
+namespace collegium::plan {
+namespace {
+
+using testing::HasSubstr;
+
+constexpr double kGiB = 1073741824.0;
+
+// A GPT layer of width h on one rank, dropout and kept scores: 34 s b h + 5 a s^2 b bytes [Korthikanti2022,
+// Eq 1].
+TEST(Memory, activations_of_a_gpt_layer_follow_the_published_formula) {
+  const ModelSpec model = load_model("gpt3-175b");
+  const Workload work{.seq_len = 2048, .global_batch = 1};
+  Layout layout{.micro_batch = 1};
+  Stack stack;
+  stack.flash_attention = false;
+  stack.dropout_mask_bytes = 1.0;
+  const double tokens = 2048;
+  const double scores = 5.0 * 96 * 2048 * tokens;
+  EXPECT_DOUBLE_EQ(layer_activations(model, layout, work, stack).dense, 34.0 * 12288 * tokens + scores);
+  layout.tp = 8;
+  layout.sequence_parallel = true;
+  EXPECT_DOUBLE_EQ(layer_activations(model, layout, work, stack).dense, (34.0 * 12288 * tokens + scores) / 8);
+  layout.sequence_parallel = false;
+  EXPECT_DOUBLE_EQ(layer_activations(model, layout, work, stack).dense,
+                   12288 * tokens * (10.0 + 24.0 / 8) + scores / 8);
+}
+
+TEST(Memory, weights_of_all_stages_and_ranks_sum_to_the_model) {
+  const ModelSpec model = load_model("mixtral-8x7b");
+  const Layout layout{.tp = 1, .pp = 4, .dp = 8, .ep = 8};
+  double sum = 0.0;
+  for (int stage = 0; stage < layout.pp; ++stage) {
+    const StageWeights w = stage_weights(model, layout, Stack{}, stage);
+    sum += w.dense + w.experts * layout.ep;
+  }
+  EXPECT_DOUBLE_EQ(sum, 46'702'792'704.0);
+}
+
+TEST(Memory, chunks_in_flight_by_schedule) {
+  Layout layout{.pp = 4};
+  EXPECT_EQ(layers_in_flight(layout, 100, 0, 8), 32);
+  EXPECT_EQ(layers_in_flight(layout, 100, 3, 8), 8);
+  EXPECT_EQ(layers_in_flight(layout, 2, 0, 8), 16);
+  layout.schedule = Schedule::kGPipe;
+  EXPECT_EQ(layers_in_flight(layout, 100, 3, 8), 800);
+  layout.schedule = Schedule::kInterleaved;
+  layout.virtual_stages = 8;
+  EXPECT_EQ(layers_in_flight(layout, 100, 3, 8), 29);
+  layout.virtual_stages = 1;
+  layout.schedule = Schedule::kDualPipe;
+  EXPECT_EQ(layers_in_flight(layout, 100, 0, 8), 40);
+}
+
+TEST(Memory, each_zero_stage_and_each_recompute_mode_needs_less) {
+  const ModelSpec model = load_model("qwen3-30b-a3b");
+  const Cluster cluster = load_cluster("h100-80");
+  const Workload work{.seq_len = 4096, .global_batch = 64};
+  double before = 1e300;
+  for (const Zero zero : {Zero::kNone, Zero::kOptimizer, Zero::kGradients}) {
+    const Layout layout{.dp = 16, .ep = 4, .zero = zero};
+    const double bytes = stage_memory(model, layout, work, cluster, Stack{}, 0).static_bytes;
+    EXPECT_LT(bytes, before);
+    before = bytes;
+  }
+  before = 1e300;
+  for (const Recompute& recompute :
+       {Recompute{}, Recompute{.norms = true, .activation = true}, Recompute{.full = true}}) {
+    const Layout layout{.dp = 16, .ep = 4, .recompute = recompute};
+    const double bytes = stage_memory(model, layout, work, cluster, Stack{}, 0).peak_bytes;
+    EXPECT_LT(bytes, before);
+    before = bytes;
+  }
+}
+
+TEST(Memory, grows_with_the_micro_batch_and_with_imbalance) {
+  const ModelSpec model = load_model("mixtral-8x7b");
+  const Cluster cluster = load_cluster("h100-80");
+  const auto peak = [&](int micro, double imbalance) {
+    const Layout layout{.pp = 4, .dp = 8, .ep = 8, .micro_batch = micro};
+    const Workload work{.seq_len = 4096, .global_batch = 64, .imbalance = imbalance};
+    return worst_memory(model, layout, work, cluster, Stack{}).peak_bytes;
+  };
+  EXPECT_LT(peak(1, 1.0), peak(2, 1.0));
+  EXPECT_LT(peak(1, 1.0), peak(1, 1.5));
+}
+
+TEST(Memory, more_memory_never_makes_less_fit) {
+  const ModelSpec model = load_model("mixtral-8x7b");
+  const Workload work{.seq_len = 4096, .global_batch = 256};
+  Cluster cluster = load_cluster("h100-80");
+  std::size_t before = 0;
+  for (const double gib : {20.0, 40.0, 80.0, 160.0, 320.0}) {
+    cluster.accelerator.memory_gib = gib;
+    const SearchResult found = search(model, work, cluster, Stack{}, {.accelerators = 64});
+    EXPECT_GE(found.fitting, before);
+    before = found.fitting;
+  }
+  EXPECT_GT(before, 0U);
+}
+
+TEST(Layout, names_are_read_back) {
+  const Layout layout = parse_layout("tp2.pp4.vp2.dp8.ep4.etp2.zero2.mb3.full.hier.interleaved");
+  EXPECT_EQ(layout.tp, 2);
+  EXPECT_EQ(layout.etp, 2);
+  EXPECT_EQ(layout.expert_dp(), 2);
+  EXPECT_EQ(layout_name(parse_layout(layout_name(layout))), layout_name(layout));
+}
+
+TEST(Layout, impossible_ones_name_the_rule_and_the_other_number) {
+  const ModelSpec model = load_model("mixtral-8x7b");
+  const Workload work{.seq_len = 4096, .global_batch = 64};
+  EXPECT_THAT(forbidden(model, {.tp = 3}, work).value(),
+              HasSubstr("tp = 3 must divide the number of heads = 32"));
+  EXPECT_THAT(forbidden(model, {.dp = 8, .ep = 16}, work).value(),
+              HasSubstr("ep = 16 must divide the number of experts = 8"));
+  EXPECT_THAT(forbidden(model, {.dp = 2, .ep = 8}, work).value(),
+              HasSubstr("must divide dp*cp*tp = 2*1*1 = 2"));
+  EXPECT_THAT(forbidden(model, {.dp = 24, .ep = 8}, work).value(),
+              HasSubstr("must divide the global batch = 64"));
+  EXPECT_THAT(forbidden(load_model("llama3-8b"), {.dp = 8, .ep = 8}, work).value(),
+              HasSubstr("has no experts"));
+  EXPECT_THROW(parse_layout("tp2.what"), ConfigError);
+}
+
+TEST(Cluster, bad_files_name_field_and_value) {
+  const auto message = [](const std::string& text) -> std::string {
+    try {
+      parse_cluster(text, "c.toml");
+    } catch (const ConfigError& error) {
+      return error.what();
+    }
+    return "no error";
+  };
+  const std::string good = cluster_toml(load_cluster("h100-80"));
+  EXPECT_EQ(message(good), "no error");
+  std::string bad = good;
+  bad.replace(bad.find("gb_per_s = 450"), 21, "gb_per_s = nan");
+  EXPECT_THAT(message(bad), HasSubstr("fast_link.gb_per_s"));
+  EXPECT_THAT(message("speed = 3"), HasSubstr("speed"));
+  EXPECT_THROW(load_cluster("h100-81"), ConfigError);
+}
+
+TEST(Memory, a_token_of_a_known_run_is_where_it_was_measured) {
+  // A dense 7B model, tp 4, pp 1 on 8 accelerators: 19.24 GiB before the first step, 53.2 GiB at the peak.
+  ModelSpec model;
+  model.vocab = 131073;
+  model.hidden = 4096;
+  model.layers = 32;
+  model.heads = 32;
+  model.kv_heads = 8;
+  model.dense_ffn = 16384;
+  model.gated_ffn = false;
+  complete(model, "7b");
+  const Layout layout{.tp = 4, .dp = 2, .micro_batch = 2, .sequence_parallel = false};
+  const Workload work{.seq_len = 8192, .global_batch = 8};
+  Stack stack;
+  stack.dropout_mask_bytes = 1.0;
+  const MemoryReport report = stage_memory(model, layout, work, load_cluster("h100-80"), stack, 0);
+  EXPECT_NEAR(report.static_bytes / kGiB, 19.24, 0.03 * 19.24);
+  EXPECT_NEAR(report.peak_bytes / kGiB, 53.2, 0.05 * 53.2);
+}
+
+}  // namespace
+}  // namespace collegium::plan

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <set>
+
+#include "collegium/base/error.h"
+#include "collegium/base/rng.h"
+#include "collegium/plan/collectives.h"
+#include "collegium/plan/compare.h"
+#include "collegium/plan/search.h"
+#include "collegium/plan/simulator.h"
+#include "collegium/plan/traffic.h"
+
+namespace collegium::plan {
+namespace {
+
+TEST(Collectives, distinct_groups_of_a_token) {
+  EXPECT_NEAR(distinct_groups(256, 8, 8), 5.295, 5e-4);
+  EXPECT_NEAR(distinct_groups(256, 8, 16), 6.523, 5e-4);
+  EXPECT_NEAR(distinct_groups(256, 8, 64), 7.676, 5e-4);
+  EXPECT_NEAR(distinct_groups(256, 8, 2), 1.993, 5e-4);
+  EXPECT_NEAR(distinct_groups(128, 8, 8), 5.339, 5e-4);
+  EXPECT_NEAR(distinct_groups(8, 2, 2), 1.571, 5e-4);
+  EXPECT_DOUBLE_EQ(distinct_groups(8, 2, 8), 2.0);
+  EXPECT_DOUBLE_EQ(distinct_groups(8, 2, 1), 1.0);
+}
+
+// The closed form against counting: random tokens choose 4 of 32 experts on 8 ranks.
+TEST(Collectives, distinct_groups_agree_with_counted_routing) {
+  constexpr int kTokens = 20000;
+  const RandomStream random(7, "test/routing");
+  double touched = 0.0;
+  for (int t = 0; t < kTokens; ++t) {
+    std::set<std::uint64_t> experts;
+    for (std::uint64_t draw = 0; experts.size() < 4; ++draw)
+      experts.insert(random.bits(static_cast<std::uint64_t>(t), draw) % 32);
+    std::set<std::uint64_t> ranks;
+    for (const std::uint64_t e : experts) ranks.insert(e / 4);
+    touched += static_cast<double>(ranks.size());
+  }
+  // Standard error of the mean is below 0.005.
+  EXPECT_NEAR(touched / kTokens, distinct_groups(32, 4, 8), 0.02);
+}
+
+TEST(Collectives, rows_are_conserved_and_deduplication_sends_fewer) {
+  const ModelSpec model = load_model("deepseek-v3");
+  const Cluster cluster = load_cluster("h100-80");
+  Layout layout{.dp = 64, .ep = 64};
+  const ExpertTraffic plain = expert_traffic(model, layout, cluster, 1.0);
+  EXPECT_NEAR(plain.fast_rows + plain.slow_rows, 8.0 * 63 / 64, 1e-12);
+  layout.dispatcher = Dispatcher::kDeduplicated;
+  const ExpertTraffic dedup = expert_traffic(model, layout, cluster, 1.0);
+  EXPECT_LT(dedup.slow_rows, plain.slow_rows);
+  layout.dispatcher = Dispatcher::kHierarchical;
+  const ExpertTraffic two_levels = expert_traffic(model, layout, cluster, 1.0);
+  EXPECT_NEAR(two_levels.slow_rows, 4.0 * 7 / 8, 1e-12);  // routing is limited to four of eight domains
+}
+
+TEST(Collectives, a_rank_sends_what_the_published_formula_says) {
+  // Forward bytes of a MoE layer: 2 T K D bytes (1 - 1/ep), and 4 bytes of weight per dispatched row.
+  const ModelSpec model = load_model("mixtral-8x7b");
+  const Layout layout{.dp = 8, .ep = 8};
+  const Workload work{.seq_len = 4096, .global_batch = 8};
+  double bytes = 0.0;
+  for (const TrafficLine& line : step_traffic(model, layout, work, load_cluster("h100-80"), Stack{})) {
+    if (line.axes == "ep") bytes += line.bytes() / (2.0 * 32.0);
+  }
+  EXPECT_DOUBLE_EQ(bytes, 2.0 * 4096 * 2 * 4096 * 2 * 7 / 8 + 4096 * 2 * 4.0 * 7 / 8);
+}
+
+TEST(StepTime, is_monotone_in_batch_and_bandwidth) {
+  const ModelSpec model = load_model("mixtral-8x7b");
+  Cluster cluster = load_cluster("h100-80");
+  const Layout layout{.tp = 2, .pp = 4, .dp = 8, .ep = 8};
+  double before = 0.0;
+  for (const double batch : {64.0, 128.0, 256.0}) {
+    const double seconds =
+        step_time(model, layout, {.seq_len = 4096, .global_batch = batch}, cluster, Stack{}).step_s;
+    EXPECT_GT(seconds, before);
+    before = seconds;
+  }
+  cluster.slow_link.gb_per_s *= 4.0;
+  EXPECT_LT(step_time(model, layout, {.seq_len = 4096, .global_batch = 256}, cluster, Stack{}).step_s,
+            before);
+}
+
+TEST(StepTime, parts_sum_to_the_step) {
+  const StepTime t = step_time(load_model("qwen3-235b-a22b"), {.tp = 2, .pp = 8, .dp = 16, .ep = 32},
+                               {.seq_len = 4096, .global_batch = 256}, load_cluster("h100-80"), Stack{});
+  EXPECT_NEAR(
+      t.busy.total() + t.stage_imbalance_s + t.bubble_s + t.pipeline_comm_s + t.data_comm_s + t.optimizer_s,
+      t.step_s, 1e-9 * t.step_s);
+}
+
+TEST(Gemm, waves_and_shapes) {
+  const Accelerator a = load_cluster("a100-80").accelerator;
+  // 108 units: 12 x 9 tiles fill one wave, one more row of tiles needs a second.
+  EXPECT_GT(gemm_utilisation(a, 12 * 256, 9 * 128, 8192), gemm_utilisation(a, 13 * 256, 9 * 128, 8192));
+  EXPECT_GT(gemm_utilisation(a, 8192, 8192, 8192), gemm_utilisation(a, 8192, 8192, 64));
+  EXPECT_LE(gemm_utilisation(a, 8192, 8192, 8192), 1.0);
+}
+
+Durations equal_durations(double forward, double backward, bool split) {
+  return {.forward = [forward](const Task&) { return forward; },
+          .backward = [backward, split](const Task&) { return split ? backward / 2.0 : backward; },
+          .weights = [backward](const Task&) { return backward / 2.0; },
+          .send_s = 0.0};
+}
+
+// 1F1B and GPipe with equal stages: (m + p - 1)(F + B); interleaving divides the bubble by v.
+TEST(Simulator, equals_the_closed_forms) {
+  for (const int ranks : {2, 4, 8}) {
+    for (const int micro : {8, 16}) {
+      for (const Schedule schedule : {Schedule::kGPipe, Schedule::k1F1B}) {
+        const Simulation s = simulate({schedule, ranks, 1, micro}, equal_durations(1.0, 2.0, false));
+        EXPECT_NEAR(s.makespan_s, (micro + ranks - 1) * 3.0, 1e-9);
+        EXPECT_EQ(s.peak_chunks.front(), schedule == Schedule::kGPipe ? micro : std::min(micro, ranks));
+      }
+      const Simulation s =
+          simulate({Schedule::kInterleaved, ranks, 2, micro}, equal_durations(0.5, 1.0, false));
+      EXPECT_NEAR(s.makespan_s, micro * 3.0 + (ranks - 1) * 3.0 / 2.0, 1e-9);
+      EXPECT_EQ(s.peak_chunks.front(), std::min(2 * micro, 2 * (ranks - 1) + ranks + 1));
+    }
+  }
+}
+
+TEST(Simulator, split_backward_passes_leave_less_idle) {
+  const double fixed = simulate({Schedule::k1F1B, 4, 1, 16}, equal_durations(1.0, 2.0, false)).makespan_s;
+  const Simulation zero = simulate({Schedule::kZeroBubble, 4, 1, 16}, equal_durations(1.0, 2.0, true));
+  const Simulation dual = simulate({Schedule::kDualPipe, 4, 1, 16}, equal_durations(1.0, 2.0, true));
+  EXPECT_LT(zero.makespan_s, fixed);
+  EXPECT_LT(dual.makespan_s, zero.makespan_s);
+  EXPECT_LE(zero.peak_chunks.front(), 4);
+  EXPECT_LE(dual.peak_chunks.front(), 5);
+}
+
+TEST(Simulator, every_pass_runs_once_after_what_it_needs) {
+  const Simulation s = simulate({Schedule::kDualPipe, 4, 1, 8}, equal_durations(1.0, 2.0, true));
+  EXPECT_EQ(s.spans.size(), 3U * 4U * 8U);
+  std::set<std::tuple<int, int, int>> seen;
+  for (const Span& span : s.spans)
+    seen.insert({static_cast<int>(span.task.pass), span.task.micro_batch, span.task.chunk});
+  EXPECT_EQ(seen.size(), s.spans.size());
+  EXPECT_EQ(Json::parse(trace_json(s))["traceEvents"].size(), s.spans.size() + 4);
+  EXPECT_THROW(simulate({Schedule::kDualPipe, 3, 1, 8}, equal_durations(1.0, 2.0, true)), ConfigError);
+  EXPECT_THROW(simulate({Schedule::kInterleaved, 4, 2, 6}, equal_durations(1.0, 2.0, false)), ConfigError);
+}
+
+TEST(Simulator, skew_makes_ranks_wait) {
+  EXPECT_DOUBLE_EQ(skewed_imbalance(64, 8, 0.0, 1, 0), 1.0);
+  EXPECT_GT(skewed_imbalance(64, 8, 1.0, 1, 0), 1.0);
+  EXPECT_LE(skewed_imbalance(64, 8, 1.0, 1, 0), 8.0);
+}
+
+TEST(Search, ranks_by_time_and_explains) {
+  const ModelSpec model = load_model("mixtral-8x7b");
+  const Workload work{.seq_len = 4096, .global_batch = 256};
+  const SearchResult found = search(model, work, load_cluster("h100-80"), Stack{}, {.accelerators = 64});
+  ASSERT_GT(found.ranked.size(), 10U);
+  for (std::size_t i = 1; i < found.ranked.size(); ++i) {
+    EXPECT_GE(found.ranked[i].time.step_s, found.ranked[i - 1].time.step_s);
+    EXPECT_EQ(found.ranked[i].layout.world(), 64);
+    EXPECT_GE(found.ranked[i].headroom_bytes, 0.0);
+  }
+  for (std::size_t i = 1; i < found.front.size(); ++i)
+    EXPECT_LT(found.front[i].memory.device_bytes, found.front[i - 1].memory.device_bytes);
+  EXPECT_FALSE(found.rejected.empty());
+  EXPECT_THROW(search(model, {.global_batch = 0}, load_cluster("h100-80"), Stack{}, {.accelerators = 8}),
+               ConfigError);
+}
+
+TEST(Search, a_thousand_accelerators_take_less_than_two_seconds) {
+  const auto start = std::chrono::steady_clock::now();
+  search(load_model("deepseek-v3"), {.seq_len = 4096, .global_batch = 4096}, load_cluster("h100-80"), Stack{},
+         {.accelerators = 1024});
+  EXPECT_LT(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), 2.0);
+}
+
+TEST(Compare, classical_layouts_have_their_published_sizes) {
+  const std::vector<int> sizes = {4480, 384, 768, 992, 1024};
+  const auto all = compare_classics();
+  ASSERT_EQ(all.size(), sizes.size());
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    EXPECT_EQ(all[i].published.world(), sizes[i]) << all[i].classic.model;
+    EXPECT_GT(all[i].chosen.time.step_s, 0.0) << all[i].classic.model;
+  }
+}
+
+}  // namespace
+}  // namespace collegium::plan

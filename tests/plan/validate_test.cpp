@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/plan/validate.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "collegium/base/error.h"
+
+namespace collegium::plan {
+namespace {
+
+using testing::HasSubstr;
+
+constexpr const char* kHeader =
+    "name,params_b,layers,hidden,ffn_hidden,heads,kv_heads,experts,topk,moe_ffn_hidden,shared_experts,vocab,"
+    "seq_len,"
+    "global_batch,micro_batch,gpu,num_gpus,tp,pp,vpp,dp,ep,etp,cp,zero,recompute,precision,metric,value,unit,"
+    "source,"
+    "read_or_memory\n";
+// The 22B point of the sequence-parallelism paper: 1.42 s with full recomputation.
+constexpr const char* kRow =
+    "22B,22,48,6144,24576,64,64,,,,,51200,2048,4,4,A100-80GB,8,8,1,1,1,,,,0,full,fp16,iteration_time,1.42,s,"
+    "calculon-ai/calculon tab5,read\n";
+
+TEST(Validate, judges_a_row_and_refuses_gaps_with_the_reason) {
+  const std::string gap =
+      "gap,,48,6144,,64,,,,,,51200,2048,,4,A100-80GB,8,8,1,1,1,,,,0,full,fp16,iteration_time,1.4,s,\"a, "
+      "b\",read\n";
+  const std::string odd =
+      "odd,,48,6144,,64,,,,,,51200,2048,4,4,A100-80GB,8,8,1,1,7,,,,0,full,fp16,iteration_time,1.4,s,x,read\n";
+  const Validation v = validate(std::string(kHeader) + kRow + gap + odd, "test.csv");
+  ASSERT_EQ(v.judged.size(), 1U);
+  EXPECT_LT(std::abs(v.judged.front().error()), 0.08);
+  ASSERT_EQ(v.refused.size(), 2U);
+  EXPECT_EQ(v.refused[0].reason, "dp = 7 contradicts num_gpus/(tp*pp*cp) = 8/8 = 1");
+  EXPECT_EQ(v.refused[1].reason, "global_batch is missing");
+  EXPECT_THAT(format_validation(v, true), HasSubstr("line 3"));
+}
+
+TEST(Validate, malformed_files_are_errors) {
+  EXPECT_THROW(validate(std::string(kHeader) + "too,few\n", "test.csv"), ConfigError);
+  EXPECT_THROW(validate("", "test.csv"), ConfigError);
+  const Validation v =
+      validate(std::string(kHeader) +
+                   "x,,forty,6144,,64,,,,,,51200,2048,4,4,A100-80GB,8,8,1,1,1,,,,0,full,fp16,"
+                   "iteration_time,nan,s,x,read\n",
+               "test.csv");
+  ASSERT_EQ(v.refused.size(), 1U);
+  EXPECT_THAT(v.refused.front().reason, HasSubstr("value = nan: must be a number"));
+}
+
+TEST(Validate, hardware_flops_of_a_gpt_follow_the_published_formula) {
+  const ModelSpec model = published_run(read_csv(std::string(kHeader) + kRow, "test.csv").front()).model;
+  const Workload work{.seq_len = 2048, .global_batch = 4};
+  const Layout layout{.recompute = {.full = true}};
+  const double h = 6144;
+  const double formula = 96.0 * 4 * 2048 * 48 * h * h * (1.0 + 2048 / (6 * h) + 51200 / (16 * 48 * h));
+  // Biases and norms are not in the formula.
+  EXPECT_NEAR(hardware_flops(model, layout, work) / formula, 1.0, 1e-3);
+}
+
+TEST(Validate, constants_are_judged_on_the_other_half) {
+  std::string csv = kHeader;
+  for (int batch = 8; batch <= 160; batch += 8)
+    csv += fmt::format(
+        "7b,,32,4096,,32,,,,,,51200,2048,{},1,A100-80GB,8,8,1,1,1,,,,0,full,fp16,iteration_time,{},s,lab@1 "
+        "x,read\n",
+        batch, 0.9 * batch / 8);
+  const Validation v = validate(csv, "test.csv");
+  ASSERT_EQ(v.constants.size(), 1U);
+  ASSERT_EQ(v.errors.size(), 2U);
+  EXPECT_LT(v.errors.back().median, 0.1);
+}
+
+const ErrorRow& row_of(const Validation& v, const std::string& metric, const std::string& source) {
+  for (const ErrorRow& row : v.errors) {
+    if (row.metric == metric && row.source.find(source) != std::string::npos) return row;
+  }
+  throw InternalError(fmt::format("no row {} of {}", metric, source));
+}
+
+// What the planner must keep on the published runs of validation/; step times are judged on rows that no
+// constant saw.
+TEST(Validate, published_runs_are_met) {
+  const Validation v = validate_path(COLLEGIUM_SOURCE_DIR "/validation");
+  EXPECT_LE(row_of(v, "static memory", "all sources").median, 0.03);
+  EXPECT_LE(row_of(v, "peak memory", "all sources").median, 0.08);
+  EXPECT_LE(row_of(v, "identity", "all sources").median, 0.01);
+  EXPECT_LE(row_of(v, "step time", "all sources").median, 0.08);
+  EXPECT_LE(row_of(v, "step time", "all sources").percentile90, 0.23);
+  EXPECT_LE(row_of(v, "step time", "calculon").mean, 0.0365);
+  bool bloom = false;
+  for (const Ranking& ranking : v.rankings) {
+    if (ranking.set.find("bloom") == std::string::npos) continue;
+    bloom = true;
+    EXPECT_GE(ranking.kendall_tau_distinct, 0.8);
+    EXPECT_LE(ranking.regret, 0.05);
+  }
+  EXPECT_TRUE(bloom);
+  std::size_t wrong = 0;
+  for (const FitVerdict& verdict : v.verdicts) wrong += verdict.ran != verdict.predicted_to_fit ? 1 : 0;
+  EXPECT_LE(wrong, 2U);
+}
+
+}  // namespace
+}  // namespace collegium::plan

@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs plan and simulate as a user runs them: exit codes, messages, JSON."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+BINARY = sys.argv[1]
+
+
+def run(code: int, text: str, *arguments: str) -> str:
+    words = [word for argument in arguments for word in argument.split()]
+    done = subprocess.run([BINARY, *words], capture_output=True, text=True, check=False)
+    output = done.stdout if code == 0 else done.stderr
+    assert done.returncode == code, f"{arguments}: exit code {done.returncode}, expected {code}: {done.stderr}"
+    assert text in output, f"{arguments}: '{text}' is not in: {output}"
+    return done.stdout
+
+
+def main() -> None:
+    run(0, "46,702,792,704", "plan", "--model", "mixtral-8x7b")
+    assert json.loads(run(0, "{", "plan", "--model", "deepseek-v3", "--json"))["total"] == 671026404352
+    run(0, "Examples", "plan", "--help")
+    run(0, "Examples", "simulate", "--help")
+    run(2, "did you mean mixtral-8x7b", "plan", "--model", "mixtral-8x7")
+    run(2, "--global-batch is missing", "plan", "--model", "mixtral-8x7b", "--gpus", "8")
+    run(2, "has no experts", "plan --model llama3-8b --explain dp8.ep8 --global-batch 8")
+    run(2, "layout part tp0", "plan --model llama3-8b --explain tp0 --global-batch 8")
+    search = json.loads(run(0, "{", "plan --model mixtral-8x7b --gpus 64 --global-batch 256 --json"))
+    assert search["ranked"] and search["rejected"] and search["front"]
+    explained = json.loads(run(0, "{", "plan --model mixtral-8x7b --explain pp2.dp8.ep8 --global-batch 64 --json"))
+    dispatch = [line for line in explained["traffic"] if line["operation"] == "dispatch"]
+    assert dispatch, explained
+    run(0, "predicted gain", "plan", "--compare")
+    run(0, "fine-grained", "plan", "--shares", "--cluster", "a100-80-4rail")
+    run(0, "share of the step", "plan --model olmoe-1b-7b --explain dp32.ep32 --global-batch 64")
+    with tempfile.TemporaryDirectory() as folder:
+        trace = pathlib.Path(folder) / "trace.json"
+        run(0, "idle", "simulate --layout pp4.dp8.ep8 --global-batch 64 --trace", str(trace))
+        assert json.loads(trace.read_text())["traceEvents"]
+        rows = pathlib.Path(folder) / "rows.csv"
+        rows.write_text("name,metric\nx\n")
+        run(2, "1 fields, but the header has 2 columns", "plan", "--validate", str(rows))
+    schedules = json.loads(
+        run(0, "[", "simulate --layout pp4.dp8 --model llama3-8b --global-batch 128 --schedules --json")
+    )
+    assert [s["schedule"] for s in schedules] == ["gpipe", "1f1b", "interleaved", "zb", "dualpipe"]
+    print("plan and simulate: all checks passed")
+
+
+if __name__ == "__main__":
+    main()
