@@ -24,6 +24,7 @@ std::optional<std::string> find_disagreement(const Group& group, std::span<const
 /// what the
 ///          checking mode exchanges.
 std::vector<std::int64_t> pack_call(const Call& call, int group_size);
+/// What     Integers of a packed call in a group of this size.
 std::size_t packed_call_size(int group_size);
 /// What     The reverse: a call without tensors that find_disagreement() understands.
 Call unpack_call(std::span<const std::int64_t> packed, int group_size);
