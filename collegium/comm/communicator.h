@@ -20,7 +20,8 @@
 
 namespace collegium::comm {
 
-class Communicator {
+/// Always owned by a std::shared_ptr; shared_from_this() is how a decorator gets hold of one.
+class Communicator : public std::enable_shared_from_this<Communicator> {
  public:
   virtual ~Communicator() = default;
   Communicator(const Communicator&) = delete;

@@ -257,9 +257,9 @@ void run_mpi_world(const std::function<void(Communicator&)>& fn, const MpiOption
     return fmt::format("rank {} of {}: ", group.rank, group.size());
   };
   try {
-    MpiCommunicator world(engine, 0, group);
-    fn(world);
-    world.barrier();
+    const auto world = std::make_shared<MpiCommunicator>(engine, 0, group);
+    fn(*world);
+    world->barrier();
   } catch (const CommError& error) {
     throw CommError(my_turn() + error.what());
   } catch (const ConfigError& error) {
