@@ -94,9 +94,8 @@ struct Call {
 };
 
 /// What     Bytes that this rank sends to each rank of the group, itself excluded, by the algorithm all
-/// backends
-///          use: every block goes straight to the rank that needs it. all_reduce is a reduce-scatter of equal
-///          slices followed by an all-gather of them.
+///          backends use: every block goes straight to the rank that needs it. all_reduce is a reduce-
+///          scatter of equal slices followed by an all-gather of them.
 std::vector<std::int64_t> bytes_to_ranks(const Call& call, const Group& group);
 
 /// What     First element of slice `index` when `count` elements are cut into `slices` slices whose sizes

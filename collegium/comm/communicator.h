@@ -45,8 +45,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
 
   /// What     Every rank gets the rows of all ranks, in rank order.
   /// Shape    input [rows_r, ...], output [sum of rows, ...]; `rows` lists rows_r of every rank and is the
-  /// same on
-  ///          all of them; left empty, every rank contributes as many.
+  ///          same on all of them; left empty, every rank contributes as many.
   /// Dtype    any.
   /// Comm     bytes(input)·(size-1) sent per rank.
   Work all_gather(const at::Tensor& input, const at::Tensor& output, std::span<const std::int64_t> rows = {});
@@ -66,18 +65,18 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
 
   /// What     Rank r sends its next send_rows[p] rows to each rank p and gets recv_rows[p] rows from it, in
   ///          rank order.
-  /// Shape    input [sum send_rows, ...], output [sum recv_rows, ...]; recv_rows[p] here = send_rows[r] on p.
-  ///          Both left empty: input and output are cut into equal parts.
+  /// Shape    input [sum send_rows, ...], output [sum recv_rows, ...]; recv_rows[p] here = send_rows[r] on
+  ///          p. Both left empty: input and output are cut into equal parts.
   /// Dtype    any.
   /// Comm     bytes of the rows for other ranks sent per rank.
   Work all_to_all(const at::Tensor& input, const at::Tensor& output,
                   std::span<const std::int64_t> send_rows = {}, std::span<const std::int64_t> recv_rows = {});
 
-  /// What     A tensor to one rank. Messages of one pair and tag arrive in order. May complete only after the
-  ///          receiver has called recv.
-  /// Shape    as the receiver's.  Dtype    any.
-  /// Comm     bytes(tensor).
-  /// `tag` is in [0, 32767].
+  /// What     A tensor to one rank. Messages of one pair and tag arrive in order. May complete only after
+  ///          the receiver has called recv.
+  /// Shape    as the receiver's.
+  /// Dtype    any.
+  /// Comm     bytes(tensor). `tag` is in [0, 32767].
   Work send(const at::Tensor& tensor, int destination, int tag = 0);
   /// What     The tensor that `source` sends with the same tag.
   Work recv(const at::Tensor& tensor, int source, int tag = 0);

@@ -13,8 +13,9 @@ struct LauncherClaim {
   int ranks = 1;
 };
 
-/// What     The first launcher variable that counts more than one rank; nothing when there is none: then this
-///          process was started alone. `variable_value` looks an environment variable up (nullptr: not set).
+/// What     The first launcher variable that counts more than one rank; nothing when there is none: then
+///          this process was started alone. `variable_value` looks an environment variable up (nullptr: not
+///          set).
 std::optional<LauncherClaim> find_launcher(const std::function<const char*(const char*)>& variable_value);
 
 /// What     find_launcher() in this process's environment.

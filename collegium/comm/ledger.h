@@ -81,15 +81,16 @@ class Ledger {
 
 struct LedgerOptions {
   /// Before an operation starts, operation, sizes, dtype and order are compared across the ranks of the
-  /// group: a disagreement is an error on all of them instead of a hang. Makes every call wait for all ranks.
+  /// group: a disagreement is an error on all of them instead of a hang. Makes every call wait for all
+  /// ranks.
   bool check = false;
 };
 
 /// What     A communicator that passes everything on to `inner` and books it; its groups (split) write into
-/// the same
-///          books.
+///          the same books.
 /// Comm     collective when options.check is set (a group for the comparison is split off).
-/// Throws   CommError from a call in checking mode: names ranks, their step, layer and phase, and both calls.
+/// Throws   CommError from a call in checking mode: names ranks, their step, layer and phase, and both
+///          calls.
 std::shared_ptr<Communicator> with_ledger(std::shared_ptr<Communicator> inner, std::shared_ptr<Ledger> ledger,
                                           const LedgerOptions& options = {});
 

@@ -38,8 +38,7 @@ class [[nodiscard]] Work {
 
   /// Blocks until outputs may be read and inputs written again.
   /// Throws   CommError: time-out (names the missing ranks), mismatch between ranks; PeerFailure: another
-  /// rank
-  ///          failed.
+  ///          rank failed.
   void wait() {
     if (state_) state_->wait();
   }

@@ -20,7 +20,7 @@ using testing::HasSubstr;
 // Round numbers: 1 MB takes 10 ms within and 100 ms between nodes.
 constexpr const char* kSlow = "nodes=2x2,intra=100MB/s:1ms,inter=10MB/s:5ms";
 // What a sleep and the scheduler of a busy small machine may add.
-constexpr double kLate = 0.030;
+constexpr double kLate = 0.060;
 
 Call call_of(Operation operation, std::int64_t elements = 0) {
   Call call;
@@ -150,7 +150,7 @@ TEST(Emulated, computation_hides_transfers_and_the_ledger_sees_it) {
     Work work = comm->all_to_all(x, y);
     std::this_thread::sleep_for(std::chrono::milliseconds(100));  // stands for computation
     work.wait();
-    EXPECT_NEAR(ledger->overlap().hidden_share(), 100.0 / 205.0, 0.15);
+    EXPECT_NEAR(ledger->overlap().hidden_share(), 100.0 / 205.0, 0.2);
   });
 }
 

@@ -30,10 +30,9 @@ struct Network {
 };
 
 /// What     Reads "nodes=2x2,intra=300GB/s:2us,inter=50GB/s:10us" (nodes x ranks per node,
-/// bandwidth:latency),
-///          optionally with ",scale=16": every transfer takes that many times longer. With ranks per core as
-///          scale, the network is slowed as much as the computation of ranks that share cores. Units: B/s,
-///          KB/s, MB/s, GB/s (powers of 1000); s, ms, us, ns.
+///          bandwidth:latency), optionally with ",scale=16": every transfer takes that many times longer.
+///          With ranks per core as scale, the network is slowed as much as the computation of ranks that
+///          share cores. Units: B/s, KB/s, MB/s, GB/s (powers of 1000); s, ms, us, ns.
 /// Throws   ConfigError naming the part that is wrong.
 Network parse_network(const std::string& text);
 
@@ -45,19 +44,20 @@ struct PortState {
 };
 
 /// What     When each rank has sent and received everything of one round in which rank i sends bytes[i][j] to
-/// j. Math     Rank i sends to i+1, i+2, ... (mod size), one message after the other per port: start =
-/// max(posted, port
-///          free), duration = bytes / bandwidth. The head arrives `latency` later; a receiving port takes one
-///          message at a time in order of arrival, each for its duration. Alone, a message takes latency +
-///          bytes / bandwidth. Messages of no bytes are not sent, unless `even_empty`.
+/// j. Math     A sending port serves its messages in turns: the one of b bytes is sent at start + (sum over
+/// the
+///          port's messages of min(b', b)) / bandwidth, start = max(posted, port free), and arrives `latency`
+///          later. A receiving port is through when the bytes of all messages have passed since their heads
+///          came. Alone, a message takes latency + bytes / bandwidth; an even exchange takes latency + (bytes
+///          of the busiest port) / bandwidth. Messages of no bytes are not sent, unless `even_empty`.
 /// Order    ports are those before the round on entry, after it on return.
 std::vector<double> simulate_round(const Network& network, std::span<const Member> members,
                                    std::span<const std::vector<std::int64_t>> bytes,
                                    std::span<PortState> ports, bool even_empty);
 
 /// What     When each rank has finished a collective call. `bytes[i]` is bytes_to_ranks() of rank i; for an
-/// all_reduce
-///          two rounds are simulated, the second beginning on each rank when the first has ended there.
+///          all_reduce two rounds are simulated, the second beginning on each rank when the first has ended
+///          there.
 std::vector<double> simulate_collective(const Network& network, std::span<const Member> members,
                                         const Call& call, std::span<const std::vector<std::int64_t>> bytes,
                                         std::span<PortState> ports);

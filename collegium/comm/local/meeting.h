@@ -24,11 +24,13 @@ class Meeting {
   explicit Meeting(std::vector<int> ranks);
 
   /// What     Adds the call of ranks[place] and, with the last one, makes the parts (and does them, if
-  /// small). Returns  Whether it was the last.
+  ///          small).
+  /// Returns  Whether it was the last.
   bool post(std::size_t place, Call call, const Group& group);
 
   /// What     Waits for the others up to the deadline, doing parts meanwhile.
-  /// Returns  false when the deadline passed. Throws CommError on disagreement, and what fail() said.
+  /// Returns  false when the deadline passed.
+  /// Throws   CommError on disagreement, and what fail() said.
   bool wait_until(Clock::time_point deadline);
 
   /// What     Ends all waits, present and future, with this error, unless all calls came in.

@@ -29,8 +29,7 @@ class Room {
   };
 
   /// What     Takes `rank`'s call to the meeting it belongs to: the `number`th collective of the group, or
-  /// the oldest
-  ///          unanswered message of the pair.
+  ///          the oldest unanswered message of the pair.
   Seat join(int rank, std::uint64_t number, Call call, const Group& group);
 
   /// What     Ends all present and future meetings that are not complete, with a PeerFailure.
@@ -72,7 +71,7 @@ class World {
   std::shared_ptr<Room> room(const Room& parent, std::uint64_t number, std::vector<int> world_ranks);
 
   /// What     A rank ended with an exception; the first one that is no PeerFailure is kept and ends all
-  /// waits.
+  ///          waits.
   void fail(int rank, const std::exception_ptr& error);
   void leave(int rank);
   /// The first failure with "rank R of N: " in front.

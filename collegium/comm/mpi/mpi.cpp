@@ -90,10 +90,10 @@ struct SliceReduction {
 };
 
 void add_reduce_scatter(MpiOperation& operation, const std::vector<std::int64_t>& send_bytes,
-                        std::int64_t own_elements, char* output, int tag) {
+                        std::int64_t own_elements, char* output, const at::Tensor& scratch, int tag) {
   const int size = operation.group().size();
   const std::int64_t own_bytes = send_bytes[static_cast<std::size_t>(operation.group().rank)];
-  const SliceReduction reduction = {.slices = at::empty({size, own_bytes}, at::kByte),
+  const SliceReduction reduction = {.slices = scratch.narrow(0, 0, size * own_bytes).view({size, own_bytes}),
                                     .elements = own_elements};
   operation.add_stage([=](MpiOperation& op) {
     const std::vector<std::int64_t> recv_bytes(static_cast<std::size_t>(size), own_bytes);
@@ -102,7 +102,7 @@ void add_reduce_scatter(MpiOperation& operation, const std::vector<std::int64_t>
   operation.add_stage([=](MpiOperation& op) { reduction.finish(op.call(), size, output); });
 }
 
-void add_all_reduce(MpiOperation& operation, int first_tag, int second_tag) {
+void add_all_reduce(MpiOperation& operation, const at::Tensor& scratch, int first_tag, int second_tag) {
   const Call& call = operation.call();
   const int size = operation.group().size();
   const int self = operation.group().rank;
@@ -112,7 +112,7 @@ void add_all_reduce(MpiOperation& operation, int first_tag, int second_tag) {
                           call.row_bytes());
   const std::int64_t own_bytes = slice_bytes[static_cast<std::size_t>(self)];
   char* own = bytes_of(call.output) + slice_begin(call.elements, size, self) * call.row_bytes();
-  add_reduce_scatter(operation, slice_bytes, own_bytes / call.row_bytes(), own, first_tag);
+  add_reduce_scatter(operation, slice_bytes, own_bytes / call.row_bytes(), own, scratch, first_tag);
   operation.add_stage([=](MpiOperation& op) {
     spread(op, own, own_bytes, bytes_of(op.call().output), slice_bytes, second_tag);
   });
@@ -205,14 +205,26 @@ class MpiCommunicator final : public Communicator {
     });
   }
 
-  static void add_stages(MpiOperation& operation, int first_tag, int second_tag) {
+  // Where other ranks' contributions to a reduction are put. Fresh memory would cost more than the reduction
+  // (its pages are touched for the first time by the transfer), so it is kept, unless an operation under way
+  // uses it.
+  at::Tensor scratch(std::int64_t bytes) {
+    if (!scratch_.defined() || scratch_.numel() < bytes || scratch_.storage().use_count() > 1)
+      scratch_ = at::empty({bytes}, at::kByte);
+    return scratch_;
+  }
+
+  void add_stages(MpiOperation& operation, int first_tag, int second_tag) {
     const Call& call = operation.call();
     switch (call.operation) {
-      case Operation::kAllReduce:
-        return add_all_reduce(operation, first_tag, second_tag);
+      case Operation::kAllReduce: {
+        const std::int64_t slice = call.elements / size() + 1;
+        return add_all_reduce(operation, scratch(slice * size() * call.row_bytes()), first_tag, second_tag);
+      }
       case Operation::kReduceScatter:
-        return add_reduce_scatter(operation, times(call.send_rows, call.row_bytes()), call.output.numel(),
-                                  bytes_of(call.output), first_tag);
+        return add_reduce_scatter(
+            operation, times(call.send_rows, call.row_bytes()), call.output.numel(), bytes_of(call.output),
+            scratch(call.output.numel() * call.output.element_size() * size()), first_tag);
       case Operation::kBroadcast:
         return add_broadcast(operation, first_tag);
       case Operation::kBarrier:
@@ -237,6 +249,7 @@ class MpiCommunicator final : public Communicator {
 
   std::shared_ptr<MpiEngine> engine_;
   const int context_;
+  at::Tensor scratch_;
   std::uint64_t next_call_ = 0;
   std::uint64_t next_message_ = 0;
 };

@@ -17,20 +17,20 @@ struct MpiOptions {
       300000};             ///< a wait longer than this is an error naming the missing ranks
   int ranks_per_node = 0;  ///< 0: nodes are machines; n: ranks [0, n) are node 0, and so on
   /// While operations are under way and the rank computes, a thread looks at them this often; 0: only waits
-  /// do. One look takes some microseconds.
+  /// and starts do. Measured between 2 processes of one machine, all_to_all of 16 MiB during 15 ms of
+  /// computation: the wait after it is below 10 us at 0, 50, 100 and 500 us alike, so there is none by
+  /// default. Across machines a transport without progress of its own needs one.
   std::chrono::microseconds progress_interval{0};
 };
 
 /// Whether this build has MPI.
 bool has_mpi();
 
-/// What     Joins the MPI world that the launcher made (one rank when there was none) and runs fn in it. Once
-/// per
-///          process.
+/// What     Joins the MPI world that the launcher made (one rank when there was none) and runs fn in it.
+///          Once per process.
 /// Throws   What fn throws, with "rank R of N: " in front, ConfigError staying ConfigError. Ranks throw one
-/// after the
-///          other, rank 0 first, so that a caller that reports and calls abort_mpi_world() at once reports
-///          for all. ConfigError: no MPI in this build, or a launcher of another MPI.
+///          after the other, rank 0 first, so that a caller that reports and calls abort_mpi_world() at once
+///          reports for all. ConfigError: no MPI in this build, or a launcher of another MPI.
 void run_mpi_world(const std::function<void(Communicator&)>& fn, const MpiOptions& options = {});
 
 /// What     Ends all ranks of the MPI world with this exit code. For the program's main after a failure of
