@@ -17,9 +17,10 @@ struct MpiOptions {
       300000};             ///< a wait longer than this is an error naming the missing ranks
   int ranks_per_node = 0;  ///< 0: nodes are machines; n: ranks [0, n) are node 0, and so on
   /// While operations are under way and the rank computes, a thread looks at them this often; 0: only waits
-  /// and starts do. Measured between 2 processes of one machine, all_to_all of 16 MiB during 15 ms of
-  /// computation: the wait after it is below 10 us at 0, 50, 100 and 500 us alike, so there is none by
-  /// default. Across machines a transport without progress of its own needs one.
+  /// and starts do. Measured between 2 processes of one machine that start together, all_to_all of 16 MiB
+  /// (2-3 ms alone) before 15 ms of computation: without the thread and with one every 50, 100 or 500 us
+  /// alike, the ranks copy when they start it, computation ends 2 ms later and the wait after it is below
+  /// 0.1 ms.
   std::chrono::microseconds progress_interval{0};
 };
 
