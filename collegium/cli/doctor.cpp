@@ -9,6 +9,7 @@
 #include <array>
 #include <chrono>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <memory>
 #include <set>
@@ -17,6 +18,7 @@
 #include "collegium/base/fields.h"
 #include "collegium/base/units.h"
 #include "collegium/cli/verb.h"
+#include "collegium/comm/mpi/mpi.h"
 #include "collegium/ops/gemm_peak.h"
 #include "collegium/ops/threads.h"
 
@@ -76,6 +78,18 @@ std::string find_program(const std::string& name) {
   return "";
 }
 
+// The mpirun of the environment the binary was built in (a folder above it holds .venv), then the one on
+// PATH: mpirun and the library must be of one installation.
+std::string find_mpirun() {
+  std::error_code error;
+  std::filesystem::path folder = std::filesystem::read_symlink("/proc/self/exe", error).parent_path();
+  for (; !error && folder.has_relative_path(); folder = folder.parent_path()) {
+    const std::filesystem::path candidate = folder / ".venv" / "bin" / "mpirun";
+    if (::access(candidate.c_str(), X_OK) == 0) return candidate.string();
+  }
+  return find_program("mpirun");
+}
+
 Json examine() {
   ops::bind_threads();
   bool bound = true;
@@ -94,7 +108,8 @@ Json examine() {
             {"float64", ops::measure_gemm_peak(at::kDouble)}}},
           {"memcpy_bytes_per_s", memcpy_bytes_per_s()},
           {"libtorch", TORCH_VERSION},
-          {"mpirun", find_program("mpirun")}};
+          {"mpi", comm::has_mpi()},
+          {"mpirun", find_mpirun()}};
 }
 
 void print(const Json& j) {
@@ -118,7 +133,11 @@ void print(const Json& j) {
   fmt::print("libtorch     {} (CPU; nothing of Collegium was run on a GPU yet)\n",
              j["libtorch"].get<std::string>());
   const auto mpirun = j["mpirun"].get<std::string>();
-  fmt::print("MPI          {}\n", mpirun.empty() ? "no mpirun on PATH" : mpirun);
+  const bool mpi = j["mpi"].get<bool>();
+  fmt::print("MPI          {}\n", !mpi ? "not in this build: ranks are threads of one process"
+                                  : mpirun.empty()
+                                      ? "in this build, but no mpirun beside the binary or on PATH"
+                                      : mpirun);
   fmt::print("             training runs in one process so far; several ranks are not there yet\n");
 }
 

@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/comm/mpi/engine.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <set>
+
+#include "collegium/comm/launcher.h"
+
+namespace collegium::comm {
+
+namespace {
+
+// MPI counts bytes of one message in an int.
+constexpr std::int64_t kMaxMessageBytes = std::int64_t{1} << 30;
+// A wait looks without pause for as long as a small message takes within a machine, then leaves the core to
+// others.
+constexpr std::chrono::microseconds kSpin{30};
+constexpr std::chrono::milliseconds kYield{1};
+constexpr std::chrono::microseconds kNap{50};
+
+std::string mpi_text(int code) {
+  std::array<char, MPI_MAX_ERROR_STRING> text{};
+  int length = 0;
+  MPI_Error_string(code, text.data(), &length);
+  return {text.data(), static_cast<std::size_t>(length)};
+}
+
+void check(int code, std::string_view what) {
+  if (code != MPI_SUCCESS) throw CommError(fmt::format("{}: {}", what, mpi_text(code)));
+}
+
+}  // namespace
+
+MpiOperation::MpiOperation(Call call, std::string name, Group group, MPI_Comm comm)
+    : call_(std::move(call)), name_(std::move(name)), group_(std::move(group)), comm_(comm) {
+  timeline_.posted = timeline_.began = Clock::now();
+}
+
+void MpiOperation::send(const void* data, std::int64_t bytes, int to, int tag, bool even_empty) {
+  const int world_rank = group_.members[static_cast<std::size_t>(to)].world_rank;
+  if (bytes == 0 && !even_empty) return;
+  do {
+    const std::int64_t part = std::min(bytes, kMaxMessageBytes);
+    requests_.push_back(MPI_REQUEST_NULL);
+    messages_.push_back({.peer = to, .bytes = part, .receives = false});
+    check(MPI_Isend(data, static_cast<int>(part), MPI_BYTE, world_rank, tag, comm_, &requests_.back()),
+          name_);
+    data = static_cast<const char*>(data) + part;
+    bytes -= part;
+  } while (bytes > 0);
+}
+
+void MpiOperation::recv(void* data, std::int64_t bytes, int from, int tag, bool even_empty) {
+  const int world_rank = group_.members[static_cast<std::size_t>(from)].world_rank;
+  if (bytes == 0 && !even_empty) return;
+  do {
+    const std::int64_t part = std::min(bytes, kMaxMessageBytes);
+    requests_.push_back(MPI_REQUEST_NULL);
+    messages_.push_back({.peer = from, .bytes = part, .receives = true});
+    check(MPI_Irecv(data, static_cast<int>(part), MPI_BYTE, world_rank, tag, comm_, &requests_.back()),
+          name_);
+    data = static_cast<char*>(data) + part;
+    bytes -= part;
+  } while (bytes > 0);
+}
+
+void MpiOperation::complete(std::size_t index, const MPI_Status& status) {
+  const Message& message = messages_[index];
+  --num_open_;
+  if (!message.receives || error_) return;
+  int bytes = 0;
+  MPI_Get_count(&status, MPI_BYTE, &bytes);
+  if (bytes == message.bytes) return;
+  const std::array<int, 1> peer = {message.peer};
+  error_ = fmt::format("{}: {} sent {} bytes where {} were expected", name_, describe_ranks(group_, peer),
+                       bytes, message.bytes);
+}
+
+void MpiOperation::advance() {
+  while (!done_ && !error_) {
+    if (num_open_ > 0) {
+      std::vector<int> indices(requests_.size());
+      std::vector<MPI_Status> statuses(requests_.size());
+      int count = 0;
+      const int code = MPI_Testsome(static_cast<int>(requests_.size()), requests_.data(), &count,
+                                    indices.data(), statuses.data());
+      for (int i = 0; i < count && count != MPI_UNDEFINED; ++i) {
+        const auto index = static_cast<std::size_t>(indices[static_cast<std::size_t>(i)]);
+        const MPI_Status& status = statuses[static_cast<std::size_t>(i)];
+        if (code == MPI_ERR_IN_STATUS && status.MPI_ERROR != MPI_SUCCESS) {
+          const std::array<int, 1> peer = {messages_[index].peer};
+          error_ =
+              fmt::format("{}: message of {} where {} bytes were expected: {}", name_,
+                          describe_ranks(group_, peer), messages_[index].bytes, mpi_text(status.MPI_ERROR));
+          return;
+        }
+        complete(index, status);
+      }
+      if (num_open_ > 0 || error_) return;
+    }
+    if (next_stage_ == stages_.size()) {
+      done_ = true;
+      timeline_.done = Clock::now();
+      return;
+    }
+    requests_.clear();
+    messages_.clear();
+    stages_[next_stage_++](*this);
+    num_open_ = requests_.size();
+  }
+}
+
+std::vector<int> MpiOperation::missing_ranks() const {
+  std::set<int> ranks;
+  for (std::size_t i = 0; i < requests_.size(); ++i) {
+    if (requests_[i] != MPI_REQUEST_NULL) ranks.insert(messages_[i].peer);
+  }
+  return {ranks.begin(), ranks.end()};
+}
+
+void MpiOperation::release() {
+  stages_.clear();
+  call_.input = at::Tensor();
+  call_.output = at::Tensor();
+}
+
+MpiEngine::MpiEngine(const MpiOptions& options) : options_(options) {
+  int provided = 0;
+  check(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &provided), "MPI_Init_thread");
+  constexpr int kNeeded = MPI_THREAD_SERIALIZED;
+  require_config(provided >= kNeeded, "MPI gives thread level {}, MPI_THREAD_SERIALIZED = {} is needed",
+                 provided, kNeeded);
+  check(MPI_Comm_dup(MPI_COMM_WORLD, &comm_), "MPI_Comm_dup");
+  MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN);
+  MPI_Comm machine = MPI_COMM_NULL;
+  check(MPI_Comm_split_type(comm_, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine), "MPI_Comm_split_type");
+  int ranks_here = 1;
+  MPI_Comm_size(machine, &ranks_here);
+  MPI_Comm_free(&machine);
+  more_ranks_than_cores_ = ranks_here > static_cast<int>(std::thread::hardware_concurrency());
+  if (options_.progress_interval.count() > 0) progress_ = std::thread([this] { run_progress(); });
+}
+
+MpiEngine::~MpiEngine() {
+  {
+    const std::lock_guard lock(mutex_);
+    stopping_ = true;
+  }
+  work_to_do_.notify_all();
+  if (progress_.joinable()) progress_.join();
+  // Finalising waits for all ranks, which may never answer; after a failure the program aborts the world
+  // instead.
+  if (failed_ || !active_.empty()) return;
+  MPI_Comm_free(&comm_);
+  MPI_Finalize();
+}
+
+Group MpiEngine::world_group() const {
+  int rank = 0;
+  int size = 0;
+  MPI_Comm_rank(comm_, &rank);
+  MPI_Comm_size(comm_, &size);
+  Group group{.name = "world", .rank = rank, .members = {}, .where = std::make_shared<Where>()};
+  // A machine is known by its lowest rank.
+  MPI_Comm machine = MPI_COMM_NULL;
+  check(MPI_Comm_split_type(comm_, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine), "MPI_Comm_split_type");
+  int leader = rank;
+  MPI_Bcast(&leader, 1, MPI_INT, 0, machine);
+  MPI_Comm_free(&machine);
+  std::vector<int> leaders(static_cast<std::size_t>(size));
+  check(MPI_Allgather(&leader, 1, MPI_INT, leaders.data(), 1, MPI_INT, comm_), "MPI_Allgather");
+  const std::set<int> distinct(leaders.begin(), leaders.end());
+  for (int r = 0; r < size; ++r) {
+    const auto machine_number =
+        std::distance(distinct.begin(), distinct.find(leaders[static_cast<std::size_t>(r)]));
+    const int node =
+        options_.ranks_per_node > 0 ? r / options_.ranks_per_node : static_cast<int>(machine_number);
+    group.members.push_back({.world_rank = r, .node = node});
+  }
+  return group;
+}
+
+void MpiEngine::advance_all() {
+  for (auto it = active_.begin(); it != active_.end();) {
+    (*it)->advance();
+    // An operation with an error stays: its other messages may still write into its tensors.
+    it = (*it)->done() ? active_.erase(it) : std::next(it);
+  }
+}
+
+void MpiEngine::start(const std::shared_ptr<MpiOperation>& operation) {
+  {
+    const std::lock_guard lock(mutex_);
+    operation->advance();
+    if (!operation->done()) active_.push_back(operation);
+  }
+  if (progress_.joinable()) work_to_do_.notify_one();
+}
+
+bool MpiEngine::done(const std::shared_ptr<MpiOperation>& operation) {
+  const std::lock_guard lock(mutex_);
+  advance_all();
+  return operation->done() || operation->error();
+}
+
+void MpiEngine::wait(const std::shared_ptr<MpiOperation>& operation) {
+  const Clock::time_point start = Clock::now();
+  std::unique_lock lock(mutex_);
+  ++num_waiting_;
+  while (!operation->done() && !operation->error()) {
+    advance_all();
+    if (operation->done() || operation->error()) break;
+    const auto waited = Clock::now() - start;
+    if (waited > options_.timeout) {
+      --num_waiting_;
+      throw CommError(fmt::format("{}: no answer within {:g} s from {}", operation->name(),
+                                  std::chrono::duration<double>(options_.timeout).count(),
+                                  describe_ranks(operation->group(), operation->missing_ranks())));
+    }
+    if (waited < kSpin && !more_ranks_than_cores_) continue;
+    lock.unlock();
+    if (waited < kYield) {
+      std::this_thread::yield();
+    } else {
+      std::this_thread::sleep_for(kNap);
+    }
+    lock.lock();
+  }
+  --num_waiting_;
+  if (operation->error()) throw CommError(*operation->error());
+  operation->release();
+}
+
+void MpiEngine::run_progress() {
+  std::unique_lock lock(mutex_);
+  while (!stopping_) {
+    work_to_do_.wait(lock, [this] { return stopping_ || !active_.empty(); });
+    if (stopping_) return;
+    if (num_waiting_ == 0) advance_all();
+    lock.unlock();
+    std::this_thread::sleep_for(options_.progress_interval);
+    lock.lock();
+  }
+}
+
+}  // namespace collegium::comm

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// The one user of the MPI library: posts messages, looks at their progress, waits with a deadline.
+
+#include <mpi.h>
+
+#include <condition_variable>
+#include <functional>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "collegium/comm/mpi/mpi.h"
+
+namespace collegium::comm {
+
+/// One operation: stages of messages; a stage begins when all messages of the former one are through.
+class MpiOperation {
+ public:
+  using Stage = std::function<void(MpiOperation&)>;
+
+  MpiOperation(Call call, std::string name, Group group, MPI_Comm comm);
+
+  void add_stage(Stage stage) { stages_.push_back(std::move(stage)); }
+  /// Group ranks; messages of no bytes are skipped unless `even_empty`.
+  void send(const void* data, std::int64_t bytes, int to, int tag, bool even_empty = false);
+  void recv(void* data, std::int64_t bytes, int from, int tag, bool even_empty = false);
+
+  const Call& call() const { return call_; }
+  const Group& group() const { return group_; }
+  const std::string& name() const { return name_; }
+  Timeline timeline() const { return timeline_; }
+  bool done() const { return done_; }
+  const std::optional<std::string>& error() const { return error_; }
+
+  /// What     Looks at the messages once and begins the next stage when it may.
+  void advance();
+  /// Ranks whose messages are not through.
+  std::vector<int> missing_ranks() const;
+  void release();
+
+ private:
+  struct Message {
+    int peer = 0;
+    std::int64_t bytes = 0;
+    bool receives = false;
+  };
+
+  void complete(std::size_t index, const MPI_Status& status);
+
+  Call call_;
+  std::string name_;
+  Group group_;
+  MPI_Comm comm_;
+  std::vector<Stage> stages_;
+  std::size_t next_stage_ = 0;
+  std::vector<MPI_Request> requests_;
+  std::vector<Message> messages_;
+  std::size_t num_open_ = 0;
+  bool done_ = false;
+  std::optional<std::string> error_;
+  Timeline timeline_;
+};
+
+/// MPI from initialisation to the end of the process. MPI is called under one lock, so MPI_THREAD_SERIALIZED
+/// is enough.
+class MpiEngine {
+ public:
+  explicit MpiEngine(const MpiOptions& options);
+  ~MpiEngine();
+  MpiEngine(const MpiEngine&) = delete;
+  MpiEngine& operator=(const MpiEngine&) = delete;
+
+  MPI_Comm comm() const { return comm_; }
+  const MpiOptions& options() const { return options_; }
+  Group world_group() const;
+  /// Context ids that are free on this rank from here on; see MpiCommunicator.
+  int next_context() const { return next_context_; }
+  void set_next_context(int context) { next_context_ = context; }
+
+  /// This rank failed: the end of the engine must wait for nobody.
+  void give_up() { failed_ = true; }
+
+  void start(const std::shared_ptr<MpiOperation>& operation);
+  /// Throws CommError: time-out, or what went wrong with a message.
+  void wait(const std::shared_ptr<MpiOperation>& operation);
+  bool done(const std::shared_ptr<MpiOperation>& operation);
+
+ private:
+  void advance_all();
+  void run_progress();
+
+  const MpiOptions options_;
+  MPI_Comm comm_ = MPI_COMM_NULL;
+  int next_context_ = 2;
+  bool more_ranks_than_cores_ = false;
+  std::mutex mutex_;
+  std::list<std::shared_ptr<MpiOperation>> active_;
+  std::condition_variable work_to_do_;
+  int num_waiting_ = 0;
+  bool stopping_ = false;
+  bool failed_ = false;
+  std::thread progress_;
+};
+
+}  // namespace collegium::comm

@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/comm/mpi/mpi.h"
+
+#include <ATen/ops/empty.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <thread>
+
+#include "collegium/comm/launcher.h"
+#include "collegium/comm/mpi/engine.h"
+#include "collegium/comm/reduce.h"
+
+namespace collegium::comm {
+
+namespace {
+
+// A tag holds the group's context id and, below it, the number of the call or the user's tag. A group has two
+// contexts: one for collectives, one for messages. Numbers may wrap around: far fewer calls than that are
+// under way at once, and messages of one pair and tag arrive in order.
+constexpr int kTagBits = 17;
+constexpr int kMaxContexts = 1 << 13;
+constexpr std::uint64_t kTagMask = (1U << kTagBits) - 1U;
+constexpr int kCollective = 0;
+constexpr int kMessage = 1;
+
+char* bytes_of(const at::Tensor& tensor) { return static_cast<char*>(tensor.data_ptr()); }
+
+void copy(char* to, const char* from, std::int64_t bytes) {
+  if (bytes > 0) std::memcpy(to, from, static_cast<std::size_t>(bytes));
+}
+
+// Every rank sends its block for rank r to rank r. Self-copies included. Blocks lie one after the other.
+void exchange(MpiOperation& operation, const char* input, const std::vector<std::int64_t>& send_bytes,
+              char* output, const std::vector<std::int64_t>& recv_bytes, int tag) {
+  const int size = operation.group().size();
+  const int self = operation.group().rank;
+  std::vector<std::int64_t> from(static_cast<std::size_t>(size) + 1, 0);
+  std::vector<std::int64_t> to(static_cast<std::size_t>(size) + 1, 0);
+  std::partial_sum(recv_bytes.begin(), recv_bytes.end(), from.begin() + 1);
+  std::partial_sum(send_bytes.begin(), send_bytes.end(), to.begin() + 1);
+  for (int step = 1; step < size; ++step) {
+    const auto source = static_cast<std::size_t>((self + size - step) % size);
+    operation.recv(output + from[source], recv_bytes[source], static_cast<int>(source), tag);
+  }
+  for (int step = 1; step < size; ++step) {
+    const auto target = static_cast<std::size_t>((self + step) % size);
+    operation.send(input + to[target], send_bytes[target], static_cast<int>(target), tag);
+  }
+  const auto own = static_cast<std::size_t>(self);
+  copy(output + from[own], input + to[own], std::min(recv_bytes[own], send_bytes[own]));
+}
+
+// Every rank sends the same block to all others.
+void spread(MpiOperation& operation, const char* block, std::int64_t block_bytes, char* output,
+            const std::vector<std::int64_t>& recv_bytes, int tag) {
+  const int self = operation.group().rank;
+  std::int64_t offset = 0;
+  for (int rank = 0; rank < operation.group().size(); ++rank) {
+    const std::int64_t bytes = recv_bytes[static_cast<std::size_t>(rank)];
+    if (rank == self) {
+      if (output + offset != block) copy(output + offset, block, bytes);
+    } else {
+      operation.recv(output + offset, bytes, rank, tag);
+      operation.send(block, block_bytes, rank, tag);
+    }
+    offset += bytes;
+  }
+}
+
+std::vector<std::int64_t> times(const std::vector<std::int64_t>& rows, std::int64_t bytes) {
+  std::vector<std::int64_t> result;
+  for (const std::int64_t count : rows) result.push_back(count * bytes);
+  return result;
+}
+
+// This rank's slice of all ranks' inputs, side by side, reduced in rank order into `output`.
+struct SliceReduction {
+  at::Tensor slices;  // uint8 [size, slice bytes]
+  std::int64_t elements = 0;
+
+  void finish(const Call& call, int size, char* output) const {
+    std::vector<const void*> inputs;
+    for (int rank = 0; rank < size; ++rank) inputs.push_back(bytes_of(slices) + rank * slices.size(1));
+    const std::vector<void*> outputs = {output};
+    reduce_elements(inputs, outputs, elements, call.dtype, call.reduce);
+  }
+};
+
+void add_reduce_scatter(MpiOperation& operation, const std::vector<std::int64_t>& send_bytes,
+                        std::int64_t own_elements, char* output, const at::Tensor& scratch, int tag) {
+  const int size = operation.group().size();
+  const std::int64_t own_bytes = send_bytes[static_cast<std::size_t>(operation.group().rank)];
+  const SliceReduction reduction = {.slices = scratch.narrow(0, 0, size * own_bytes).view({size, own_bytes}),
+                                    .elements = own_elements};
+  operation.add_stage([=](MpiOperation& op) {
+    const std::vector<std::int64_t> recv_bytes(static_cast<std::size_t>(size), own_bytes);
+    exchange(op, bytes_of(op.call().input), send_bytes, bytes_of(reduction.slices), recv_bytes, tag);
+  });
+  operation.add_stage([=](MpiOperation& op) { reduction.finish(op.call(), size, output); });
+}
+
+void add_all_reduce(MpiOperation& operation, const at::Tensor& scratch, int first_tag, int second_tag) {
+  const Call& call = operation.call();
+  const int size = operation.group().size();
+  const int self = operation.group().rank;
+  std::vector<std::int64_t> slice_bytes;
+  for (int r = 0; r < size; ++r)
+    slice_bytes.push_back((slice_begin(call.elements, size, r + 1) - slice_begin(call.elements, size, r)) *
+                          call.row_bytes());
+  const std::int64_t own_bytes = slice_bytes[static_cast<std::size_t>(self)];
+  char* own = bytes_of(call.output) + slice_begin(call.elements, size, self) * call.row_bytes();
+  add_reduce_scatter(operation, slice_bytes, own_bytes / call.row_bytes(), own, scratch, first_tag);
+  operation.add_stage([=](MpiOperation& op) {
+    spread(op, own, own_bytes, bytes_of(op.call().output), slice_bytes, second_tag);
+  });
+}
+
+void add_barrier(MpiOperation& operation, int tag) {
+  operation.add_stage([tag](MpiOperation& op) {
+    for (int rank = 0; rank < op.group().size(); ++rank) {
+      if (rank == op.group().rank) continue;
+      op.recv(nullptr, 0, rank, tag, true);
+      op.send(nullptr, 0, rank, tag, true);
+    }
+  });
+}
+
+void add_broadcast(MpiOperation& operation, int tag) {
+  operation.add_stage([tag](MpiOperation& op) {
+    const Call& call = op.call();
+    const std::int64_t bytes = call.elements * call.row_bytes();
+    if (call.peer != op.group().rank) return op.recv(bytes_of(call.output), bytes, call.peer, tag);
+    for (int rank = 0; rank < op.group().size(); ++rank) {
+      if (rank != call.peer) op.send(bytes_of(call.input), bytes, rank, tag);
+    }
+  });
+}
+
+class MpiWork final : public Work::State {
+ public:
+  MpiWork(std::shared_ptr<MpiEngine> engine, std::shared_ptr<MpiOperation> operation)
+      : engine_(std::move(engine)), operation_(std::move(operation)) {}
+  void wait() override {
+    if (!waited_) engine_->wait(operation_);
+    waited_ = true;
+  }
+  bool done() override { return waited_ || engine_->done(operation_); }
+  Timeline timeline() const override { return operation_->timeline(); }
+
+ private:
+  std::shared_ptr<MpiEngine> engine_;
+  std::shared_ptr<MpiOperation> operation_;
+  bool waited_ = false;
+};
+
+class MpiCommunicator final : public Communicator {
+ public:
+  MpiCommunicator(std::shared_ptr<MpiEngine> engine, int context, Group group)
+      : Communicator(std::move(group)), engine_(std::move(engine)), context_(context) {}
+
+  Work start(Call call) override {
+    const bool message = is_point_to_point(call.operation);
+    const std::uint64_t number = message ? next_message_++ : next_call_++;
+    std::string name = describe_call(call, group(), number);
+    auto operation =
+        std::make_shared<MpiOperation>(std::move(call), std::move(name), group(), engine_->comm());
+    if (message) {
+      add_message(*operation, tag(kMessage, static_cast<std::uint64_t>(operation->call().tag)));
+    } else {
+      add_stages(*operation, tag(kCollective, 2 * number), tag(kCollective, 2 * number + 1));
+    }
+    engine_->start(operation);
+    return Work(std::make_shared<MpiWork>(engine_, std::move(operation)));
+  }
+
+  std::shared_ptr<Communicator> split(int color, int key, const std::string& name) override {
+    Group group = agree_on_split(color, key, name);
+    // All members take the first contexts that are free on every rank of the old group.
+    const at::Tensor next = at::empty({1}, at::kLong);
+    *next.data_ptr<std::int64_t>() = engine_->next_context();
+    all_reduce(next, ReduceOp::kMax).wait();
+    const auto context = static_cast<int>(*next.data_ptr<std::int64_t>());
+    COLLEGIUM_CHECK(context + 2 <= kMaxContexts, "split '{}': {} groups were made, at most {} can be", name,
+                    context / 2, kMaxContexts / 2);
+    engine_->set_next_context(context + 2);
+    if (group.members.empty()) return nullptr;
+    return std::make_shared<MpiCommunicator>(engine_, context, std::move(group));
+  }
+
+ private:
+  int tag(int kind, std::uint64_t number) const {
+    return ((context_ + kind) << kTagBits) | static_cast<int>(number & kTagMask);
+  }
+
+  static void add_message(MpiOperation& operation, int tag) {
+    operation.add_stage([tag](MpiOperation& op) {
+      const Call& call = op.call();
+      const std::int64_t bytes = call.elements * call.row_bytes();
+      if (call.operation == Operation::kSend)
+        return op.send(bytes_of(call.input), bytes, call.peer, tag, true);
+      op.recv(bytes_of(call.output), bytes, call.peer, tag, true);
+    });
+  }
+
+  // Where other ranks' contributions to a reduction are put. Fresh memory would cost more than the reduction
+  // (its pages are touched for the first time by the transfer), so it is kept, unless an operation under way
+  // uses it.
+  at::Tensor scratch(std::int64_t bytes) {
+    if (!scratch_.defined() || scratch_.numel() < bytes || scratch_.storage().use_count() > 1)
+      scratch_ = at::empty({bytes}, at::kByte);
+    return scratch_;
+  }
+
+  void add_stages(MpiOperation& operation, int first_tag, int second_tag) {
+    const Call& call = operation.call();
+    switch (call.operation) {
+      case Operation::kAllReduce: {
+        const std::int64_t slice = call.elements / size() + 1;
+        return add_all_reduce(operation, scratch(slice * size() * call.row_bytes()), first_tag, second_tag);
+      }
+      case Operation::kReduceScatter:
+        return add_reduce_scatter(
+            operation, times(call.send_rows, call.row_bytes()), call.output.numel(), bytes_of(call.output),
+            scratch(call.output.numel() * call.output.element_size() * size()), first_tag);
+      case Operation::kBroadcast:
+        return add_broadcast(operation, first_tag);
+      case Operation::kBarrier:
+        return add_barrier(operation, first_tag);
+      case Operation::kAllGather:
+        return operation.add_stage([first_tag](MpiOperation& op) {
+          const Call& c = op.call();
+          spread(op, bytes_of(c.input), c.elements * static_cast<std::int64_t>(c10::elementSize(c.dtype)),
+                 bytes_of(c.output), times(c.recv_rows, c.row_bytes()), first_tag);
+        });
+      case Operation::kAllToAll:
+        return operation.add_stage([first_tag](MpiOperation& op) {
+          const Call& c = op.call();
+          exchange(op, bytes_of(c.input), times(c.send_rows, c.row_bytes()), bytes_of(c.output),
+                   times(c.recv_rows, c.row_bytes()), first_tag);
+        });
+      case Operation::kSend:
+      case Operation::kRecv:
+        break;
+    }
+  }
+
+  std::shared_ptr<MpiEngine> engine_;
+  const int context_;
+  at::Tensor scratch_;
+  std::uint64_t next_call_ = 0;
+  std::uint64_t next_message_ = 0;
+};
+
+}  // namespace
+
+bool has_mpi() { return true; }
+
+void run_mpi_world(const std::function<void(Communicator&)>& fn, const MpiOptions& options) {
+  require_config(options.timeout.count() > 0, "time-out = {} ms: must be positive", options.timeout.count());
+  const auto engine = std::make_shared<MpiEngine>(options);
+  const Group group = engine->world_group();
+  refuse_foreign_launcher(group.size(), find_launcher());
+  // Rank 0 first, so that the first to report ends the others before they do.
+  const auto my_turn = [&] {
+    engine->give_up();
+    if (group.rank > 0) std::this_thread::sleep_for(std::chrono::milliseconds(200 + 20 * group.rank));
+    return fmt::format("rank {} of {}: ", group.rank, group.size());
+  };
+  try {
+    const auto world = std::make_shared<MpiCommunicator>(engine, 0, group);
+    fn(*world);
+    world->barrier();
+  } catch (const CommError& error) {
+    throw CommError(my_turn() + error.what());
+  } catch (const ConfigError& error) {
+    throw ConfigError(my_turn() + error.what());
+  } catch (const InternalError& error) {
+    throw InternalError(my_turn() + error.what());
+  } catch (const std::exception& error) {
+    throw Error(my_turn() + error.what());
+  }
+}
+
+void abort_mpi_world(int exit_code) {
+  int initialized = 0;
+  int finalized = 0;
+  MPI_Initialized(&initialized);
+  MPI_Finalized(&finalized);
+  if (initialized != 0 && finalized == 0) MPI_Abort(MPI_COMM_WORLD, exit_code);
+  std::_Exit(exit_code);
+}
+
+}  // namespace collegium::comm
