@@ -25,9 +25,11 @@ struct Decoder::Block {
 };
 
 Decoder::Decoder(ModelConfig config, std::vector<Parameter> parameters)
-    : config_(std::move(config)),
-      parameters_(std::move(parameters)),
-      dispatcher_(moe::make_local_dispatcher(config_.moe.num_experts)) {
+    : Decoder(config, std::move(parameters),
+              {.dispatcher = moe::make_local_dispatcher(config.moe.num_experts), .overlap = {}}) {}
+
+Decoder::Decoder(ModelConfig config, std::vector<Parameter> parameters, moe::ExpertTransport transport)
+    : config_(std::move(config)), parameters_(std::move(parameters)), transport_(std::move(transport)) {
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
     index_[parameters_[i].name] = i;
     parameters_[i].value.requires_grad_(parameters_[i].trainable);
@@ -51,8 +53,8 @@ Decoder::Decoder(ModelConfig config, std::vector<Parameter> parameters)
     block->moe = {.router = {.gate_ED = find("moe.router"),
                              .noise_ED = find("moe.noise"),
                              .expert_bias_E = find("moe.expert_bias")},
-                  .gate_up_EGD = find("moe.gate_up"),
-                  .down_EDF = find("moe.down"),
+                  .gate_up_LGD = find("moe.gate_up"),
+                  .down_LDF = find("moe.down"),
                   .shared_gate_up_GD = find("moe.shared_gate_up"),
                   .shared_down_DF = find("moe.shared_down"),
                   .shared_gate_1D = find("moe.shared_gate"),
@@ -81,7 +83,7 @@ at::Tensor Decoder::run_block(const Block& block, const at::Tensor& x_BSD, const
   const at::Tensor normed_TD =
       rms_norm(mixed_BSD, block.post_norm, config_.norm_eps).reshape({-1, config_.hidden_size});
   const at::Tensor y_TD = block.has_experts
-                              ? moe::moe_layer(config_.moe, block.moe, dispatcher_, normed_TD, run)
+                              ? moe::moe_layer(config_.moe, block.moe, transport_, normed_TD, run)
                               : dense_ffn(normed_TD, block.ffn_gate_up, block.ffn_down);
   return mixed_BSD + y_TD.view_as(mixed_BSD);
 }

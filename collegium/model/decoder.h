@@ -41,6 +41,8 @@ struct ForwardResult {
 class Decoder {
  public:
   /// The parameters must be initialised or loaded. Trainable ones become autograd leaves.
+  Decoder(ModelConfig config, std::vector<Parameter> parameters, moe::ExpertTransport transport);
+  /// Of a rank that holds every expert.
   Decoder(ModelConfig config, std::vector<Parameter> parameters);
 
   const ModelConfig& config() const { return config_; }
@@ -67,7 +69,7 @@ class Decoder {
   std::vector<Parameter> parameters_;
   std::map<std::string, std::size_t> index_;
   std::vector<std::shared_ptr<Block>> blocks_;
-  std::shared_ptr<moe::Dispatcher> dispatcher_;
+  moe::ExpertTransport transport_;
 };
 
 /// What     Sum over targets of cross-entropy: -sum log softmax(hidden W^T)[target]. [T, V] never exists as a

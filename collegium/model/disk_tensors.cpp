@@ -58,11 +58,12 @@ void list_layer_tensors(const std::string& prefix, const std::string& local, con
   };
   if (local == "moe.gate_up") {
     for (std::int64_t e = 0; e < p.shape[0]; ++e) {
-      halves(replace_percent(names.expert_gate, e), replace_percent(names.expert_up, e), e);
+      const std::int64_t id = p.first_expert + e;
+      halves(replace_percent(names.expert_gate, id), replace_percent(names.expert_up, id), e);
     }
   } else if (local == "moe.down") {
     for (std::int64_t e = 0; e < p.shape[0]; ++e) {
-      out.push_back({.name = prefix + replace_percent(names.expert_down, e),
+      out.push_back({.name = prefix + replace_percent(names.expert_down, p.first_expert + e),
                      .parameter = index,
                      .shape = {p.shape[1], p.shape[2]},
                      .expert = e,

@@ -23,21 +23,24 @@ class Lister {
     list.push_back({.name = std::move(name),
                     .kind = kind,
                     .shape = std::move(shape),
+                    .first_expert = kind == ParameterKind::kExpert ? held.first : 0,
                     .value = {},
                     .trainable = trainable});
   }
+  ExpertRange held;
   std::vector<Parameter> list;
 };
 
 void list_moe(const ModelConfig& c, const std::string& prefix, Lister& out) {
   const moe::MoeOptions& o = c.moe;
   const std::int64_t d = c.hidden_size;
+  const std::int64_t num_held = out.held.end(o.num_experts) - out.held.first;
   out.add(prefix + "router", ParameterKind::kRouter, {o.num_experts, d});
   if (o.router.noise == moe::Noise::kNoisyTopK)
     out.add(prefix + "noise", ParameterKind::kRouter, {o.num_experts, d});
   if (o.router.bias_balancing) out.add(prefix + "expert_bias", ParameterKind::kBuffer, {o.num_experts});
-  out.add(prefix + "gate_up", ParameterKind::kExpert, {o.num_experts, 2 * o.ffn_size, d});
-  out.add(prefix + "down", ParameterKind::kExpert, {o.num_experts, d, o.ffn_size});
+  out.add(prefix + "gate_up", ParameterKind::kExpert, {num_held, 2 * o.ffn_size, d});
+  out.add(prefix + "down", ParameterKind::kExpert, {num_held, d, o.ffn_size});
   if (o.shared_expert.kind == moe::SharedExpert::kNone) return;
   out.add(prefix + "shared_gate_up", ParameterKind::kDense, {2 * o.shared_expert.ffn_size, d});
   out.add(prefix + "shared_down", ParameterKind::kDense, {d, o.shared_expert.ffn_size});
@@ -92,16 +95,16 @@ at::Tensor initial_value(const ModelConfig& c, std::uint64_t seed, const Paramet
     return value;
   }
   for (std::int64_t expert = 0; expert < p.shape[0]; ++expert) {
-    fill_normal(c.initializer_range, RandomStream(seed, p.name, static_cast<std::uint64_t>(expert) + 1),
-                value.select(0, expert));
+    const auto global = static_cast<std::uint64_t>(p.first_expert + expert);
+    fill_normal(c.initializer_range, RandomStream(seed, p.name, global + 1), value.select(0, expert));
   }
   return value;
 }
 
 }  // namespace
 
-std::vector<Parameter> list_parameters(const ModelConfig& config) {
-  Lister out;
+std::vector<Parameter> list_parameters(const ModelConfig& config, const ExpertRange& held) {
+  Lister out{.held = held, .list = {}};
   out.add("embed_tokens", ParameterKind::kEmbedding, {config.vocab_size, config.hidden_size});
   for (std::int64_t layer = 0; layer < config.num_layers; ++layer) list_layer(config, layer, out);
   out.add("norm", ParameterKind::kNorm, {config.hidden_size});

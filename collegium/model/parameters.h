@@ -16,12 +16,21 @@ namespace collegium::model {
 
 enum class ParameterKind { kDense, kExpert, kRouter, kNorm, kEmbedding, kBuffer };
 
+/// Which experts of every layer a rank holds.
+struct ExpertRange {
+  std::int64_t first = 0;
+  std::int64_t count = -1;  ///< -1 = all from `first` on
+
+  std::int64_t end(std::int64_t num_experts) const { return count < 0 ? num_experts : first + count; }
+};
+
 /// One tensor in memory. Names: "embed_tokens", "layers.3.attention.q_proj", "layers.3.moe.gate_up",
 /// "layers.3.moe.router", ...
 struct Parameter {
   std::string name;
   ParameterKind kind = ParameterKind::kDense;
-  std::vector<std::int64_t> shape;
+  std::vector<std::int64_t> shape;  ///< kExpert: dim 0 are the experts held here
+  std::int64_t first_expert = 0;    ///< kExpert: global id of the first of them
   at::Tensor value;  ///< compute dtype (buffers: the router's dtype); an autograd leaf while it is trained
   bool trainable = true;  ///< false: frozen, or a buffer
 };
@@ -31,13 +40,13 @@ struct DiskTensor {
   std::string name;
   std::size_t parameter = 0;        ///< index into the list of parameters
   std::vector<std::int64_t> shape;  ///< on disk
-  std::int64_t expert = -1;         ///< >= 0: a slice of one expert
+  std::int64_t expert = -1;         ///< >= 0: a slice of one expert, counted from the first held here
   std::int64_t first_row = 0;       ///< of the (expert's) matrix
   std::int64_t num_rows = -1;       ///< -1: all
 };
 
-/// What     Every parameter of the model in a fixed order, without storage.
-std::vector<Parameter> list_parameters(const ModelConfig& config);
+/// What     Every parameter of the model in a fixed order, without storage; of the experts those in `held`.
+std::vector<Parameter> list_parameters(const ModelConfig& config, const ExpertRange& held = {});
 /// What     Every on-disk tensor of the model, in the family's naming.
 std::vector<DiskTensor> list_disk_tensors(const ModelConfig& config,
                                           const std::vector<Parameter>& parameters);

@@ -13,53 +13,38 @@ namespace {
 
 constexpr double kCvGuard = 1e-10;
 
-// A layer's statistics as sums over the whole batch, in the router's dtype.
-struct BatchSums {
-  double num_tokens = 0.0;
-  at::Tensor tokens_B1;
-  at::Tensor choices_BE;
-  at::Tensor first_BE;
-  at::Tensor probs_BE;
-};
-
-BatchSums sum_batch(const RouterStatistics& statistics) {
-  const auto options = statistics.prob_sums_BE.options();
-  return {.num_tokens = statistics.num_tokens_B.sum().item<double>(),
-          .tokens_B1 = statistics.num_tokens_B.to(options).unsqueeze(1),
-          .choices_BE = statistics.choice_counts_BE.to(options),
-          .first_BE = statistics.first_counts_BE.to(options),
-          .probs_BE = statistics.prob_sums_BE};
-}
-
 // One loss of one layer: its value, and d value / d sums with a row per sequence or one row for all.
 struct Term {
   double value = 0.0;
   at::Tensor gradient;
 };
 
-// scale * sum_e (counts_e / tokens) (probs_e / tokens), over the batch or per sequence weighted by its
-// tokens.
-Term product_term(const BatchSums& sums, const at::Tensor& counts_BE, double scale, LossScope scope) {
-  if (scope == LossScope::kBatch) {
-    const at::Tensor fraction_1E = counts_BE.sum(0, true) / sums.num_tokens;
-    const at::Tensor gradient_1E = scale * fraction_1E / sums.num_tokens;
-    return {.value = (gradient_1E * sums.probs_BE.sum(0, true)).sum().item<double>(),
-            .gradient = gradient_1E};
-  }
-  const at::Tensor gradient_BE = scale * counts_BE / sums.tokens_B1.clamp_min(1) / sums.num_tokens;
-  return {.value = (gradient_BE * sums.probs_BE).sum().item<double>(), .gradient = gradient_BE};
+// scale * sum_e (counts_e / tokens) (probs_e / tokens) over the whole batch.
+Term batch_product(const RouterTotals& totals, const at::Tensor& counts_E, double scale) {
+  const at::Tensor gradient_E = scale * counts_E / (totals.num_tokens() * totals.num_tokens());
+  return {.value = (gradient_E * totals.prob_sums_E()).sum().item<double>(),
+          .gradient = gradient_E.unsqueeze(0)};
+}
+
+// The same per sequence, averaged over sequences by their tokens; `product` is its sum over all ranks.
+Term sequence_product(const LayerStatistics& layer, const at::Tensor& counts_BE, double product,
+                      double scale) {
+  const double num_tokens = layer.totals.num_tokens();
+  const at::Tensor tokens_B1 = layer.local.num_tokens_B.to(at::kDouble).clamp_min(1).unsqueeze(1);
+  return {.value = scale * product / num_tokens,
+          .gradient = scale * counts_BE.to(at::kDouble) / tokens_B1 / num_tokens};
 }
 
 // CV^2 = variance / (mean^2 + guard), population variance.
-Term cv2_term(const at::Tensor& values_BE) {
-  const at::Tensor v_1E = values_BE.sum(0, true);
-  const auto num_experts = static_cast<double>(v_1E.numel());
-  const double mean = v_1E.mean().item<double>();
-  const at::Tensor centered_1E = v_1E - mean;
-  const double variance = (centered_1E * centered_1E).mean().item<double>();
+Term cv2_term(const at::Tensor& values_E) {
+  const auto num_experts = static_cast<double>(values_E.numel());
+  const double mean = values_E.mean().item<double>();
+  const at::Tensor centered_E = values_E - mean;
+  const double variance = (centered_E * centered_E).mean().item<double>();
   const double square = mean * mean + kCvGuard;
-  return {.value = variance / square,
-          .gradient = 2.0 / num_experts * (centered_1E / square - variance * mean / (square * square))};
+  const at::Tensor gradient_E =
+      2.0 / num_experts * (centered_E / square - variance * mean / (square * square));
+  return {.value = variance / square, .gradient = gradient_E.unsqueeze(0)};
 }
 
 void accumulate(at::Tensor& target, const at::Tensor& gradient, double factor) {
@@ -70,95 +55,97 @@ void accumulate(at::Tensor& target, const at::Tensor& gradient, double factor) {
 // Collects the terms of all layers, each averaged over the layers.
 class Collector {
  public:
-  Collector(BalanceLoss& loss, double num_layers) : loss_(loss), num_layers_(num_layers) {}
+  Collector(BalanceLoss& loss, double num_layers, at::ScalarType dtype)
+      : loss_(loss), num_layers_(num_layers), dtype_(dtype) {}
 
   void add(const std::string& name, double coefficient, std::size_t layer, const Term& term,
            at::Tensor RouterStatisticsGradient::* target) {
     loss_.terms[name] += term.value / num_layers_;
     loss_.total += coefficient * term.value / num_layers_;
     if (term.gradient.defined())
-      accumulate(loss_.layers[layer].*target, term.gradient, coefficient / num_layers_);
+      accumulate(loss_.layers[layer].*target, term.gradient.to(dtype_), coefficient / num_layers_);
   }
 
  private:
   BalanceLoss& loss_;
   double num_layers_;
+  at::ScalarType dtype_;
 };
 
-void add_layer(const MoeOptions& options, const RouterStatistics& statistics, std::size_t layer,
+void add_layer(const MoeOptions& options, const LayerStatistics& layer, std::size_t index,
                Collector& collector, BalanceLoss& loss, double num_layers) {
   const BalanceOptions& balance = options.balance;
+  const RouterTotals& totals = layer.totals;
   const auto num_experts = static_cast<double>(options.num_experts);
-  const auto top_k = static_cast<double>(options.top_k);
-  const BatchSums sums = sum_batch(statistics);
+  const double per_choice = num_experts / static_cast<double>(options.top_k);
   constexpr auto kProbs = &RouterStatisticsGradient::prob_sums_BE;
-  const Term batch = product_term(sums, sums.choices_BE, num_experts / top_k, LossScope::kBatch);
+  const Term batch = batch_product(totals, totals.choice_counts_E(), per_choice);
   loss.normalized_balance += batch.value / num_layers;
   if (balance.load_balance != 0.0) {
     const Term term = balance.load_balance_scope == LossScope::kBatch
                           ? batch
-                          : product_term(sums, sums.choices_BE, num_experts / top_k, LossScope::kSequence);
-    collector.add("load_balance", balance.load_balance, layer, term, kProbs);
+                          : sequence_product(layer, layer.local.choice_counts_BE,
+                                             totals.sequence_choice_product(), per_choice);
+    collector.add("load_balance", balance.load_balance, index, term, kProbs);
   }
   if (balance.gshard != 0.0) {
-    collector.add("gshard", balance.gshard, layer,
-                  product_term(sums, sums.first_BE, 1.0 / num_experts, LossScope::kSequence), kProbs);
+    collector.add("gshard", balance.gshard, index,
+                  sequence_product(layer, layer.local.first_counts_BE, totals.sequence_first_product(),
+                                   1.0 / num_experts),
+                  kProbs);
   }
   if (balance.switch_top1 != 0.0) {
-    collector.add("switch_top1", balance.switch_top1, layer,
-                  product_term(sums, sums.first_BE, num_experts, LossScope::kBatch), kProbs);
+    collector.add("switch_top1", balance.switch_top1, index,
+                  batch_product(totals, totals.first_counts_E(), num_experts), kProbs);
   }
   if (balance.importance_cv2 != 0.0) {
     const bool weights = balance.importance_of == ImportanceOf::kWeights;
-    collector.add("importance_cv2", balance.importance_cv2, layer,
-                  cv2_term(weights ? statistics.importance_BE : statistics.prob_sums_BE),
+    collector.add("importance_cv2", balance.importance_cv2, index,
+                  cv2_term(weights ? totals.importance_E() : totals.prob_sums_E()),
                   weights ? &RouterStatisticsGradient::importance_BE : kProbs);
   }
   if (balance.load_cv2 != 0.0) {
     // Without noise (evaluation) the load is a count and has no gradient.
-    Term term = cv2_term(statistics.load_BE.defined() ? statistics.load_BE : sums.choices_BE);
-    if (!statistics.load_BE.defined()) term.gradient = at::Tensor();
-    collector.add("load_cv2", balance.load_cv2, layer, term, &RouterStatisticsGradient::load_BE);
+    Term term = cv2_term(totals.load_E());
+    if (!totals.load_is_smooth()) term.gradient = at::Tensor();
+    collector.add("load_cv2", balance.load_cv2, index, term, &RouterStatisticsGradient::load_BE);
   }
   if (balance.z_loss != 0.0) {
-    const double value = statistics.squared_lse_B.sum().item<double>() / sums.num_tokens;
-    collector.add("z_loss", balance.z_loss, layer, {.value = value, .gradient = {}}, kProbs);
-    loss.layers[layer].squared_lse = balance.z_loss / num_layers / sums.num_tokens;
+    const double value = totals.squared_lse() / totals.num_tokens();
+    collector.add("z_loss", balance.z_loss, index, {.value = value, .gradient = {}}, kProbs);
+    loss.layers[index].squared_lse = balance.z_loss / num_layers / totals.num_tokens();
   }
 }
 
 }  // namespace
 
-double hf_pooled_loss(const MoeOptions& options, std::span<const RouterStatistics> layers, double coefficient,
-                      std::span<RouterStatisticsGradient> gradients) {
-  at::Tensor counts_1E;
-  at::Tensor probs_1E;
-  double num_rows = 0.0;
-  for (const RouterStatistics& statistics : layers) {
-    const BatchSums sums = sum_batch(statistics);
-    num_rows += sums.num_tokens;
-    accumulate(counts_1E, sums.choices_BE.sum(0, true), 1.0);
-    accumulate(probs_1E, sums.probs_BE.sum(0, true), 1.0);
-  }
+double hf_pooled_loss(const MoeOptions& options, std::span<const RouterTotals> layers, double coefficient,
+                      std::span<RouterStatisticsGradient> gradients, at::ScalarType gradient_dtype) {
+  RouterTotals pooled(options.num_experts);
+  for (const RouterTotals& totals : layers) pooled += totals;
+  const double num_rows = pooled.num_tokens();
   if (num_rows == 0.0) return 0.0;
-  const at::Tensor gradient_1E = static_cast<double>(options.num_experts) * counts_1E / (num_rows * num_rows);
+  const at::Tensor gradient_E =
+      static_cast<double>(options.num_experts) * pooled.choice_counts_E() / (num_rows * num_rows);
   for (RouterStatisticsGradient& gradient : gradients)
-    accumulate(gradient.prob_sums_BE, gradient_1E, coefficient);
-  return (gradient_1E * probs_1E).sum().item<double>();
+    accumulate(gradient.prob_sums_BE, gradient_E.unsqueeze(0).to(gradient_dtype), coefficient);
+  return (gradient_E * pooled.prob_sums_E()).sum().item<double>();
 }
 
-BalanceLoss balance_loss(const MoeOptions& options, std::span<const RouterStatistics> layers) {
+BalanceLoss balance_loss(const MoeOptions& options, std::span<const LayerStatistics> layers) {
   const at::NoGradGuard no_grad;
   BalanceLoss loss;
   loss.layers.resize(layers.size());
-  if (layers.empty() || layers[0].num_tokens_B.sum().item<std::int64_t>() == 0) return loss;
+  if (layers.empty() || layers[0].totals.num_tokens() == 0.0) return loss;
   const auto num_layers = static_cast<double>(layers.size());
-  Collector collector(loss, num_layers);
-  for (std::size_t layer = 0; layer < layers.size(); ++layer) {
-    add_layer(options, layers[layer], layer, collector, loss, num_layers);
-  }
+  const at::ScalarType dtype = layers[0].local.prob_sums_BE.scalar_type();
+  Collector collector(loss, num_layers, dtype);
+  for (std::size_t i = 0; i < layers.size(); ++i)
+    add_layer(options, layers[i], i, collector, loss, num_layers);
   if (options.balance.hf_pooled != 0.0) {
-    const double value = hf_pooled_loss(options, layers, options.balance.hf_pooled, loss.layers);
+    std::vector<RouterTotals> totals;
+    for (const LayerStatistics& layer : layers) totals.push_back(layer.totals);
+    const double value = hf_pooled_loss(options, totals, options.balance.hf_pooled, loss.layers, dtype);
     loss.terms["hf_pooled"] = value;
     loss.total += options.balance.hf_pooled * value;
   }

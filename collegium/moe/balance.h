@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// Balance losses. Each is a function of the layers' RouterStatistics (already summed over ranks where its
-// scope says so); what goes back to a layer is dLoss/dStatistics, so pooled forms and sums that are reduced
-// late need no autograd.
+// Balance losses. Each is a function of the layers' RouterTotals, summed over all ranks; what goes back to a
+// layer is dLoss/dStatistics of this rank's tokens, so pooled forms and sums that are reduced late need no
+// autograd.
 
 #include <map>
 #include <span>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "collegium/moe/options.h"
+#include "collegium/moe/router_totals.h"
 #include "collegium/moe/routing.h"
 
 namespace collegium::moe {
@@ -22,18 +23,23 @@ struct BalanceLoss {
   std::vector<RouterStatisticsGradient> layers;  ///< d total / d statistics, one per layer
 };
 
-/// What     All balance losses with a coefficient, over the MoE layers of one micro-step.
-/// Math     docs/balance_losses.md has each formula, its scope and its source.
-/// Shape    `layers`: statistics of the micro-step's tokens, one entry per MoE layer.
+/// One layer of a micro-step.
+struct LayerStatistics {
+  const RouterStatistics& local;  ///< this rank's sequences
+  const RouterTotals& totals;     ///< all ranks'
+};
+
+/// What     All balance losses with a coefficient, over the MoE layers of one micro-step. Values are those of
+///          the whole micro-step, the same on all ranks; gradients are for this rank's tokens.
+/// Math     docs/router.md has each formula, its scope and its source.
 /// Order    A micro-step without tokens gives 0 and zero gradients.
-BalanceLoss balance_loss(const MoeOptions& options, std::span<const RouterStatistics> layers);
+BalanceLoss balance_loss(const MoeOptions& options, std::span<const LayerStatistics> layers);
 
 /// What     Hugging Face's form: counts (not divided by K) and probabilities are pooled over all layers
-/// before the product,
-///          E sum_e (C_e / (layers T)) (P_e / (layers T)). Returned without its coefficient; `coefficient`
-///          times its gradient is added to `gradients` (empty = value only).
-double hf_pooled_loss(const MoeOptions& options, std::span<const RouterStatistics> layers, double coefficient,
-                      std::span<RouterStatisticsGradient> gradients);
+///          before the product, E sum_e (C_e / (layers T)) (P_e / (layers T)). Returned without its
+///          coefficient; `coefficient` times its gradient is added to `gradients` (empty = value only).
+double hf_pooled_loss(const MoeOptions& options, std::span<const RouterTotals> layers, double coefficient,
+                      std::span<RouterStatisticsGradient> gradients, at::ScalarType gradient_dtype = at::kDouble);
 
 /// What     The update of loss-free balancing: bias_e += rate * sign(mean(counts) - counts_e), sign(0) = 0.
 /// Dtype    counts int64, exact over the whole optimizer step and all ranks; bias fp32 or fp64.

@@ -16,21 +16,22 @@ at::Tensor experts_forward(const at::Tensor& rows_RD, const at::Tensor& weights_
   return ops::grouped_mm(state.activation_RF, down_LDF, counts_L);
 }
 
-ExpertsGradients experts_backward(const ExpertsState& state, const at::Tensor& grad_RD,
-                                  const at::Tensor& gate_up_LGD, const at::Tensor& down_LDF,
-                                  const ExpertsNeeds& needs) {
-  ExpertsGradients gradients;
-  if (needs.down) {
-    gradients.down_LDF = ops::grouped_mm_grad_weights(grad_RD, state.activation_RF, state.counts_L);
-  }
-  const at::Tensor grad_RF = ops::grouped_mm_grad_rows(grad_RD, down_LDF, state.counts_L);
-  const ops::SwigluGradients inner = ops::swiglu_backward(grad_RF, state.gate_up_RG, state.weights_R);
-  gradients.weights_R = inner.weights_R;
-  if (needs.gate_up) {
-    gradients.gate_up_LGD = ops::grouped_mm_grad_weights(inner.gate_up_RG, state.rows_RD, state.counts_L);
-  }
-  if (needs.rows)
-    gradients.rows_RD = ops::grouped_mm_grad_rows(inner.gate_up_RG, gate_up_LGD, state.counts_L);
+RowGradients ExpertsBackward::rows(const at::Tensor& gate_up_LGD, const at::Tensor& down_LDF) {
+  const at::Tensor grad_RF = ops::grouped_mm_grad_rows(grad_RD_, down_LDF, state_.counts_L);
+  const ops::SwigluGradients inner = ops::swiglu_backward(grad_RF, state_.gate_up_RG, state_.weights_R);
+  grad_gate_up_RG_ = inner.gate_up_RG;
+  RowGradients gradients{.rows_RD = {}, .weights_R = inner.weights_R};
+  if (needs_.rows)
+    gradients.rows_RD = ops::grouped_mm_grad_rows(grad_gate_up_RG_, gate_up_LGD, state_.counts_L);
+  return gradients;
+}
+
+ExpertWeightGradients ExpertsBackward::weights() const {
+  ExpertWeightGradients gradients;
+  if (needs_.down)
+    gradients.down_LDF = ops::grouped_mm_grad_weights(grad_RD_, state_.activation_RF, state_.counts_L);
+  if (needs_.gate_up)
+    gradients.gate_up_LGD = ops::grouped_mm_grad_weights(grad_gate_up_RG_, state_.rows_RD, state_.counts_L);
   return gradients;
 }
 

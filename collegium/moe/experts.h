@@ -5,6 +5,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <utility>
+
 namespace collegium::moe {
 
 /// What the backward pass of the experts needs. The experts' outputs are not kept.
@@ -29,15 +31,35 @@ struct ExpertsNeeds {
   bool gate_up = true;
   bool down = true;
 };
-struct ExpertsGradients {
-  at::Tensor rows_RD;
-  at::Tensor weights_R;
+
+/// What the ranks that the rows came from wait for.
+struct RowGradients {
+  at::Tensor rows_RD;    ///< undefined when not needed
+  at::Tensor weights_R;  ///< undefined when the forward pass had none
+};
+struct ExpertWeightGradients {
   at::Tensor gate_up_LGD;
   at::Tensor down_LDF;
 };
-/// What     Gradients of experts_forward() for dLoss/dout [R, D]; those not needed stay undefined.
-ExpertsGradients experts_backward(const ExpertsState& state, const at::Tensor& grad_RD,
-                                  const at::Tensor& gate_up_LGD, const at::Tensor& down_LDF,
-                                  const ExpertsNeeds& needs);
+
+/// Gradients of experts_forward() for dLoss/dout [R, D], in two steps, so that the rows' gradients can travel
+/// while the weights' are computed.
+class ExpertsBackward {
+ public:
+  /// Keeps references to all arguments.
+  ExpertsBackward(const ExpertsState& state, at::Tensor grad_RD, const ExpertsNeeds& needs)
+      : state_(state), grad_RD_(std::move(grad_RD)), needs_(needs) {}
+
+  /// First.
+  RowGradients rows(const at::Tensor& gate_up_LGD, const at::Tensor& down_LDF);
+  /// Second. Those not needed stay undefined.
+  ExpertWeightGradients weights() const;
+
+ private:
+  const ExpertsState& state_;
+  at::Tensor grad_RD_;
+  ExpertsNeeds needs_;
+  at::Tensor grad_gate_up_RG_;
+};
 
 }  // namespace collegium::moe

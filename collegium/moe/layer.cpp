@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/moe/layer.h"
 
+#include <ATen/OpMathType.h>
+#include <ATen/ops/cat.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>
 
 #include <array>
+#include <functional>
 #include <optional>
+#include <vector>
 
+#include "collegium/moe/capacity.h"
 #include "collegium/moe/experts.h"
 #include "collegium/moe/shared_expert.h"
 
@@ -33,14 +38,23 @@ enum Input : std::size_t {
 };
 using Inputs = std::array<at::Tensor, kCount>;
 
+// A run of consecutive tokens that travels and is computed by itself.
+struct Chunk {
+  std::int64_t begin = 0;
+  std::int64_t tokens = 0;
+  std::shared_ptr<DispatchHandle> handle;
+  ExpertsState experts;
+
+  at::Tensor of(const at::Tensor& all_TX) const { return all_TX.narrow(0, begin, tokens); }
+};
+
 // Everything the backward pass needs besides the inputs; lives as long as the graph.
 struct Saved {
   MoeOptions options;
-  std::shared_ptr<Dispatcher> dispatcher;
+  ExpertTransport transport;
   std::shared_ptr<LayerRun> run;
   std::shared_ptr<RouterState> router;
-  std::shared_ptr<DispatchHandle> handle;
-  ExpertsState experts;
+  std::vector<Chunk> chunks;
   SharedExpertState shared;
   at::Tensor expert_input_TD;
   at::Tensor expert_bias_E;
@@ -53,6 +67,65 @@ SharedExpertWeights shared_weights(const Inputs& inputs) {
           .mix_2D = inputs[kSharedMix]};
 }
 
+// Equal shares, as many on every rank, empty where there are fewer tokens than chunks.
+std::vector<Chunk> cut_into_chunks(std::int64_t num_tokens, std::int64_t num_chunks) {
+  std::vector<Chunk> chunks(static_cast<std::size_t>(num_chunks));
+  for (std::int64_t i = 0; i < num_chunks; ++i) {
+    Chunk& chunk = chunks[static_cast<std::size_t>(i)];
+    chunk.begin = num_tokens * i / num_chunks;
+    chunk.tokens = num_tokens * (i + 1) / num_chunks - chunk.begin;
+  }
+  return chunks;
+}
+
+std::int64_t capacity_rows(const MoeOptions& options, const TokenContext& context) {
+  const CapacityOptions& capacity = options.capacity;
+  const bool drops =
+      capacity.drop_policy != DropPolicy::kNone && (context.training || capacity.drop_in_evaluation);
+  if (!drops) return -1;
+  return expert_capacity(options, capacity.group_sequences * context.sequence_length) *
+         (context.num_sequences / capacity.group_sequences);
+}
+
+void plan_chunks(const Routing& routing, Saved& saved) {
+  saved.chunks = cut_into_chunks(routing.expert_ids_TK.size(0), saved.transport.overlap.chunks);
+  std::vector<at::Tensor> ids;
+  for (const Chunk& chunk : saved.chunks) ids.push_back(chunk.of(routing.expert_ids_TK));
+  const TokenContext& context = saved.run->context;
+  const auto handles = saved.transport.dispatcher->plan(
+      {.chunk_ids_TK = ids,
+       .capacity_rows = capacity_rows(saved.options, context),
+       .where = {.step = context.step, .layer = context.layer, .phase = {}}});
+  for (std::size_t i = 0; i < handles.size(); ++i) saved.chunks[i].handle = handles[i];
+}
+
+// Chunk i + 1 arrives while chunk i is computed, and results leave while the next chunk is computed.
+at::Tensor run_experts(const Inputs& inputs, const Routing& routing, Saved& saved,
+                       const std::function<void()>& meanwhile) {
+  Dispatcher& dispatcher = *saved.transport.dispatcher;
+  std::vector<Pending<DispatchedRows>> arriving;
+  std::vector<Pending<at::Tensor>> leaving;
+  const auto start = [&](std::size_t i) {
+    const Chunk& chunk = saved.chunks[i];
+    arriving.push_back(
+        dispatcher.dispatch(chunk.of(saved.expert_input_TD), chunk.of(routing.weights_TK), chunk.handle));
+  };
+  start(0);
+  if (meanwhile) meanwhile();
+  for (std::size_t i = 0; i < saved.chunks.size(); ++i) {
+    const DispatchedRows dispatched = arriving[i].wait();
+    if (i + 1 < saved.chunks.size()) start(i + 1);
+    Chunk& chunk = saved.chunks[i];
+    const at::Tensor rows_RD =
+        experts_forward(dispatched.rows_RD, dispatched.weights_R, chunk.handle->row_counts_L, inputs[kGateUp],
+                        inputs[kDown], chunk.experts);
+    leaving.push_back(dispatcher.combine(rows_RD, chunk.handle));
+  }
+  std::vector<at::Tensor> y;
+  for (Pending<at::Tensor>& part : leaving) y.push_back(part.wait());
+  return y.size() == 1 ? y[0] : at::cat(y);
+}
+
 at::Tensor forward_layer(const Inputs& inputs, Saved& saved) {
   const MoeOptions& options = saved.options;
   LayerRun& run = *saved.run;
@@ -61,17 +134,18 @@ at::Tensor forward_layer(const Inputs& inputs, Saved& saved) {
   RouterOutput routed = route(options, router, inputs[kX], run.context, run.replayed_ids_TK);
   saved.router = routed.state;
   saved.expert_input_TD = routed.expert_input_TD;
+  plan_chunks(routed.routing, saved);
 
-  const Dispatched dispatched = saved.dispatcher->dispatch(routed.expert_input_TD, routed.routing);
-  saved.handle = dispatched.handle;
-  const at::Tensor rows_RD =
-      experts_forward(dispatched.rows_RD, dispatched.weights_R, dispatched.handle->row_counts_L,
-                      inputs[kGateUp], inputs[kDown], saved.experts);
-  at::Tensor y_TD = saved.dispatcher->combine(rows_RD, *saved.handle);
-  if (options.shared_expert.kind != SharedExpert::kNone) {
-    y_TD = shared_expert_forward(options.shared_expert.kind, shared_weights(inputs), saved.expert_input_TD,
-                                 y_TD, saved.shared);
-  }
+  const SharedExpert shared_kind = options.shared_expert.kind;
+  const auto run_shared = [&] {
+    shared_expert_forward(shared_kind, shared_weights(inputs), saved.expert_input_TD, saved.shared);
+  };
+  const bool has_shared = shared_kind != SharedExpert::kNone;
+  const bool during_dispatch = has_shared && saved.transport.overlap.shared_expert;
+  at::Tensor y_TD = run_experts(inputs, routed.routing, saved,
+                                during_dispatch ? std::function<void()>(run_shared) : nullptr);
+  if (has_shared && !during_dispatch) run_shared();
+  if (has_shared) y_TD = join_shared_expert(shared_kind, y_TD, saved.shared);
   // Under recomputation the run is filled already, and what was read from it must not change under its
   // readers.
   if (!run.routing.expert_ids_TK.defined()) {
@@ -83,37 +157,93 @@ at::Tensor forward_layer(const Inputs& inputs, Saved& saved) {
 
 at::Tensor sum_defined(const at::Tensor& a, const at::Tensor& b) { return a.defined() ? a + b : b; }
 
+// A chunk's share of a weight gradient; several are added in fp32 (fp64 for fp64) and rounded once.
+void add_share(const at::Tensor& share, bool only_one, at::Tensor& sum) {
+  if (!share.defined()) return;
+  if (only_one) {
+    sum = share;
+  } else if (sum.defined()) {
+    sum.add_(share);
+  } else {
+    sum = share.to(at::toOpMathType(share.scalar_type()), /*non_blocking=*/false, /*copy=*/true);
+  }
+}
+
+// Gradients that the experts' backward pass gives: of tokens and weights per chunk, of the experts' weights.
+DispatchGradients run_experts_backward(const Inputs& inputs, const ExpertsNeeds& needs, const Saved& saved,
+                                       const at::Tensor& grad_routed_TD,
+                                       const std::function<void()>& meanwhile, variable_list& gradients) {
+  Dispatcher& dispatcher = *saved.transport.dispatcher;
+  const bool one_chunk = saved.chunks.size() == 1;
+  const bool overlapped = saved.transport.overlap.weight_gradients;
+  std::vector<Pending<at::Tensor>> arriving;
+  std::vector<DispatchGradients> parts;
+  std::optional<Pending<DispatchGradients>> leaving;
+  const auto start = [&](std::size_t i) {
+    const Chunk& chunk = saved.chunks[i];
+    arriving.push_back(dispatcher.combine_backward(chunk.of(grad_routed_TD), chunk.handle));
+  };
+  start(0);
+  if (meanwhile) meanwhile();
+  for (std::size_t i = 0; i < saved.chunks.size(); ++i) {
+    const Chunk& chunk = saved.chunks[i];
+    ExpertsBackward backward(chunk.experts, arriving[i].wait(), needs);
+    if (i + 1 < saved.chunks.size()) start(i + 1);
+    const RowGradients rows = backward.rows(inputs[kGateUp], inputs[kDown]);
+    if (leaving) parts.push_back(leaving->wait());
+    leaving.emplace(dispatcher.dispatch_backward(rows.rows_RD, rows.weights_R, chunk.handle));
+    if (!overlapped) {
+      parts.push_back(leaving->wait());
+      leaving.reset();
+    }
+    const ExpertWeightGradients weights = backward.weights();
+    add_share(weights.gate_up_LGD, one_chunk, gradients[kGateUp]);
+    add_share(weights.down_LDF, one_chunk, gradients[kDown]);
+  }
+  if (leaving) parts.push_back(leaving->wait());
+  if (one_chunk) return parts[0];
+  std::vector<at::Tensor> x;
+  std::vector<at::Tensor> weights;
+  for (const DispatchGradients& part : parts) {
+    if (part.x_TD.defined()) x.push_back(part.x_TD);
+    weights.push_back(part.weights_TK);
+  }
+  return {.x_TD = x.empty() ? at::Tensor() : at::cat(x), .weights_TK = at::cat(weights)};
+}
+
 variable_list backward_layer(const Inputs& inputs, const std::array<bool, kCount>& needs, const Saved& saved,
                              const at::Tensor& grad_y_TD) {
+  const at::NoGradGuard no_grad;
   variable_list gradients(kCount);
   const auto dtype = inputs[kX].scalar_type();
-  at::Tensor grad_routed_TD = grad_y_TD;
-  at::Tensor grad_expert_input_TD;
   const SharedExpert shared_kind = saved.options.shared_expert.kind;
-  if (shared_kind != SharedExpert::kNone) {
-    SharedExpertGradients shared = shared_expert_backward(shared_kind, shared_weights(inputs),
-                                                          saved.expert_input_TD, saved.shared, grad_y_TD);
-    grad_routed_TD = shared.routed_TD;
-    grad_expert_input_TD = shared.x_TD;
-    gradients[kSharedGateUp] = shared.weights.gate_up_GD;
-    gradients[kSharedDown] = shared.weights.down_DF;
-    gradients[kSharedGate] = shared.weights.gate_1D;
-    gradients[kSharedMix] = shared.weights.mix_2D;
+  const bool has_shared = shared_kind != SharedExpert::kNone;
+  SharedExpertGradients shared;
+  const auto run_shared = [&] {
+    shared = shared_expert_backward(shared_kind, shared_weights(inputs), saved.expert_input_TD, saved.shared,
+                                    grad_y_TD);
+  };
+  const bool during_combine = has_shared && saved.transport.overlap.shared_expert;
+  if (has_shared && !during_combine) run_shared();
+  const at::Tensor grad_routed_TD =
+      has_shared ? routed_gradient(shared_kind, saved.shared, grad_y_TD) : grad_y_TD;
+  const DispatchGradients dispatch =
+      run_experts_backward(inputs, {.rows = needs[kX], .gate_up = needs[kGateUp], .down = needs[kDown]}, saved,
+                           grad_routed_TD, during_combine ? std::function<void()>(run_shared) : nullptr,
+                           gradients);
+  gradients[kSharedGateUp] = shared.weights.gate_up_GD;
+  gradients[kSharedDown] = shared.weights.down_DF;
+  gradients[kSharedGate] = shared.weights.gate_1D;
+  gradients[kSharedMix] = shared.weights.mix_2D;
+  for (const Input expert : {kGateUp, kDown}) {
+    if (gradients[expert].defined()) gradients[expert] = gradients[expert].to(dtype);
   }
-  const at::Tensor grad_rows_RD = saved.dispatcher->combine_backward(grad_routed_TD, *saved.handle);
-  ExpertsGradients experts =
-      experts_backward(saved.experts, grad_rows_RD, inputs[kGateUp], inputs[kDown],
-                       {.rows = needs[kX], .gate_up = needs[kGateUp], .down = needs[kDown]});
-  gradients[kGateUp] = experts.gate_up_LGD;
-  gradients[kDown] = experts.down_LDF;
-  const auto dispatch =
-      saved.dispatcher->dispatch_backward(experts.rows_RD, experts.weights_R, *saved.handle);
   const RouterGradients router =
       route_backward(*saved.router, dispatch.weights_TK, saved.run->statistics_gradient);
   gradients[kGate] = router.gate_ED.to(inputs[kGate].scalar_type());
   if (router.noise_ED.defined()) gradients[kNoise] = router.noise_ED.to(inputs[kNoise].scalar_type());
   if (needs[kX]) {
-    grad_expert_input_TD = sum_defined(grad_expert_input_TD, dispatch.x_TD).to(router.x_TD.scalar_type());
+    at::Tensor grad_expert_input_TD = sum_defined(shared.x_TD, dispatch.x_TD).to(router.x_TD.scalar_type());
     const at::Tensor& jitter_TD = input_jitter_TD(*saved.router);
     if (jitter_TD.defined()) grad_expert_input_TD = grad_expert_input_TD * jitter_TD;
     gradients[kX] = (grad_expert_input_TD + router.x_TD).to(dtype);
@@ -169,19 +299,18 @@ class LayerFunction final : public torch::autograd::Function<LayerFunction> {
 
 }  // namespace
 
-at::Tensor moe_layer(const MoeOptions& options, const MoeWeights& weights,
-                     const std::shared_ptr<Dispatcher>& dispatcher, const at::Tensor& x_TD,
-                     const std::shared_ptr<LayerRun>& run) {
+at::Tensor moe_layer(const MoeOptions& options, const MoeWeights& weights, const ExpertTransport& transport,
+                     const at::Tensor& x_TD, const std::shared_ptr<LayerRun>& run) {
   auto saved = std::make_shared<Saved>();
   saved->options = options;
-  saved->dispatcher = dispatcher;
+  saved->transport = transport;
   saved->run = run;
   saved->expert_bias_E = weights.router.expert_bias_E;
   const auto optional = [](const at::Tensor& tensor) {
     return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
   };
   return LayerFunction::apply(x_TD.contiguous(), weights.router.gate_ED, optional(weights.router.noise_ED),
-                              weights.gate_up_EGD, weights.down_EDF, optional(weights.shared_gate_up_GD),
+                              weights.gate_up_LGD, weights.down_LDF, optional(weights.shared_gate_up_GD),
                               optional(weights.shared_down_DF), optional(weights.shared_gate_1D),
                               optional(weights.shared_mix_2D), saved);
 }

@@ -19,8 +19,8 @@ namespace collegium::moe {
 /// need none.
 struct MoeWeights {
   RouterWeights router;
-  at::Tensor gate_up_EGD;  ///< [E, 2F, D]: rows 0..F-1 gate, F..2F-1 up
-  at::Tensor down_EDF;     ///< [E, D, F]
+  at::Tensor gate_up_LGD;  ///< [L, 2F, D], this rank's experts: rows 0..F-1 gate, F..2F-1 up
+  at::Tensor down_LDF;     ///< [L, D, F]
   at::Tensor shared_gate_up_GD;
   at::Tensor shared_down_DF;
   at::Tensor shared_gate_1D;  ///< SharedExpert::kGated
@@ -40,11 +40,11 @@ struct LayerRun {
 /// What     y = sum_k w_k expert_{e_k}(x) (+ shared expert); the caller adds the residual.
 /// Shape    x_TD [T, D], T = 0 allowed -> y_TD [T, D].
 /// Dtype    compute dtype in and out; router fp32 (float64 for float64).
+/// Comm     the dispatcher's: plan, dispatch and combine, and in backward() combine and dispatch backward.
 /// Order    Deterministic. With autograd on, backward() reads run->statistics_gradient at that time; under
-/// activation
-///          recomputation pass the same run again: the recomputed forward leaves its outputs as they are.
-at::Tensor moe_layer(const MoeOptions& options, const MoeWeights& weights,
-                     const std::shared_ptr<Dispatcher>& dispatcher, const at::Tensor& x_TD,
-                     const std::shared_ptr<LayerRun>& run);
+///          activation recomputation pass the same run again: the recomputed forward leaves its outputs as
+///          they are.
+at::Tensor moe_layer(const MoeOptions& options, const MoeWeights& weights, const ExpertTransport& transport,
+                     const at::Tensor& x_TD, const std::shared_ptr<LayerRun>& run);
 
 }  // namespace collegium::moe

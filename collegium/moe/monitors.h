@@ -5,11 +5,12 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "collegium/base/fields.h"
 #include "collegium/moe/options.h"
-#include "collegium/moe/routing.h"
+#include "collegium/moe/router_totals.h"
 
 namespace collegium::moe {
 
@@ -37,22 +38,20 @@ void describe(Fields& fields, LayerMonitors& m) {
   fields("max_abs_logit", m.max_abs_logit, "largest |logit|");
 }
 
-/// What     Sums of a layer's statistics over micro-steps (and, later, ranks), from which the monitors
-/// follow.
+/// What     A layer's totals over micro-steps, from which the monitors follow.
 class MonitorSums {
  public:
-  void add(const RouterStatistics& statistics);
+  explicit MonitorSums(std::int64_t num_experts) : totals_(num_experts) {}
+
+  /// `totals` of all ranks, and the largest |logit|, of this rank or of all.
+  void add(const RouterTotals& totals, double max_abs_logit);
+  void raise_max_abs_logit(double value) { max_abs_logit_ = std::max(max_abs_logit_, value); }
+  double max_abs_logit() const { return max_abs_logit_; }
+  const RouterTotals& totals() const { return totals_; }
   LayerMonitors monitors(const MoeOptions& options) const;
-  /// int64 [E], exact: what loss-free balancing uses.
-  const at::Tensor& choice_counts_E() const { return choice_counts_E_; }
 
  private:
-  std::int64_t num_tokens_ = 0;
-  at::Tensor choice_counts_E_;
-  at::Tensor prob_sums_E_;
-  at::Tensor importance_E_;
-  double entropy_ = 0.0;
-  std::int64_t num_dropped_ = 0;
+  RouterTotals totals_;
   double max_abs_logit_ = 0.0;
 };
 

@@ -8,6 +8,8 @@
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/stack.h>
 
+#include <utility>
+
 namespace collegium::moe {
 
 namespace {
@@ -18,29 +20,37 @@ at::Tensor wide(const at::Tensor& tensor) { return tensor.to(at::toOpMathType(te
 
 }  // namespace
 
-at::Tensor shared_expert_forward(SharedExpert kind, const SharedExpertWeights& weights,
-                                 const at::Tensor& x_TD, const at::Tensor& routed_TD,
-                                 SharedExpertState& state) {
-  const at::Tensor shared_TD = experts_forward(x_TD, {}, all_rows(x_TD), weights.gate_up_GD.unsqueeze(0),
-                                               weights.down_DF.unsqueeze(0), state.experts);
-  if (kind == SharedExpert::kSum) return routed_TD + shared_TD;
-  state.output_TD = shared_TD;
-  if (kind == SharedExpert::kGated) {
+void shared_expert_forward(SharedExpert kind, const SharedExpertWeights& weights, const at::Tensor& x_TD,
+                           SharedExpertState& state) {
+  state.output_TD = experts_forward(x_TD, {}, all_rows(x_TD), weights.gate_up_GD.unsqueeze(0),
+                                    weights.down_DF.unsqueeze(0), state.experts);
+  if (kind == SharedExpert::kGated)
     state.gate_TX = at::sigmoid(at::mm(wide(x_TD), wide(weights.gate_1D).t()));
-    return (wide(routed_TD) + state.gate_TX * wide(shared_TD)).to(x_TD.scalar_type());
+  if (kind == SharedExpert::kResidualMix)
+    state.gate_TX = at::softmax(at::mm(wide(x_TD), wide(weights.mix_2D).t()), 1);
+}
+
+at::Tensor join_shared_expert(SharedExpert kind, const at::Tensor& routed_TD, SharedExpertState& state) {
+  if (kind == SharedExpert::kSum) return routed_TD + std::exchange(state.output_TD, {});
+  if (kind == SharedExpert::kGated) {
+    const at::Tensor sum_TD = wide(routed_TD) + state.gate_TX * wide(state.output_TD);
+    return sum_TD.to(routed_TD.scalar_type());
   }
   state.routed_TD = routed_TD;
-  state.gate_TX = at::softmax(at::mm(wide(x_TD), wide(weights.mix_2D).t()), 1);
-  const at::Tensor mixed_TD =
-      state.gate_TX.narrow(1, 0, 1) * wide(routed_TD) + state.gate_TX.narrow(1, 1, 1) * wide(shared_TD);
-  return mixed_TD.to(x_TD.scalar_type());
+  const at::Tensor mixed_TD = state.gate_TX.narrow(1, 0, 1) * wide(routed_TD) +
+                              state.gate_TX.narrow(1, 1, 1) * wide(state.output_TD);
+  return mixed_TD.to(routed_TD.scalar_type());
+}
+
+at::Tensor routed_gradient(SharedExpert kind, const SharedExpertState& state, const at::Tensor& grad_y_TD) {
+  if (kind != SharedExpert::kResidualMix) return grad_y_TD;
+  return (wide(grad_y_TD) * state.gate_TX.narrow(1, 0, 1)).to(grad_y_TD.scalar_type());
 }
 
 SharedExpertGradients shared_expert_backward(SharedExpert kind, const SharedExpertWeights& weights,
                                              const at::Tensor& x_TD, const SharedExpertState& state,
                                              const at::Tensor& grad_y_TD) {
   SharedExpertGradients gradients;
-  gradients.routed_TD = grad_y_TD;
   at::Tensor grad_shared_TD = grad_y_TD;
   at::Tensor grad_gate_x_TD;
   const at::Tensor grad = wide(grad_y_TD);
@@ -51,9 +61,7 @@ SharedExpertGradients shared_expert_backward(SharedExpert kind, const SharedExpe
     gradients.weights.gate_1D = at::mm(grad_logit_T1.t(), wide(x_TD)).to(x_TD.scalar_type());
     grad_gate_x_TD = at::mm(grad_logit_T1, wide(weights.gate_1D));
   } else if (kind == SharedExpert::kResidualMix) {
-    const at::Tensor a_T1 = state.gate_TX.narrow(1, 0, 1);
     const at::Tensor b_T1 = state.gate_TX.narrow(1, 1, 1);
-    gradients.routed_TD = (grad * a_T1).to(x_TD.scalar_type());
     grad_shared_TD = (grad * b_T1).to(x_TD.scalar_type());
     const at::Tensor grad_p_T2 =
         at::stack({(grad * wide(state.routed_TD)).sum(1), (grad * wide(state.output_TD)).sum(1)}, 1);
@@ -61,12 +69,13 @@ SharedExpertGradients shared_expert_backward(SharedExpert kind, const SharedExpe
     gradients.weights.mix_2D = at::mm(grad_logits_T2.t(), wide(x_TD)).to(x_TD.scalar_type());
     grad_gate_x_TD = at::mm(grad_logits_T2, wide(weights.mix_2D));
   }
-  const ExpertsGradients inner = experts_backward(
-      state.experts, grad_shared_TD, weights.gate_up_GD.unsqueeze(0), weights.down_DF.unsqueeze(0), {});
-  gradients.weights.gate_up_GD = inner.gate_up_LGD.squeeze(0);
-  gradients.weights.down_DF = inner.down_LDF.squeeze(0);
-  gradients.x_TD = grad_gate_x_TD.defined() ? (wide(inner.rows_RD) + grad_gate_x_TD).to(x_TD.scalar_type())
-                                            : inner.rows_RD;
+  ExpertsBackward inner(state.experts, grad_shared_TD, {});
+  const RowGradients rows = inner.rows(weights.gate_up_GD.unsqueeze(0), weights.down_DF.unsqueeze(0));
+  const ExpertWeightGradients expert = inner.weights();
+  gradients.weights.gate_up_GD = expert.gate_up_LGD.squeeze(0);
+  gradients.weights.down_DF = expert.down_LDF.squeeze(0);
+  gradients.x_TD = grad_gate_x_TD.defined() ? (wide(rows.rows_RD) + grad_gate_x_TD).to(x_TD.scalar_type())
+                                            : rows.rows_RD;
   return gradients;
 }
 

@@ -19,26 +19,30 @@ struct SharedExpertWeights {
 
 struct SharedExpertState {
   ExpertsState experts;
-  at::Tensor output_TD;  ///< kGated, kResidualMix: what the gate's gradient multiplies
+  at::Tensor output_TD;
   at::Tensor routed_TD;  ///< kResidualMix
   at::Tensor gate_TX;    ///< sigmoid [T, 1], or softmax [T, 2] (routed, shared), in fp32 or wider
 };
 
+/// What     The shared expert's output s and its gate, into `state`; needs no routed output, so it can run while
+///          rows travel.
+/// Shape    x_TD [T, D].
+void shared_expert_forward(SharedExpert kind, const SharedExpertWeights& weights, const at::Tensor& x_TD,
+                           SharedExpertState& state);
+
 /// What     y = routed + s (kSum); routed + sigmoid(g x) s (kGated, Qwen2-MoE); a routed + b s with (a, b) =
-/// softmax(M x)
-///          (kResidualMix, [Rajbhandari2022, Sec 3.2] arXiv 2201.05596), where s is the shared expert's
-///          output.
-/// Shape    x_TD, routed_TD [T, D] -> [T, D].
-at::Tensor shared_expert_forward(SharedExpert kind, const SharedExpertWeights& weights,
-                                 const at::Tensor& x_TD, const at::Tensor& routed_TD,
-                                 SharedExpertState& state);
+///          softmax(M x) (kResidualMix, [Rajbhandari2022, Sec 3.2] arXiv 2201.05596).
+/// Shape    routed_TD [T, D] -> [T, D].
+at::Tensor join_shared_expert(SharedExpert kind, const at::Tensor& routed_TD, SharedExpertState& state);
+
+/// What     dLoss/d(routed) from dLoss/dy.
+at::Tensor routed_gradient(SharedExpert kind, const SharedExpertState& state, const at::Tensor& grad_y_TD);
 
 struct SharedExpertGradients {
   at::Tensor x_TD;
-  at::Tensor routed_TD;
   SharedExpertWeights weights;
 };
-/// What     Gradients of shared_expert_forward() for dLoss/dy; undefined where the kind has no such weight.
+/// What     The other gradients for dLoss/dy; undefined where the kind has no such weight.
 SharedExpertGradients shared_expert_backward(SharedExpert kind, const SharedExpertWeights& weights,
                                              const at::Tensor& x_TD, const SharedExpertState& state,
                                              const at::Tensor& grad_y_TD);

@@ -41,8 +41,8 @@ moe::MoeWeights make_weights(const moe::MoeOptions& o, at::ScalarType dtype = at
   if (o.router.noise == moe::Noise::kNoisyTopK)
     w.router.noise_ED = random_tensor("noise", {o.num_experts, kWidth}, dtype);
   if (o.router.bias_balancing) w.router.expert_bias_E = 0.3 * random_tensor("bias", {o.num_experts});
-  w.gate_up_EGD = random_tensor("gate_up", {o.num_experts, 2 * o.ffn_size, kWidth}, dtype);
-  w.down_EDF = random_tensor("down", {o.num_experts, kWidth, o.ffn_size}, dtype);
+  w.gate_up_LGD = random_tensor("gate_up", {o.num_experts, 2 * o.ffn_size, kWidth}, dtype);
+  w.down_LDF = random_tensor("down", {o.num_experts, kWidth, o.ffn_size}, dtype);
   if (o.shared_expert.kind == moe::SharedExpert::kNone) return w;
   w.shared_gate_up_GD = random_tensor("shared_gate_up", {2 * shared, kWidth}, dtype);
   w.shared_down_DF = random_tensor("shared_down", {kWidth, shared}, dtype);
@@ -115,8 +115,8 @@ std::vector<double> oracle_output(const moe::MoeOptions& o, const moe::MoeWeight
   std::vector<double> y(x.size(), 0.0);
   for (std::size_t k = 0; k < token.chosen.size(); ++k) {
     if (!token.kept[k]) continue;
-    const auto expert = ops::reference::expert(test::to_matrix(w.gate_up_EGD[token.chosen[k]]),
-                                               test::to_matrix(w.down_EDF[token.chosen[k]]), x);
+    const auto expert = ops::reference::expert(test::to_matrix(w.gate_up_LGD[token.chosen[k]]),
+                                               test::to_matrix(w.down_LDF[token.chosen[k]]), x);
     for (std::size_t d = 0; d < y.size(); ++d) y[d] += token.weights[k] * expert[d];
   }
   if (o.shared_expert.kind == moe::SharedExpert::kNone) return y;
@@ -174,8 +174,8 @@ std::vector<Differentiable> differentiable(moe::MoeWeights& w, at::Tensor& x) {
   std::vector<Differentiable> all = {{"x", &x},
                                      {"gate", &w.router.gate_ED},
                                      {"noise", &w.router.noise_ED},
-                                     {"gate_up", &w.gate_up_EGD},
-                                     {"down", &w.down_EDF},
+                                     {"gate_up", &w.gate_up_LGD},
+                                     {"down", &w.down_LDF},
                                      {"shared_gate_up", &w.shared_gate_up_GD},
                                      {"shared_down", &w.shared_down_DF},
                                      {"shared_gate", &w.shared_gate_1D},
@@ -254,7 +254,7 @@ TEST_P(MoeVariant, a_rank_without_tokens_takes_part) {
   const std::vector<moe::RouterStatistics> layers = {run->statistics};
   EXPECT_EQ(moe::balance_loss(options_, layers).total, 0.0);
   y.sum().backward();
-  EXPECT_EQ(weights.gate_up_EGD.grad().abs().sum().item<double>(), 0.0);
+  EXPECT_EQ(weights.gate_up_LGD.grad().abs().sum().item<double>(), 0.0);
   EXPECT_EQ(weights.router.gate_ED.grad().abs().sum().item<double>(), 0.0);
 }
 
@@ -291,11 +291,11 @@ TEST(MoeLayer, all_tokens_to_one_expert) {
   run->context = training_context();
   run->replayed_ids_TK = at::full({run->context.num_tokens(), 1}, 4, at::kInt);
   moe::MoeWeights weights = make_weights(options);
-  weights.gate_up_EGD.requires_grad_(true);
+  weights.gate_up_LGD.requires_grad_(true);
   run_layer(options, weights, random_tensor("x", {run->context.num_tokens(), kWidth}), run).sum().backward();
   EXPECT_EQ(run->routing.counts_E[4].item<std::int64_t>(), run->context.num_tokens());
   for (std::int64_t expert = 0; expert < options.num_experts; ++expert) {
-    EXPECT_EQ(weights.gate_up_EGD.grad()[expert].abs().sum().item<double>() > 0.0, expert == 4);
+    EXPECT_EQ(weights.gate_up_LGD.grad()[expert].abs().sum().item<double>() > 0.0, expert == 4);
   }
 }
 
@@ -331,8 +331,8 @@ TEST(MoeLayer, low_precision_is_within_its_bound_and_reruns_are_bit_identical) {
     exact->replayed_ids_TK = run->routing.chosen_ids_TK;
     moe::MoeWeights wide = weights;
     wide.router.gate_ED = weights.router.gate_ED.to(at::kDouble);
-    wide.gate_up_EGD = weights.gate_up_EGD.to(at::kDouble);
-    wide.down_EDF = weights.down_EDF.to(at::kDouble);
+    wide.gate_up_LGD = weights.gate_up_LGD.to(at::kDouble);
+    wide.down_LDF = weights.down_LDF.to(at::kDouble);
     const at::Tensor reference = run_layer(options, wide, x.to(at::kDouble), exact);
     // Rounded after each of: first GEMM, SwiGLU, second GEMM, combine; each GEMM sums in fp32.
     EXPECT_LE(relative_difference(y, reference), test::bound(dtype, 4) + test::bound(at::kFloat, 2 * kWidth));

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/moe/dispatcher.h"
+
+#include "collegium/base/error.h"
+
+namespace collegium::moe {
+
+std::shared_ptr<Dispatcher> make_dispatcher(const DispatcherOptions& options, std::int64_t num_experts,
+                                            const std::shared_ptr<comm::Communicator>& ep) {
+  if (ep->size() == 1) return make_local_dispatcher(num_experts);
+  const ExpertPlacement placement{.num_experts = num_experts, .num_ranks = ep->size()};
+  switch (options.kind) {
+    case DispatcherKind::kUneven:
+      return make_uneven_dispatcher(placement, ep);
+    case DispatcherKind::kPadded:
+      return make_padded_dispatcher(placement, ep);
+    case DispatcherKind::kAllgather:
+      return make_allgather_dispatcher(placement, ep, options.combine_fp32);
+    case DispatcherKind::kTwoLevel:
+      return make_two_level_dispatcher(placement, ep, options.combine_fp32);
+  }
+  throw InternalError("unknown dispatcher");
+}
+
+}  // namespace collegium::moe

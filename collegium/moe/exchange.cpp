@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/moe/exchange.h"
+
+#include <ATen/ops/empty.h>
+
+#include <numeric>
+
+#include "collegium/base/error.h"
+
+namespace collegium::moe {
+
+std::int64_t RowCounts::total_send() const {
+  return std::accumulate(send.begin(), send.end(), std::int64_t{0});
+}
+std::int64_t RowCounts::total_recv() const {
+  return std::accumulate(recv.begin(), recv.end(), std::int64_t{0});
+}
+
+Exchange start_exchange(comm::Communicator& group, const at::Tensor& rows, const RowCounts& counts) {
+  COLLEGIUM_CHECK(rows.size(0) == counts.total_send(), "{} rows, counts sum to {}", rows.size(0),
+                  counts.total_send());
+  std::vector<std::int64_t> shape = rows.sizes().vec();
+  shape[0] = counts.total_recv();
+  const at::Tensor received = at::empty(shape, rows.options());
+  return {.received = received, .work = group.all_to_all(rows, received, counts.send, counts.recv)};
+}
+
+}  // namespace collegium::moe

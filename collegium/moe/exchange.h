@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// Rows to the ranks of a group and back, in the two orders that dispatchers use: by rank (what travels) and
+// by block (what an expert computes on).
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "collegium/comm/communicator.h"
+
+namespace collegium::moe {
+
+/// How many rows go where in one exchange. Rows lie by rank on both sides.
+struct RowCounts {
+  std::vector<std::int64_t> send;  ///< to each rank
+  std::vector<std::int64_t> recv;  ///< from each rank
+
+  std::int64_t total_send() const;
+  std::int64_t total_recv() const;
+  /// The way back.
+  RowCounts reversed() const { return {.send = recv, .recv = send}; }
+};
+
+/// What     Starts sending rows (any dtype, [rows, ...]) and gives the buffer that they arrive in.
+struct Exchange {
+  at::Tensor received;
+  comm::Work work;
+};
+Exchange start_exchange(comm::Communicator& group, const at::Tensor& rows, const RowCounts& counts);
+
+/// What     The same place with the name of an arrow ("dispatch", "combine", "combine backward",
+///          "dispatch backward") or "plan".
+inline comm::Where at_phase(comm::Where where, std::string phase) {
+  where.phase = std::move(phase);
+  return where;
+}
+
+}  // namespace collegium::moe

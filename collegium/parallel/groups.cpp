@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/parallel/groups.h"
+
+#include "collegium/base/error.h"
+
+namespace collegium::parallel {
+
+int resolve_ep(const ParallelOptions& options, int num_ranks, std::int64_t num_experts) {
+  if (options.ep == 0) {
+    int largest = 1;
+    for (int ep = 1; ep <= num_ranks && ep <= num_experts; ++ep) {
+      if (num_ranks % ep == 0) largest = ep;
+    }
+    return largest;
+  }
+  require_config(options.ep <= num_experts, "parallel.ep = {}: must not exceed model.moe.num_experts = {}",
+                 options.ep, num_experts);
+  require_config(num_ranks % options.ep == 0, "parallel.ep = {}: must divide the number of ranks, {}",
+                 options.ep, num_ranks);
+  return static_cast<int>(options.ep);
+}
+
+void validate(const ParallelOptions& o) {
+  require_config(o.ep >= 0, "parallel.ep = {}: must not be negative (0 = chosen)", o.ep);
+  require_config(o.overlap.chunks >= 1, "parallel.overlap.chunks = {}: must be at least 1", o.overlap.chunks);
+  require_config(o.bucket_mib > 0.0, "parallel.bucket_mib = {}: must be positive", o.bucket_mib);
+  require_config(o.timeout_s > 0.0, "parallel.timeout_s = {}: must be positive", o.timeout_s);
+  require_config(o.ranks_per_node >= 0, "parallel.ranks_per_node = {}: must not be negative (0 = machines)",
+                 o.ranks_per_node);
+}
+
+Groups make_groups(const std::shared_ptr<comm::Communicator>& world, const ParallelOptions& options,
+                   std::int64_t num_experts) {
+  const int ep = resolve_ep(options, world->size(), num_experts);
+  Groups groups{.mesh = mesh::Mesh({.pp = 1, .dp = world->size(), .cp = 1, .tp = 1, .ep = ep, .etp = 1}),
+                .place = {},
+                .placement = {.num_experts = num_experts, .num_ranks = ep},
+                .ledger = std::make_shared<comm::Ledger>(),
+                .world = {},
+                .dp = {},
+                .ep = {},
+                .edp = {}};
+  groups.place = groups.mesh.coordinates(world->rank());
+  groups.world = comm::with_ledger(world, groups.ledger, {.check = options.check_collectives});
+  groups.dp = groups.world->split(0, groups.place.dp, "dp");
+  groups.ep = groups.world->split(groups.place.edp, groups.place.ep, "ep");
+  groups.edp = groups.world->split(groups.place.ep, groups.place.edp, "edp");
+  return groups;
+}
+
+moe::ExpertTransport make_transport(const Groups& groups, const ParallelOptions& options) {
+  return {.dispatcher =
+              moe::make_dispatcher(options.dispatcher, groups.placement.num_experts, groups.ep),
+          .overlap = options.overlap};
+}
+
+}  // namespace collegium::parallel

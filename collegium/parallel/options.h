@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// How a run is laid out over ranks: the [parallel] table of a run file.
+
+#include <cstdint>
+
+#include "collegium/base/fields.h"
+#include "collegium/moe/dispatcher.h"
+
+namespace collegium::parallel {
+
+struct ParallelOptions {
+  std::int64_t ep = 0;
+  moe::DispatcherOptions dispatcher;
+  moe::OverlapOptions overlap;
+  bool overlap_gradients = false;
+  double bucket_mib = 16.0;
+  double timeout_s = 300.0;
+  bool check_collectives = false;
+  std::int64_t ranks_per_node = 0;
+};
+template <class Fields>
+void describe(Fields& fields, ParallelOptions& o) {
+  fields("ep", o.ep,
+         "expert parallelism: ranks that share the experts of a layer; divides the ranks; 1 = every rank "
+         "holds all experts; 0 = the largest divisor of the ranks that does not exceed the experts");
+  fields("dispatcher", o.dispatcher, "how rows reach their experts");
+  fields("overlap", o.overlap, "what runs while rows travel");
+  fields("overlap_gradients", o.overlap_gradients,
+         "gradients are summed over ranks in buckets while the backward pass goes on");
+  fields("bucket_mib", o.bucket_mib, "size of these buckets, MiB");
+  fields("timeout_s", o.timeout_s, "a rank that waits longer than this ends the run and names who is missing");
+  fields("check_collectives", o.check_collectives,
+         "compare operation, sizes and order across ranks before every collective (slower)");
+  fields("ranks_per_node", o.ranks_per_node,
+         "pretend that this many ranks share a node; 0 = nodes are machines");
+}
+
+/// What     The expert-parallel size that `options` gives for this many ranks.
+/// Throws   ConfigError naming field, value, rule and the other number.
+int resolve_ep(const ParallelOptions& options, int num_ranks, std::int64_t num_experts);
+void validate(const ParallelOptions& options);
+
+}  // namespace collegium::parallel
