@@ -89,6 +89,12 @@ void validate_losses(const MoeOptions& o, const std::string& path) {
 
 }  // namespace
 
+bool tokens_interact_in_groups(const MoeOptions& options) {
+  return options.capacity.drop_policy != DropPolicy::kNone ||
+         options.router.selection == Selection::kSinkhorn ||
+         options.router.selection == Selection::kExpertChoice;
+}
+
 void validate(const MoeOptions& options, const std::string& path, bool causal, bool training) {
   validate_sizes(options, path);
   validate_groups(options, path);

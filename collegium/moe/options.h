@@ -97,7 +97,7 @@ void describe(Fields& fields, CapacityOptions& o) {
   fields("factor", o.factor,
          "capacity factor as a decimal text, exact: capacity = max(ceil(S K / E factor), min_capacity)");
   fields("min_capacity", o.min_capacity, "smallest capacity of an expert, tokens per group");
-  fields("group_sequences", o.group_sequences, "whole consecutive sequences that share one capacity");
+  fields("group_sequences", o.group_sequences, "whole consecutive sequences that share one capacity (or one Sinkhorn or expert-choice assignment)");
   fields("drop_in_evaluation", o.drop_in_evaluation, "apply the capacity in evaluation and generation too");
 }
 
@@ -173,6 +173,9 @@ void describe(Fields& fields, MoeOptions& o) {
 /// What     Checks every rule between the options.
 /// Throws   ConfigError naming field (prefixed by `path`), value, rule and the other number.
 void validate(const MoeOptions& options, const std::string& path, bool causal, bool training);
+
+/// What     Whether the tokens of a capacity group influence each other's experts: groups must then stay whole.
+bool tokens_interact_in_groups(const MoeOptions& options);
 
 }  // namespace collegium::moe
 

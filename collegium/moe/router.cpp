@@ -59,7 +59,7 @@ at::Tensor select(const RouterWeights& weights, const TokenContext& context, con
   }
   at::Tensor preference_TE = router.order == ScoreOrder::kSelectFirst ? logits(state) : state.scores_TE;
   if (context.training && router.selection == Selection::kSinkhorn) {
-    preference_TE = sinkhorn(logits(state), router.sinkhorn_iterations);
+    preference_TE = sinkhorn(options, logits(state), context);
   }
   if (context.training && router.noise == Noise::kGumbel) {
     preference_TE = logits(state) + random_values(context, "router/gumbel", Distribution::kGumbel,

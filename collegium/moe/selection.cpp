@@ -46,17 +46,21 @@ at::Tensor limit_groups(const RouterOptions& options, std::int64_t top_k, const 
       .view_as(scores_TE);
 }
 
-at::Tensor sinkhorn(const at::Tensor& logits_TE, std::int64_t iterations) {
-  if (logits_TE.size(0) == 0) return logits_TE;
-  const double num_tokens = static_cast<double>(logits_TE.size(0));
+at::Tensor sinkhorn(const MoeOptions& options, const at::Tensor& logits_TE, const TokenContext& context) {
+  const std::int64_t group_tokens = options.capacity.group_sequences * context.sequence_length;
   const double num_experts = static_cast<double>(logits_TE.size(1));
-  // In logarithms: neither normalisation can overflow or divide by zero.
-  at::Tensor mass = logits_TE;
-  for (std::int64_t i = 0; i < iterations; ++i) {
-    mass = mass - at::logsumexp(mass, {1}, true) - std::log(num_tokens);
-    mass = mass - at::logsumexp(mass, {0}, true) - std::log(num_experts);
+  at::Tensor mass_TE = at::empty_like(logits_TE);
+  for (std::int64_t begin = 0; begin < logits_TE.size(0); begin += group_tokens) {
+    const std::int64_t size = std::min(group_tokens, logits_TE.size(0) - begin);
+    // In logarithms: neither normalisation can overflow or divide by zero.
+    at::Tensor mass = logits_TE.narrow(0, begin, size);
+    for (std::int64_t i = 0; i < options.router.sinkhorn_iterations; ++i) {
+      mass = mass - at::logsumexp(mass, {1}, true) - std::log(static_cast<double>(size));
+      mass = mass - at::logsumexp(mass, {0}, true) - std::log(num_experts);
+    }
+    mass_TE.narrow(0, begin, size).copy_(mass);
   }
-  return mass;
+  return mass_TE;
 }
 
 at::Tensor expert_choice(const MoeOptions& options, const at::Tensor& probs_TE, const TokenContext& context) {

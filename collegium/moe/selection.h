@@ -16,9 +16,10 @@ namespace collegium::moe {
 /// arXiv 2412.19437 (top two); [DeepSeekV2, Sec 2.2.2] arXiv 2405.04434 (max)
 at::Tensor limit_groups(const RouterOptions& options, std::int64_t top_k, const at::Tensor& scores_TE);
 
-/// What     Alternately normalises rows and columns of exp(logits) so that experts get equal mass.
+/// What     Alternately normalises rows and columns of exp(logits) so that experts get equal mass from each
+///          group of whole sequences, so that the choice does not depend on how sequences are spread.
 /// Ref      [Clark2022, Sec 3.2] arXiv 2202.01169
-at::Tensor sinkhorn(const at::Tensor& logits_TE, std::int64_t iterations);
+at::Tensor sinkhorn(const MoeOptions& options, const at::Tensor& logits_TE, const TokenContext& context);
 
 /// What     Every expert takes its C = max(1, floor(S c / E)) best tokens of each group of whole sequences.
 /// Shape    probs_TE [T, E] -> bool [T, E], true = the expert takes the token.

@@ -14,7 +14,7 @@ namespace {
 const char* kind_name(model::ParameterKind kind) {
   switch (kind) {
     case model::ParameterKind::kExpert:
-      return "expert";
+      return kExpertKind;
     case model::ParameterKind::kRouter:
       return "router";
     case model::ParameterKind::kNorm:
@@ -33,11 +33,32 @@ const char* kind_name(model::ParameterKind kind) {
   if (slot.kind == model::ParameterKind::kExpert) {
     for (std::int64_t expert = 0; expert < slot.gradient.size(0); ++expert) {
       if (at::isfinite(slot.gradient[expert]).all().item<bool>()) continue;
-      where += fmt::format(" (expert {})", expert);
+      where += fmt::format(" (expert {})", slot.first_expert + expert);
       break;
     }
   }
   throw Error(fmt::format("the gradient of {} is not finite", where));
+}
+
+// One tensor of zeros, of which every (expert's) slot's gradient is a part.
+at::Tensor allocate_gradients(std::vector<Slot>& slots, bool experts) {
+  const auto wanted = [experts](const Slot& slot) {
+    return (slot.kind == model::ParameterKind::kExpert) == experts;
+  };
+  std::int64_t size = 0;
+  at::TensorOptions options = at::kFloat;
+  for (const Slot& slot : slots) {
+    options = slot.master.options();
+    if (wanted(slot)) size += slot.master.numel();
+  }
+  const at::Tensor all = at::zeros({size}, options);
+  std::int64_t begin = 0;
+  for (Slot& slot : slots) {
+    if (!wanted(slot)) continue;
+    slot.gradient = all.narrow(0, begin, slot.master.numel()).view(slot.master.sizes());
+    begin += slot.master.numel();
+  }
+  return all;
 }
 
 }  // namespace
@@ -49,16 +70,18 @@ MasterWeights::MasterWeights(const std::vector<model::Parameter>& parameters) {
     const auto dtype = parameter.value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     Slot slot{.name = parameter.name,
               .kind = parameter.kind,
+              .first_expert = parameter.first_expert,
               .value = parameter.value,
               .master = parameter.value.detach().to(dtype),
               .gradient = {},
               .first_moment = {},
               .second_moment = {}};
-    slot.gradient = at::zeros_like(slot.master);
     slot.first_moment = at::zeros_like(slot.master);
     slot.second_moment = at::zeros_like(slot.master);
     slots_.push_back(std::move(slot));
   }
+  dense_gradients_ = allocate_gradients(slots_, /*experts=*/false);
+  expert_gradients_ = allocate_gradients(slots_, /*experts=*/true);
 }
 
 void MasterWeights::accumulate() {
@@ -76,19 +99,25 @@ void MasterWeights::write_values() {
   for (Slot& slot : slots_) slot.value.copy_(slot.master);
 }
 
-GradientNorm gradient_norm(const std::vector<Slot>& slots) {
-  GradientNorm norm;
-  double square = 0.0;
-  std::map<std::string, double> squares;
+GradientSquares gradient_squares(const std::vector<Slot>& slots) {
+  GradientSquares squares;
   for (const Slot& slot : slots) {
     const double part =
         at::linalg_vector_norm(slot.gradient, 2, std::nullopt, false, at::kDouble).item<double>();
     if (!std::isfinite(part)) throw_not_finite(slot);
-    square += part * part;
     squares[kind_name(slot.kind)] += part * part;
   }
-  norm.total = std::sqrt(square);
-  for (const auto& [kind, value] : squares) norm.by_kind[kind] = std::sqrt(value);
+  return squares;
+}
+
+GradientNorm gradient_norm(const GradientSquares& squares) {
+  GradientNorm norm;
+  double total = 0.0;
+  for (const auto& [kind, value] : squares) {
+    norm.by_kind[kind] = std::sqrt(value);
+    total += value;
+  }
+  norm.total = std::sqrt(total);
   return norm;
 }
 

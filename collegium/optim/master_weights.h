@@ -5,6 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <map>
 #include <string>
 #include <vector>
@@ -16,6 +17,7 @@ namespace collegium::optim {
 struct Slot {
   std::string name;
   model::ParameterKind kind = model::ParameterKind::kDense;
+  std::int64_t first_expert = 0;  ///< kExpert: global id of the first expert held
   at::Tensor value;          ///< the model's, in the compute dtype
   at::Tensor master;         ///< fp32 (fp64 for a float64 model); the value itself when the dtypes agree
   at::Tensor gradient;       ///< master dtype: the sum over the micro-steps of an optimizer step
@@ -36,17 +38,30 @@ class MasterWeights {
   /// value = round(master), after the masters were replaced.
   void write_values();
 
+  /// All slots' gradients are views of these: those of experts, and the others.
+  const at::Tensor& dense_gradients() const { return dense_gradients_; }
+  const at::Tensor& expert_gradients() const { return expert_gradients_; }
+
  private:
   std::vector<Slot> slots_;
+  at::Tensor dense_gradients_;
+  at::Tensor expert_gradients_;
 };
+
+/// Sums of squares of gradients by kind: dense, expert (those held here), router, norm, embedding.
+using GradientSquares = std::map<std::string, double>;
+inline constexpr const char* kExpertKind = "expert";
+
+/// What     The slots' sums of squares, in a fixed order in float64.
+/// Throws   Error naming the parameter (and expert) when a gradient is not finite.
+GradientSquares gradient_squares(const std::vector<Slot>& slots);
 
 /// The global norm and what it is made of.
 struct GradientNorm {
   double total = 0.0;
-  std::map<std::string, double> by_kind;  ///< dense, expert, router, norm, embedding
+  std::map<std::string, double> by_kind;
 };
-/// What     sqrt of the sum of squares over all slots, every expert once, in a fixed order in float64.
-/// Throws   Error naming the parameter (and expert) when a gradient is not finite.
-GradientNorm gradient_norm(const std::vector<Slot>& slots);
+/// What     Norms from squares that hold every expert of the model once.
+GradientNorm gradient_norm(const GradientSquares& squares);
 
 }  // namespace collegium::optim

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 
+#include "collegium/parallel/shares.h"
+
 namespace collegium::train {
 
 namespace {
@@ -13,10 +15,12 @@ constexpr std::int64_t kNoTarget = -100;
 
 }  // namespace
 
-MicroBatch make_micro_batch(const std::vector<data::Window>& windows, std::int64_t first_sequence) {
+MicroBatch make_micro_batch(const std::vector<data::Window>& windows, std::int64_t length,
+                            std::int64_t first_sequence) {
   const auto num_sequences = static_cast<std::int64_t>(windows.size());
-  const auto length = static_cast<std::int64_t>(windows.at(0).tokens.size()) - 1;
   MicroBatch batch{.first_sequence = first_sequence,
+                   .all_sequences = num_sequences,
+                   .offset = 0,
                    .ids_BS = at::empty({num_sequences, length}, at::kLong),
                    .targets_BS = at::empty({num_sequences, length}, at::kLong),
                    .document_ids_BS = at::empty({num_sequences, length}, at::kLong),
@@ -38,15 +42,19 @@ MicroBatch make_micro_batch(const std::vector<data::Window>& windows, std::int64
   return batch;
 }
 
-std::vector<MicroBatch> make_step(const data::Sampler& sampler, std::int64_t step, std::int64_t global_batch,
-                                  std::int64_t micro_sequences) {
+std::vector<MicroBatch> make_step(const data::Sampler& sampler, std::int64_t step, const StepShape& shape,
+                                  int num_ranks, int rank) {
   std::vector<MicroBatch> batches;
-  for (std::int64_t first = 0; first < global_batch; first += micro_sequences) {
+  for (std::int64_t first = 0; first < shape.global_batch; first += shape.micro_sequences) {
+    const std::int64_t all = std::min(shape.micro_sequences, shape.global_batch - first);
+    const parallel::Share share = parallel::share_of(all, shape.group_sequences, num_ranks, rank);
     std::vector<data::Window> windows;
-    for (std::int64_t i = first; i < std::min(global_batch, first + micro_sequences); ++i) {
-      windows.push_back(sampler.window((step - 1) * global_batch + i));
-    }
-    batches.push_back(make_micro_batch(windows, first));
+    for (std::int64_t i = 0; i < share.count; ++i)
+      windows.push_back(sampler.window((step - 1) * shape.global_batch + first + share.first + i));
+    MicroBatch batch = make_micro_batch(windows, shape.sequence_length, first + share.first);
+    batch.all_sequences = all;
+    batch.offset = share.first;
+    batches.push_back(std::move(batch));
   }
   return batches;
 }

@@ -12,8 +12,11 @@
 
 namespace collegium::train {
 
+/// One rank's part of a micro-step, perhaps of no sequence.
 struct MicroBatch {
   std::int64_t first_sequence = 0;  ///< within the optimizer step's global batch
+  std::int64_t all_sequences = 0;   ///< of the micro-step, over all ranks
+  std::int64_t offset = 0;          ///< of this rank's first sequence within the micro-step
   at::Tensor ids_BS;                ///< int64
   at::Tensor targets_BS;            ///< int64, -100 = no target
   at::Tensor document_ids_BS;       ///< int64
@@ -21,15 +24,21 @@ struct MicroBatch {
   std::int64_t num_targets = 0;
 };
 
-/// What     The micro-step of the given windows.
-MicroBatch make_micro_batch(const std::vector<data::Window>& windows, std::int64_t first_sequence);
+/// What     The given windows of `sequence_length` + 1 tokens as tensors.
+MicroBatch make_micro_batch(const std::vector<data::Window>& windows, std::int64_t sequence_length,
+                            std::int64_t first_sequence);
 
-/// What     The micro-steps of optimizer step `step` (1, 2, …): global_batch consecutive samples, cut into
-/// runs of
-///          micro_sequences (the last may be shorter).
+struct StepShape {
+  std::int64_t sequence_length = 0;
+  std::int64_t global_batch = 0;     ///< sequences of an optimizer step
+  std::int64_t micro_sequences = 0;  ///< of a micro-step (the last may be shorter), over all ranks
+  std::int64_t group_sequences = 1;  ///< whole groups of so many go to one rank
+};
+
+/// What     Rank `rank`'s part of the micro-steps of optimizer step `step` (1, 2, …).
 /// Order    A function of (sampler, step): which sequences a micro-step holds does not depend on the number
-/// of ranks.
-std::vector<MicroBatch> make_step(const data::Sampler& sampler, std::int64_t step, std::int64_t global_batch,
-                                  std::int64_t micro_sequences);
+///          of ranks.
+std::vector<MicroBatch> make_step(const data::Sampler& sampler, std::int64_t step, const StepShape& shape,
+                                  int num_ranks, int rank);
 
 }  // namespace collegium::train

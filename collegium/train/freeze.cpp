@@ -16,7 +16,9 @@ bool matches(std::string_view pattern, std::string_view text) {
 }
 
 void freeze_parameters(const model::ModelConfig& config, const std::vector<std::string>& patterns,
-                       std::vector<model::Parameter>& parameters) {
+                       std::vector<model::Parameter>& held) {
+  // Of the whole model, so that every rank says the same of a pattern.
+  std::vector<model::Parameter> parameters = model::list_parameters(config);
   const auto disk_tensors = model::list_disk_tensors(config, parameters);
   for (const std::string& pattern : patterns) {
     std::vector<std::int64_t> matched(parameters.size(), 0);
@@ -40,6 +42,7 @@ void freeze_parameters(const model::ModelConfig& config, const std::vector<std::
   const bool left =
       std::any_of(parameters.begin(), parameters.end(), [](const auto& p) { return p.trainable; });
   require_config(left, "model.freeze: nothing is left to train");
+  for (std::size_t i = 0; i < held.size(); ++i) held[i].trainable = parameters[i].trainable;
 }
 
 }  // namespace collegium::train

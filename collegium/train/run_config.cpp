@@ -24,6 +24,7 @@ void describe_sections(Fields& fields, RunConfig& c) {
   fields("checkpoint", c.checkpoint, "what survives a crash");
   fields("validation", c.validation, "loss on held-out documents");
   fields("logging", c.logging, "what is shown");
+  fields("parallel", c.parallel, "how the run is laid out over ranks; never changes what it computes");
 }
 
 struct Sections {
@@ -122,7 +123,7 @@ void validate_batch(const RunConfig& c) {
                  "batch.micro_sequences = {}: must lie between 1 and batch.global_batch = {}",
                  b.micro_sequences, b.global_batch);
   const std::int64_t group = c.model.moe.capacity.group_sequences;
-  const bool grouped = c.model.moe.capacity.drop_policy != moe::DropPolicy::kNone;
+  const bool grouped = moe::tokens_interact_in_groups(c.model.moe);
   require_config(!grouped || (b.micro_sequences % group == 0 && b.global_batch % group == 0),
                  "model.moe.capacity.group_sequences = {}: must divide batch.micro_sequences = {} and "
                  "batch.global_batch = {}",
@@ -156,6 +157,7 @@ void validate(const RunConfig& c) {
                  "data.sequence_length = {}: more than model.max_positions = {}", c.data.sequence_length,
                  c.model.max_positions);
   validate_batch(c);
+  parallel::validate(c.parallel);
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include "collegium/model/config.h"
 #include "collegium/optim/adamw.h"
 #include "collegium/optim/schedule.h"
+#include "collegium/parallel/options.h"
 
 namespace collegium::train {
 
@@ -106,6 +107,7 @@ struct RunConfig {
   CheckpointOptions checkpoint;
   ValidationOptions validation;
   LoggingOptions logging;
+  parallel::ParallelOptions parallel;
 };
 
 /// What     Reads a TOML file, applies `--set a.b=value` overrides, resolves the model and checks every rule,

@@ -6,10 +6,12 @@
 #include <cmath>
 
 #include "collegium/base/error.h"
+#include "collegium/comm/local/local.h"
 #include "collegium/model/checkpoint_io.h"
 #include "collegium/model/tensor_io.h"
 #include "collegium/moe/balance.h"
 #include "collegium/optim/adamw.h"
+#include "collegium/parallel/shares.h"
 #include "collegium/train/freeze.h"
 #include "collegium/train/validation.h"
 
@@ -26,12 +28,6 @@ moe::RouterStatisticsGradient scaled(const moe::RouterStatisticsGradient& gradie
           .squared_lse = gradient.squared_lse * factor};
 }
 
-std::vector<moe::RouterStatistics> statistics_of(const model::ForwardResult& forward) {
-  std::vector<moe::RouterStatistics> statistics;
-  for (const auto& layer : forward.layers) statistics.push_back(layer->statistics);
-  return statistics;
-}
-
 RunConfig with_vocabulary(RunConfig config, const data::Dataset& dataset) {
   if (config.model.vocab_size == 0) config.model.vocab_size = dataset.index().vocab_size;
   model::validate(config.model, /*training=*/true);
@@ -39,124 +35,249 @@ RunConfig with_vocabulary(RunConfig config, const data::Dataset& dataset) {
   return config;
 }
 
+StepShape step_shape(const RunConfig& config) {
+  return {.sequence_length = config.data.sequence_length,
+          .global_batch = config.batch.global_batch,
+          .micro_sequences = config.batch.micro_sequences,
+          .group_sequences = moe::tokens_interact_in_groups(config.model.moe)
+                                 ? config.model.moe.capacity.group_sequences
+                                 : 1};
+}
+
 }  // namespace
 
-Trainer::Trainer(const RunConfig& config)
+/// What a micro-step comes to over all ranks.
+struct Trainer::MicroSums {
+  double loss_sum = 0.0;
+  std::vector<moe::RouterTotals> totals;  ///< per MoE layer
+};
+
+Trainer::Trainer(const RunConfig& config) : Trainer(config, comm::single_rank_world()) {}
+
+Trainer::Trainer(const RunConfig& config, const std::shared_ptr<comm::Communicator>& world)
     : config_(config),
+      groups_(parallel::make_groups(world, config.parallel, config.model.moe.num_experts)),
       dataset_(config.data.path),
       sampler_(dataset_, data::Split::kTrain, config.data.sequence_length, config.train.seed) {
   config_ = with_vocabulary(config_, dataset_);
   const at::ScalarType dtype = model::parse_dtype(config_.train.dtype, "train.dtype");
+  const model::ExpertRange held = groups_.held_experts();
   std::vector<model::Parameter> parameters;
   if (config_.model_source.init.empty()) {
-    parameters = model::list_parameters(config_.model);
+    parameters = model::list_parameters(config_.model, held);
     model::initialize_parameters(config_.model, config_.train.seed, dtype, parameters);
   } else {
-    parameters = model::load_parameters(config_.model_source.init, config_.model, dtype);
+    parameters = model::load_parameters(config_.model_source.init, config_.model, dtype, held);
   }
   freeze_parameters(config_.model, config_.model_source.freeze, parameters);
-  decoder_ = std::make_unique<model::Decoder>(config_.model, std::move(parameters));
-  masters_ = std::make_unique<optim::MasterWeights>(decoder_->parameters());
+  decoder_ = std::make_unique<model::Decoder>(config_.model, std::move(parameters),
+                                              parallel::make_transport(groups_, config_.parallel));
+  build_optimizer_state();
   state_.run_config = run_config_json(config_);
 }
 
-Trainer::MicroResult Trainer::run_micro_step(const MicroBatch& batch, std::int64_t micro_step,
-                                             const MicroBatch& totals, StepReport& report,
-                                             std::vector<moe::MonitorSums>& monitors) {
+void Trainer::build_optimizer_state() {
+  masters_ = std::make_unique<optim::MasterWeights>(decoder_->parameters());
+  std::vector<parallel::GradientSlot> slots;
+  for (const optim::Slot& slot : masters_->slots()) {
+    slots.push_back({.leaf = slot.value,
+                     .sum = slot.gradient,
+                     .expert = slot.kind == model::ParameterKind::kExpert});
+  }
+  gradient_sync_ =
+      std::make_unique<parallel::GradientSync>(groups_, config_.parallel, std::move(slots),
+                                               masters_->dense_gradients(), masters_->expert_gradients());
+}
+
+std::int64_t Trainer::sum_targets(const std::vector<MicroBatch>& batches) {
+  std::int64_t count = 0;
+  for (const MicroBatch& batch : batches) count += batch.num_targets;
+  const at::Tensor sum = at::scalar_tensor(count, at::kLong);
+  groups_.dp->all_reduce(sum).wait();
+  return sum.item<std::int64_t>();
+}
+
+model::ForwardOptions Trainer::forward_options(const MicroBatch& batch, std::int64_t micro_step,
+                                               std::int64_t step) const {
   model::ForwardOptions options;
   options.recompute = config_.train.recompute;
   options.context = {.first_sequence = batch.first_sequence,
                      .seed = config_.train.seed,
-                     .step = report.step,
+                     .step = step,
                      .layer = 0,
                      .training = true,
                      .padding_T = {}};
   if (config_.data.mask_documents) options.document_ids_BS = batch.document_ids_BS;
+  if (!replay_) return options;
   const moe::MoeOptions& moe = config_.model.moe;
-  const auto key = [&](std::size_t layer) {
-    return moe::RoutingKey{report.step, micro_step, static_cast<std::int64_t>(layer)};
-  };
-  if (replay_) {
-    for (std::size_t layer = 0; layer < monitors.size(); ++layer) {
-      options.replayed_ids.push_back(
-          replay_->ids_TK(key(layer), batch.ids_BS.numel(), moe.top_k, moe.num_experts));
-    }
+  const std::int64_t length = config_.data.sequence_length;
+  for (std::int64_t layer = 0; layer < decoder_->num_moe_layers(); ++layer) {
+    const at::Tensor all_ids_TK = replay_->ids_TK({step, micro_step, layer}, batch.all_sequences * length,
+                                                  moe.top_k, moe.num_experts);
+    options.replayed_ids.push_back(
+        all_ids_TK.narrow(0, batch.offset * length, batch.ids_BS.size(0) * length));
   }
+  return options;
+}
+
+Trainer::MicroSums Trainer::sum_over_ranks(const model::ForwardResult& forward, double local_loss) {
+  const comm::WhereScope scope(
+      groups_.dp->where(), {.step = groups_.dp->where().step, .layer = -1, .phase = "losses"});
+  MicroSums sums;
+  std::vector<at::Tensor> parts = {at::scalar_tensor(local_loss, at::kDouble).view({1})};
+  for (const auto& layer : forward.layers) {
+    sums.totals.emplace_back(layer->statistics);
+    parts.push_back(sums.totals.back().values());
+  }
+  const at::Tensor all = at::cat(parts);
+  groups_.dp->all_reduce(all).wait();
+  sums.loss_sum = all[0].item<double>();
+  std::int64_t begin = 1;
+  for (moe::RouterTotals& totals : sums.totals) {
+    totals.values().copy_(all.narrow(0, begin, totals.values().numel()));
+    begin += totals.values().numel();
+  }
+  return sums;
+}
+
+void Trainer::record(const MicroBatch& batch, const moe::RoutingKey& key, const at::Tensor& ids_TK) {
+  const std::int64_t length = config_.data.sequence_length;
+  const StepShape shape = step_shape(config_);
+  const at::Tensor all_ids_TK = at::empty({batch.all_sequences * length, ids_TK.size(1)}, ids_TK.options());
+  groups_.dp
+      ->all_gather(ids_TK, all_ids_TK,
+                   parallel::share_rows(batch.all_sequences, shape.group_sequences, groups_.dp->size(), length))
+      .wait();
+  if (recorder_) recorder_->append(key, all_ids_TK, config_.model.moe.num_experts);
+}
+
+double Trainer::run_micro_step(const MicroBatch& batch, std::int64_t micro_step, bool last,
+                               StepReport& report) {
+  const model::ForwardOptions options = forward_options(batch, micro_step, report.step);
   const model::ForwardResult forward = decoder_->forward(batch.ids_BS, options);
-  const moe::BalanceLoss balance = moe::balance_loss(moe, statistics_of(forward));
-  const double share = static_cast<double>(batch.ids_BS.numel()) / static_cast<double>(totals.ids_BS.numel());
-  for (std::size_t layer = 0; layer < forward.layers.size(); ++layer) {
-    forward.layers[layer]->statistics_gradient = scaled(balance.layers[layer], share);
-    monitors[layer].add(forward.layers[layer]->statistics);
-    if (recorder_)
-      recorder_->append(key(layer), forward.layers[layer]->routing.chosen_ids_TK, moe.num_experts);
+  const at::Tensor loss = model::cross_entropy_sum(*decoder_, forward.hidden_BSD, batch.targets_BS);
+  const MicroSums sums = sum_over_ranks(forward, loss.item<double>());
+
+  std::vector<moe::LayerStatistics> layers;
+  for (std::size_t i = 0; i < forward.layers.size(); ++i)
+    layers.push_back({.local = forward.layers[i]->statistics, .totals = sums.totals[i]});
+  const moe::BalanceLoss balance = moe::balance_loss(config_.model.moe, layers);
+  if (!std::isfinite(sums.loss_sum) || !std::isfinite(balance.total))
+    explain_non_finite(batch, options, loss.item<double>(), sums.loss_sum);
+  const double share =
+      static_cast<double>(batch.all_sequences) / static_cast<double>(config_.batch.global_batch);
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    moe::LayerRun& run = *forward.layers[i];
+    run.statistics_gradient = scaled(balance.layers[i], share);
+    monitors_[i].add(sums.totals[i], run.statistics.max_abs_logit);
+    if (recording_)
+      record(batch, {report.step, micro_step, static_cast<std::int64_t>(i)}, run.routing.chosen_ids_TK);
   }
-  const at::Tensor sum = model::cross_entropy_sum(*decoder_, forward.hidden_BSD, batch.targets_BS);
-  const double loss_sum = sum.item<double>();
-  if (!std::isfinite(loss_sum) || !std::isfinite(balance.total)) explain_non_finite(batch, options, loss_sum);
   // A step whose every target is masked still trains the router's balance.
-  const double num_targets = std::max<double>(1.0, static_cast<double>(totals.num_targets));
-  (sum / num_targets).backward();
+  const double num_targets = std::max<double>(1.0, static_cast<double>(report.num_targets));
+  if (last) gradient_sync_->begin_last_backward();
+  (loss / num_targets).backward();
   masters_->accumulate();
 
   report.balance_loss += share * balance.total;
   report.normalized_balance += share * balance.normalized_balance;
   for (const auto& [name, value] : balance.terms) report.balance_terms[name] += share * value;
-  return {.loss_sum = loss_sum};
+  return sums.loss_sum;
 }
 
-StepReport Trainer::step() {
+StepReport Trainer::compute_gradients() {
   StepReport report;
   report.step = state_.step + 1;
+  const comm::WhereScope scope(groups_.world->where(), {.step = report.step, .layer = -1, .phase = "step"});
+  groups_.ledger->clear();
   const auto batches =
-      make_step(sampler_, report.step, config_.batch.global_batch, config_.batch.micro_sequences);
-  MicroBatch totals;
-  totals.ids_BS = at::empty({config_.batch.global_batch, config_.data.sequence_length},
-                            at::device(at::kMeta).dtype(at::kLong));
-  for (const MicroBatch& batch : batches) totals.num_targets += batch.num_targets;
-  std::vector<moe::MonitorSums> monitors(static_cast<std::size_t>(decoder_->num_moe_layers()));
+      make_step(sampler_, report.step, step_shape(config_), groups_.dp->size(), groups_.dp->rank());
+  report.num_targets = sum_targets(batches);
+  monitors_.assign(static_cast<std::size_t>(decoder_->num_moe_layers()),
+                   moe::MonitorSums(config_.model.moe.num_experts));
   double loss_sum = 0.0;
   for (std::size_t i = 0; i < batches.size(); ++i) {
-    loss_sum += run_micro_step(batches[i], static_cast<std::int64_t>(i), totals, report, monitors).loss_sum;
+    loss_sum +=
+        run_micro_step(batches[i], static_cast<std::int64_t>(i), i + 1 == batches.size(), report);
   }
-  report.num_targets = totals.num_targets;
-  report.loss = totals.num_targets > 0 ? loss_sum / static_cast<double>(totals.num_targets) : 0.0;
-
-  try {
-    report.gradient = optim::gradient_norm(masters_->slots());
-  } catch (const Error& error) {
-    throw Error(fmt::format("step {}: {}", report.step, error.what()));
-  }
+  report.loss = report.num_targets > 0 ? loss_sum / static_cast<double>(report.num_targets) : 0.0;
+  gradient_sync_->finish(report.step);
+  reduce_norm_and_monitors(report);
   const double clip = config_.optimizer.clip_norm;
   report.clip_factor = clip > 0.0 && report.gradient.total > clip ? clip / report.gradient.total : 1.0;
   report.learning_rate = config_.optimizer.learning_rate *
                          optim::rate_factor(config_.schedule, report.step, config_.train.steps);
-  {
-    const at::NoGradGuard no_grad;
-    optim::adamw_step(config_.optimizer, report.learning_rate, report.clip_factor, report.step,
-                      masters_->slots());
-    if (config_.model.moe.router.bias_balancing) update_biases(monitors);
-  }
-  for (const moe::MonitorSums& sums : monitors) report.layers.push_back(sums.monitors(config_.model.moe));
+  for (const moe::MonitorSums& sums : monitors_) report.layers.push_back(sums.monitors(config_.model.moe));
   if (recorder_) recorder_->flush();
-  state_.step = report.step;
-  state_.samples += config_.batch.global_batch;
-  state_.tokens += totals.num_targets;
+  report.communication = report_communication();
   return report;
 }
 
-void Trainer::update_biases(const std::vector<moe::MonitorSums>& monitors) {
+// Every expert is held by one rank of an ep group, so its squares are summed over ep; dense gradients are the
+// same everywhere.
+void Trainer::reduce_norm_and_monitors(StepReport& report) {
+  const comm::WhereScope scope(groups_.world->where(),
+                               {.step = report.step, .layer = -1, .phase = "norm and monitors"});
+  optim::GradientSquares squares;
+  try {
+    squares = optim::gradient_squares(masters_->slots());
+  } catch (const Error& error) {
+    throw Error(fmt::format("step {}: {}", report.step, error.what()));
+  }
+  if (squares.contains(optim::kExpertKind)) {
+    const at::Tensor sum = at::scalar_tensor(squares[optim::kExpertKind], at::kDouble);
+    groups_.ep->all_reduce(sum).wait();
+    squares[optim::kExpertKind] = sum.item<double>();
+  }
+  report.gradient = optim::gradient_norm(squares);
+  const auto num_layers = static_cast<std::int64_t>(monitors_.size());
+  const at::Tensor logits = at::zeros({num_layers}, at::kDouble);
+  for (std::int64_t i = 0; i < num_layers; ++i)
+    logits[i] = monitors_[static_cast<std::size_t>(i)].max_abs_logit();
+  groups_.dp->all_reduce(logits, comm::ReduceOp::kMax).wait();
+  for (std::int64_t i = 0; i < num_layers; ++i)
+    monitors_[static_cast<std::size_t>(i)].raise_max_abs_logit(logits[i].item<double>());
+}
+
+void Trainer::update_weights(StepReport& report) {
+  const at::NoGradGuard no_grad;
+  optim::adamw_step(config_.optimizer, report.learning_rate, report.clip_factor, report.step,
+                    masters_->slots());
+  if (config_.model.moe.router.bias_balancing) update_biases();
+  state_.step = report.step;
+  state_.samples += config_.batch.global_batch;
+  state_.tokens += report.num_targets;
+}
+
+StepReport Trainer::step() {
+  StepReport report = compute_gradients();
+  update_weights(report);
+  return report;
+}
+
+void Trainer::update_biases() {
   std::size_t moe_layer = 0;
   for (std::int64_t layer = 0; layer < config_.model.num_layers; ++layer) {
     if (!config_.model.moe_layers[static_cast<std::size_t>(layer)]) continue;
     at::Tensor bias = decoder_->value(fmt::format("layers.{}.moe.expert_bias", layer));
-    moe::update_expert_bias(bias, monitors[moe_layer++].choice_counts_E(),
+    moe::update_expert_bias(bias, monitors_[moe_layer++].totals().choice_counts_E().to(at::kLong),
                             config_.model.moe.router.bias_update_rate);
   }
 }
 
+CommReport Trainer::report_communication() {
+  const comm::LedgerEntry all = groups_.ledger->sum([](const comm::LedgerKey&) { return true; });
+  const comm::Overlap all_to_all = groups_.ledger->overlap(comm::Operation::kAllToAll);
+  return {.bytes_within_nodes = all.bytes_within_nodes,
+          .bytes_between_nodes = all.bytes_between_nodes,
+          .all_to_all_s = all_to_all.communicating_s,
+          .all_to_all_exposed_s = all_to_all.communicating_s - all_to_all.hidden_s,
+          .hidden_share = groups_.ledger->overlap().hidden_share()};
+}
+
+// The rank that saw it reports; the others only take part in the collectives until they are stopped.
 void Trainer::explain_non_finite(const MicroBatch& batch, const model::ForwardOptions& options,
-                                 double loss) const {
+                                 double local_loss, double loss) const {
   const at::NoGradGuard no_grad;
   const std::string head =
       fmt::format("step {}: the loss is {}", state_.step + 1, std::isnan(loss) ? "nan" : "infinite");
@@ -164,17 +285,20 @@ void Trainer::explain_non_finite(const MicroBatch& batch, const model::ForwardOp
     if (!at::isfinite(parameter.value).all().item<bool>())
       throw Error(fmt::format("{}: parameter {} is not finite", head, parameter.name));
   }
+  groups_.world->barrier();
   model::ForwardOptions watched = options;
   watched.observer = [&](std::int64_t layer, const at::Tensor& x_BSD) {
     if (!at::isfinite(x_BSD).all().item<bool>())
       throw Error(fmt::format("{}: the output of layer {} is the first that is not finite", head, layer));
   };
   decoder_->forward(batch.ids_BS, watched);
+  if (std::isfinite(local_loss) && groups_.world->size() > 1) groups_.world->barrier();
   throw Error(fmt::format("{}: every layer's output is finite, the logits are not", head));
 }
 
 void Trainer::record_routing(const std::filesystem::path& file) {
-  recorder_ = std::make_unique<moe::RoutingRecorder>(file);
+  recording_ = true;
+  if (groups_.is_root()) recorder_ = std::make_unique<moe::RoutingRecorder>(file);
 }
 void Trainer::replay_routing(const std::filesystem::path& file) {
   replay_ = std::make_unique<moe::RoutingReplay>(file);
@@ -183,20 +307,22 @@ void Trainer::replay_routing(const std::filesystem::path& file) {
 void Trainer::resume(const std::filesystem::path& checkpoint, bool weights_only) {
   const at::NoGradGuard no_grad;
   if (!weights_only) {
-    state_ = load_checkpoint(checkpoint, *decoder_, *masters_);
+    state_ = load_checkpoint(checkpoint, *decoder_, *masters_, groups_);
     state_.run_config = run_config_json(config_);
     return;
   }
-  const auto weights = model::load_parameters(checkpoint, config_.model, decoder_->dtype());
+  const auto weights =
+      model::load_parameters(checkpoint, config_.model, decoder_->dtype(), groups_.held_experts());
   for (std::size_t i = 0; i < weights.size(); ++i) decoder_->parameters()[i].value.copy_(weights[i].value);
-  masters_ = std::make_unique<optim::MasterWeights>(decoder_->parameters());
+  gradient_sync_.reset();
+  build_optimizer_state();
 }
 
 std::filesystem::path Trainer::save(double elapsed_seconds) {
   state_.elapsed_seconds = elapsed_seconds;
   const auto tokenizer = dataset_.has_tokenizer() ? dataset_.tokenizer_file() : std::filesystem::path();
   return save_checkpoint(config_.run_folder, *decoder_, *masters_, state_, tokenizer,
-                         config_.checkpoint.keep_last);
+                         config_.checkpoint.keep_last, groups_);
 }
 
 }  // namespace collegium::train

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// The training loop's body: one optimizer step at a time, from a batch to updated weights.
+// The training loop's body: one optimizer step at a time, from a batch to updated weights, on one rank of a
+// run. All ranks make the same calls.
 
 #include <cstdint>
 #include <filesystem>
@@ -16,12 +17,24 @@
 #include "collegium/moe/monitors.h"
 #include "collegium/moe/routing_record.h"
 #include "collegium/optim/master_weights.h"
+#include "collegium/parallel/gradient_sync.h"
+#include "collegium/parallel/groups.h"
 #include "collegium/train/batch.h"
 #include "collegium/train/checkpoint.h"
 #include "collegium/train/run_config.h"
 
 namespace collegium::train {
 
+/// What this rank communicated in a step.
+struct CommReport {
+  std::int64_t bytes_within_nodes = 0;  ///< sent
+  std::int64_t bytes_between_nodes = 0;
+  double all_to_all_s = 0.0;          ///< some all_to_all was under way
+  double all_to_all_exposed_s = 0.0;  ///< of it, this rank stood still
+  double hidden_share = 0.0;          ///< of all communication: ran beside computation
+};
+
+/// The same on all ranks, but for `communication`.
 struct StepReport {
   std::int64_t step = 0;
   double loss = 0.0;                            ///< cross-entropy, nats per target token
@@ -33,19 +46,31 @@ struct StepReport {
   double clip_factor = 1.0;
   std::int64_t num_targets = 0;
   std::vector<moe::LayerMonitors> layers;
+  CommReport communication;
 };
 
 class Trainer {
  public:
-  /// What     Allocates model and optimizer state from the run's seed, or from model.init.
-  /// Throws   ConfigError for data, model or freeze patterns that do not fit; nothing is written.
+  /// What     Allocates this rank's part of model and optimizer state from the run's seed, or from model.init.
+  /// Comm     collective over `world`: makes the groups of config.parallel.
+  /// Throws   ConfigError for data, model, layout or freeze patterns that do not fit; nothing is written.
+  Trainer(const RunConfig& config, const std::shared_ptr<comm::Communicator>& world);
+  /// Of a run on one rank.
   explicit Trainer(const RunConfig& config);
 
   /// What     One optimizer step: forward and backward of every micro-step, clipping, AdamW, expert biases.
   /// Math     loss = sum CE / target tokens of the whole step + sum over micro-steps of (tokens / step
-  /// tokens) balance loss. Order    Bit-identical for the same state, threads and dtype. Throws   Error when
-  /// a loss or gradient is not finite, naming step, layer and tensor; the weights are then unchanged.
+  ///          tokens) balance loss.
+  /// Comm     per micro-step the layers' dispatches and combines, and one all_reduce of losses and router
+  ///          totals over dp; per step the gradients, and a few numbers.
+  /// Order    Bit-identical for the same state, layout, threads and dtype.
+  /// Throws   Error when a loss or gradient is not finite, naming step, layer and tensor; the weights are then
+  ///          unchanged.
   StepReport step();
+  /// The first part of step(): gradients are summed and left in masters(), weights unchanged. For comparisons.
+  StepReport compute_gradients();
+  /// The second part, on what compute_gradients() gave.
+  void update_weights(StepReport& report);
 
   void record_routing(const std::filesystem::path& file);
   void replay_routing(const std::filesystem::path& file);
@@ -57,24 +82,35 @@ class Trainer {
   const data::Dataset& dataset() const { return dataset_; }
   const TrainingState& state() const { return state_; }
   const optim::MasterWeights& masters() const { return *masters_; }
+  const parallel::Groups& groups() const { return groups_; }
 
  private:
-  struct MicroResult {
-    double loss_sum = 0.0;
-  };
-  MicroResult run_micro_step(const MicroBatch& batch, std::int64_t micro_step, const MicroBatch& totals,
-                             StepReport& report, std::vector<moe::MonitorSums>& monitors);
-  void update_biases(const std::vector<moe::MonitorSums>& monitors);
+  struct MicroSums;
+
+  void build_optimizer_state();
+  std::int64_t sum_targets(const std::vector<MicroBatch>& batches);
+  model::ForwardOptions forward_options(const MicroBatch& batch, std::int64_t micro_step,
+                                        std::int64_t step) const;
+  double run_micro_step(const MicroBatch& batch, std::int64_t micro_step, bool last, StepReport& report);
+  MicroSums sum_over_ranks(const model::ForwardResult& forward, double local_loss);
+  void record(const MicroBatch& batch, const moe::RoutingKey& key, const at::Tensor& ids_TK);
+  void reduce_norm_and_monitors(StepReport& report);
+  void update_biases();
+  CommReport report_communication();
   [[noreturn]] void explain_non_finite(const MicroBatch& batch, const model::ForwardOptions& options,
-                                       double loss) const;
+                                       double local_loss, double loss) const;
 
   RunConfig config_;
+  parallel::Groups groups_;
   data::Dataset dataset_;
   data::Sampler sampler_;
   std::unique_ptr<model::Decoder> decoder_;
   std::unique_ptr<optim::MasterWeights> masters_;
+  std::unique_ptr<parallel::GradientSync> gradient_sync_;
+  std::vector<moe::MonitorSums> monitors_;  ///< of the step under way, per MoE layer
   TrainingState state_;
-  std::unique_ptr<moe::RoutingRecorder> recorder_;
+  std::unique_ptr<moe::RoutingRecorder> recorder_;  ///< on rank 0
+  bool recording_ = false;
   std::unique_ptr<moe::RoutingReplay> replay_;
 };
 

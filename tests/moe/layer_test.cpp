@@ -66,6 +66,13 @@ moe::reference::RouterInputs reference_inputs(const moe::MoeWeights& w, const at
   return inputs;
 }
 
+// Of one layer on one rank.
+moe::BalanceLoss balance_of(const moe::MoeOptions& o, const moe::RouterStatistics& statistics) {
+  const moe::RouterTotals totals(statistics);
+  const std::vector<moe::LayerStatistics> layers = {{.local = statistics, .totals = totals}};
+  return moe::balance_loss(o, layers);
+}
+
 class MoeVariant : public testing::TestWithParam<test::MoeCase> {
  protected:
   void SetUp() override {
@@ -102,8 +109,7 @@ TEST_P(MoeVariant, router_and_losses_equal_the_plain_loops) {
   moe::MoeOptions all = options_;
   all.balance.load_balance = all.balance.gshard = all.balance.switch_top1 = all.balance.importance_cv2 = 1.0;
   all.balance.load_cv2 = all.balance.hf_pooled = all.balance.z_loss = 1.0;
-  const std::vector<moe::RouterStatistics> layers = {ours.statistics};
-  const moe::BalanceLoss losses = moe::balance_loss(all, layers);
+  const moe::BalanceLoss losses = balance_of(all, ours.statistics);
   for (const auto& [name, value] : moe::reference::losses(options_, oracle, context)) {
     EXPECT_NEAR(losses.terms.at(name), value, 100 * tolerance * std::max(1.0, std::abs(value))) << name;
   }
@@ -140,7 +146,7 @@ std::vector<double> oracle_output(const moe::MoeOptions& o, const moe::MoeWeight
 at::Tensor run_layer(const moe::MoeOptions& o, const moe::MoeWeights& w, const at::Tensor& x_TD,
                      const std::shared_ptr<moe::LayerRun>& run) {
   const auto dispatcher = moe::make_local_dispatcher(o.num_experts);
-  return moe::moe_layer(o, w, dispatcher, x_TD, run);
+  return moe::moe_layer(o, w, {.dispatcher = dispatcher, .overlap = {}}, x_TD, run);
 }
 
 TEST_P(MoeVariant, layer_output_equals_the_plain_loops) {
@@ -190,8 +196,7 @@ double total_loss(const moe::MoeOptions& o, const moe::MoeWeights& w, const at::
   run->context = training_context();
   const at::Tensor y = run_layer(o, w, x, run);
   const at::Tensor loss = (y * random_tensor("g", y.sizes())).sum();
-  const std::vector<moe::RouterStatistics> layers = {run->statistics};
-  const moe::BalanceLoss balance = moe::balance_loss(o, layers);
+  const moe::BalanceLoss balance = balance_of(o, run->statistics);
   run->statistics_gradient = balance.layers[0];
   if (backward) loss.backward();
   return loss.item<double>() + balance.total;
@@ -225,8 +230,6 @@ TEST_P(MoeVariant, gradients_equal_central_differences) {
 }
 
 TEST_P(MoeVariant, decisions_do_not_depend_on_how_sequences_are_spread) {
-  if (options_.router.selection == moe::Selection::kSinkhorn)
-    GTEST_SKIP() << "Sinkhorn balances the tokens it is given";
   const moe::MoeWeights weights = make_weights(options_);
   moe::TokenContext whole = training_context();
   const at::Tensor x_TD = random_tensor("x", {whole.num_tokens(), kWidth});
@@ -251,8 +254,7 @@ TEST_P(MoeVariant, a_rank_without_tokens_takes_part) {
   for (const auto& [name, tensor] : differentiable(weights, x)) tensor->requires_grad_(true);
   const at::Tensor y = run_layer(options_, weights, x, run);
   EXPECT_EQ(y.size(0), 0);
-  const std::vector<moe::RouterStatistics> layers = {run->statistics};
-  EXPECT_EQ(moe::balance_loss(options_, layers).total, 0.0);
+  EXPECT_EQ(balance_of(options_, run->statistics).total, 0.0);
   y.sum().backward();
   EXPECT_EQ(weights.gate_up_LGD.grad().abs().sum().item<double>(), 0.0);
   EXPECT_EQ(weights.router.gate_ED.grad().abs().sum().item<double>(), 0.0);

@@ -120,14 +120,19 @@ TEST(BalanceLoss, known_values_when_balanced_and_collapsed) {
   const at::Tensor first_four = (at::arange(16) < 4).unsqueeze(0);
   collapsed.choice_counts_BE = 64 * first_four.to(at::kLong);
   collapsed.prob_sums_BE = 16.0 * first_four.to(at::kDouble);
-  const std::vector<moe::RouterStatistics> one = {balanced};
-  const moe::BalanceLoss even = moe::balance_loss(options, one);
+  const auto balance_of = [&](moe::RouterStatistics& statistics) {
+    statistics.importance_BE = statistics.prob_sums_BE;
+    statistics.entropy_B = at::zeros({1}, at::kDouble);
+    const moe::RouterTotals totals(statistics);
+    const std::vector<moe::LayerStatistics> layers = {{.local = statistics, .totals = totals}};
+    return moe::balance_loss(options, layers);
+  };
+  const moe::BalanceLoss even = balance_of(balanced);
   EXPECT_DOUBLE_EQ(even.terms.at("load_balance"), 1.0);
   EXPECT_DOUBLE_EQ(even.terms.at("gshard"), 1.0 / 256);
   EXPECT_DOUBLE_EQ(even.terms.at("hf_pooled"), 4.0);
   EXPECT_DOUBLE_EQ(even.normalized_balance, 1.0);
-  const std::vector<moe::RouterStatistics> other = {collapsed};
-  EXPECT_DOUBLE_EQ(moe::balance_loss(options, other).terms.at("load_balance"), 4.0);
+  EXPECT_DOUBLE_EQ(balance_of(collapsed).terms.at("load_balance"), 4.0);
 }
 
 }  // namespace

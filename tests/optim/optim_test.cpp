@@ -70,12 +70,12 @@ TEST(GradientNorm, counts_everything_once_and_names_what_is_not_finite) {
   optim::MasterWeights masters(parameters);
   masters.slots()[0].gradient.fill_(2.0);
   masters.slots()[1].gradient.fill_(1.0);
-  const optim::GradientNorm norm = optim::gradient_norm(masters.slots());
+  const optim::GradientNorm norm = optim::gradient_norm(optim::gradient_squares(masters.slots()));
   EXPECT_NEAR(norm.total, std::sqrt(105.0 * 4 + 105.0), 1e-12);
   EXPECT_NEAR(norm.by_kind.at("expert"), std::sqrt(420.0), 1e-12);
   masters.slots()[0].gradient[1][2][3] = std::numeric_limits<float>::infinity();
   try {
-    optim::gradient_norm(masters.slots());
+    optim::gradient_squares(masters.slots());
     FAIL();
   } catch (const Error& error) {
     EXPECT_STREQ(error.what(), "the gradient of a (expert 1) is not finite");

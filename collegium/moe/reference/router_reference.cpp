@@ -100,26 +100,34 @@ Vector mask_groups(const MoeOptions& o, Vector scores) {
   return scores;
 }
 
-// exp(logits) scaled until rows and columns have equal sums: multiplicative, as in the definition.
-Matrix sinkhorn(const std::vector<Logits>& logits, std::int64_t iterations) {
+// Rows [begin, end) of exp(logits) scaled until rows and columns have equal sums: multiplicative, as in the
+// definition.
+void balance_group(std::int64_t iterations, std::int64_t begin, std::int64_t end, Matrix& mass) {
+  const auto num_tokens = static_cast<double>(end - begin);
+  for (std::int64_t i = 0; i < iterations; ++i) {
+    for (std::int64_t t = begin; t < end; ++t) {
+      double sum = 0.0;
+      for (std::int64_t e = 0; e < mass.columns; ++e) sum += mass.at(t, e);
+      for (std::int64_t e = 0; e < mass.columns; ++e) mass.at(t, e) /= sum * num_tokens;
+    }
+    for (std::int64_t e = 0; e < mass.columns; ++e) {
+      double sum = 0.0;
+      for (std::int64_t t = begin; t < end; ++t) sum += mass.at(t, e);
+      for (std::int64_t t = begin; t < end; ++t) mass.at(t, e) /= sum * static_cast<double>(mass.columns);
+    }
+  }
+}
+
+Matrix sinkhorn(const MoeOptions& o, const TokenContext& c, const std::vector<Logits>& logits) {
   const auto num_tokens = static_cast<std::int64_t>(logits.size());
   Matrix mass(num_tokens, static_cast<std::int64_t>(logits[0].noisy.size()));
   for (std::int64_t t = 0; t < num_tokens; ++t) {
     for (std::int64_t e = 0; e < mass.columns; ++e)
       mass.at(t, e) = std::exp(logits[static_cast<std::size_t>(t)].noisy[static_cast<std::size_t>(e)]);
   }
-  for (std::int64_t i = 0; i < iterations; ++i) {
-    for (std::int64_t t = 0; t < mass.rows; ++t) {
-      double sum = 0.0;
-      for (std::int64_t e = 0; e < mass.columns; ++e) sum += mass.at(t, e);
-      for (std::int64_t e = 0; e < mass.columns; ++e) mass.at(t, e) /= sum * static_cast<double>(mass.rows);
-    }
-    for (std::int64_t e = 0; e < mass.columns; ++e) {
-      double sum = 0.0;
-      for (std::int64_t t = 0; t < mass.rows; ++t) sum += mass.at(t, e);
-      for (std::int64_t t = 0; t < mass.rows; ++t) mass.at(t, e) /= sum * static_cast<double>(mass.columns);
-    }
-  }
+  const std::int64_t group = o.capacity.group_sequences * c.sequence_length;
+  for (std::int64_t begin = 0; begin < num_tokens; begin += group)
+    balance_group(o.router.sinkhorn_iterations, begin, std::min(begin + group, num_tokens), mass);
   return mass;
 }
 
@@ -277,7 +285,7 @@ std::vector<TokenRouting> route(const MoeOptions& o, const RouterInputs& in, con
     token.lse = top + std::log(token.lse);
   }
   const bool balance = c.training && o.router.selection == Selection::kSinkhorn && c.num_tokens() > 0;
-  const Matrix balanced = balance ? sinkhorn(logits, o.router.sinkhorn_iterations) : Matrix();
+  const Matrix balanced = balance ? sinkhorn(o, c, logits) : Matrix();
   if (o.router.selection == Selection::kExpertChoice) choose_by_experts(o, c, tokens);
   std::vector<Vector> raw;
   for (std::int64_t t = 0; t < c.num_tokens(); ++t) {
