@@ -21,6 +21,24 @@ constexpr mode_t kFileMode = 0644;
 
 std::string system_reason() { return std::strerror(errno); }  // NOLINT(concurrency-mt-unsafe)
 
+// A device, a pipe or a terminal: there is no older content to protect, and a rename would destroy the node.
+bool is_special(const std::filesystem::path& path) {
+  struct stat status{};
+  return ::stat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode);
+}
+
+// The file that links lead to, which may not exist yet: renaming onto a link would replace the link.
+std::filesystem::path follow_links(std::filesystem::path path) {
+  constexpr int kMaxLinks = 40;  // as Linux itself
+  std::error_code code;
+  for (int i = 0; i < kMaxLinks && std::filesystem::is_symlink(path, code); ++i) {
+    const std::filesystem::path target = std::filesystem::read_symlink(path, code);
+    if (code) break;
+    path = path.parent_path() / target;  // an absolute target replaces the whole
+  }
+  return path;
+}
+
 }  // namespace
 
 std::string read_file(const std::filesystem::path& path) {
@@ -30,16 +48,21 @@ std::string read_file(const std::filesystem::path& path) {
 }
 
 AtomicFile::AtomicFile(std::filesystem::path path) : path_(std::move(path)) {
-  temporary_path_ = path_;
-  temporary_path_ += fmt::format(".tmp-{}", ::getpid());
-  descriptor_ = ::open(temporary_path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, kFileMode);
+  if (is_special(path_)) {
+    descriptor_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
+  } else {
+    path_ = follow_links(path_);
+    temporary_path_ = path_;
+    temporary_path_ += fmt::format(".tmp-{}", ::getpid());
+    descriptor_ = ::open(temporary_path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, kFileMode);
+  }
   if (descriptor_ < 0) throw Error(fmt::format("cannot write {}: {}", path_.string(), system_reason()));
 }
 
 AtomicFile::~AtomicFile() {
   if (descriptor_ < 0) return;
   ::close(descriptor_);
-  ::unlink(temporary_path_.c_str());
+  if (!temporary_path_.empty()) ::unlink(temporary_path_.c_str());
 }
 
 void AtomicFile::write(std::span<const std::byte> bytes) {
@@ -58,6 +81,11 @@ void AtomicFile::write(std::string_view text) { write(std::as_bytes(std::span(te
 
 void AtomicFile::commit() {
   COLLEGIUM_CHECK(descriptor_ >= 0, "{} committed twice", path_.string());
+  if (temporary_path_.empty()) {
+    if (::close(std::exchange(descriptor_, -1)) != 0)
+      throw Error(fmt::format("cannot write {}: {}", path_.string(), system_reason()));
+    return;
+  }
   if (::fsync(descriptor_) != 0)
     throw Error(fmt::format("cannot sync {}: {}", path_.string(), system_reason()));
   ::close(std::exchange(descriptor_, -1));

@@ -17,10 +17,10 @@ namespace collegium {
 std::string read_file(const std::filesystem::path& path);
 
 /// What     Writes a file so that a reader sees the old content or the new one, never a part: the bytes go to
-/// a
-///          temporary name in the same folder, are synced to disk, and renamed.
+///          a temporary name in the same folder, are synced to disk, and renamed. A link is followed, and
+///          what is no regular file (a device, a pipe) is written to as it is.
 /// Throws   Error naming the path and the system's reason (full disk, no permission); the temporary file is
-/// removed.
+///          removed.
 class AtomicFile {
  public:
   explicit AtomicFile(std::filesystem::path path);
@@ -35,7 +35,7 @@ class AtomicFile {
 
  private:
   std::filesystem::path path_;
-  std::filesystem::path temporary_path_;
+  std::filesystem::path temporary_path_;  // empty for a device or a pipe
   int descriptor_ = -1;
 };
 

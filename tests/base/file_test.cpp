@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/base/file.h"
 
+#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "collegium/base/error.h"
 
@@ -53,8 +56,45 @@ TEST_F(File, missing_file_is_named) {
 TEST_F(File, full_disk_is_an_error_with_its_reason) {
   if (!fs::exists("/dev/full")) GTEST_SKIP() << "no /dev/full here";
   fs::create_symlink("/dev/full", folder_ / fmt::format("b.tmp-{}", ::getpid()));
-  AtomicFile file(folder_ / "b");
-  EXPECT_THROW(file.write("x"), Error);
+  try {
+    AtomicFile file(folder_ / "b");
+    file.write("x");
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_THAT(error.what(), testing::MatchesRegex("cannot write .*/b: No space left on device"));
+  }
+  EXPECT_EQ(entries(), 0U);
+}
+
+TEST_F(File, link_is_followed_and_stays) {
+  fs::create_directories(folder_ / "real");
+  write_file_atomically(folder_ / "real/a", "old");
+  fs::create_symlink("real/a", folder_ / "link");
+  write_file_atomically(folder_ / "link", "new");
+  EXPECT_TRUE(fs::is_symlink(folder_ / "link"));
+  EXPECT_EQ(read_file(folder_ / "real/a"), "new");
+  fs::create_symlink("real/b", folder_ / "dangling");
+  write_file_atomically(folder_ / "dangling", "made");
+  EXPECT_TRUE(fs::is_symlink(folder_ / "dangling"));
+  EXPECT_EQ(read_file(folder_ / "real/b"), "made");
+}
+
+TEST_F(File, device_and_pipe_are_written_to_and_stay) {
+  write_file_atomically("/dev/null", "gone");
+  EXPECT_TRUE(fs::is_character_file("/dev/null"));
+  fs::create_symlink("/dev/null", folder_ / "link");
+  write_file_atomically(folder_ / "link", "gone");
+  EXPECT_TRUE(fs::is_symlink(folder_ / "link"));
+  const fs::path pipe = folder_ / "pipe";
+  ASSERT_EQ(::mkfifo(pipe.c_str(), 0600), 0);
+  const int reader = ::open(pipe.c_str(), O_RDONLY | O_NONBLOCK);
+  write_file_atomically(pipe, "through");
+  std::string received(7, ' ');
+  EXPECT_EQ(::read(reader, received.data(), received.size()), 7);
+  EXPECT_EQ(received, "through");
+  ::close(reader);
+  EXPECT_TRUE(fs::is_fifo(pipe));
+  EXPECT_THROW(write_file_atomically(folder_, "a folder"), Error);
 }
 
 TEST_F(File, empty_file_maps_to_no_bytes) {
