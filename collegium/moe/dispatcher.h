@@ -5,7 +5,8 @@
 // permutation and communication. The gradient of dispatch is combine and the reverse, with the same handle.
 //
 // Every arrow is split in two: the call starts it, Pending::wait() gives its result, and what runs in between
-// runs while rows travel. All ranks of the group make the same calls in the same order, tokens or not.
+// runs while rows travel. All ranks of the group make the same calls and waits in the same order, tokens or
+// not.
 
 #include <ATen/core/Tensor.h>
 
@@ -27,7 +28,11 @@ template <typename T>
 class [[nodiscard]] Pending {
  public:
   explicit Pending(std::function<T()> finish) : finish_(std::move(finish)) {}
-  T wait() { return finish_(); }
+  T wait() {
+    // What the closure keeps alive goes with it: a caller may hold on to a Pending whose result it has.
+    const auto finish = std::move(finish_);
+    return finish();
+  }
 
  private:
   std::function<T()> finish_;
@@ -50,8 +55,9 @@ struct DispatchRequest {
 };
 
 struct DispatchedRows {
-  at::Tensor
-      rows_RD;  ///< compute dtype, grouped by local expert, in (source rank, token, slot) order within one
+  /// Compute dtype, grouped by local expert; within one in (source rank, token) order, for two_level in
+  /// (source's index in its node, source's node, token) order.
+  at::Tensor rows_RD;
   at::Tensor weights_R;  ///< router dtype, the weight that travels with its row
 };
 

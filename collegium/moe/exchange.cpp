@@ -2,6 +2,8 @@
 #include "collegium/moe/exchange.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/zeros.h>
 
 #include <numeric>
 
@@ -23,6 +25,16 @@ Exchange start_exchange(comm::Communicator& group, const at::Tensor& rows, const
   shape[0] = counts.total_recv();
   const at::Tensor received = at::empty(shape, rows.options());
   return {.received = received, .work = group.all_to_all(rows, received, counts.send, counts.recv)};
+}
+
+at::Tensor rows_of_slots(const at::Tensor& values_TK, const at::Tensor& row_slot_R) {
+  return values_TK.reshape({-1}).index_select(0, row_slot_R);
+}
+
+at::Tensor slots_of_rows(const at::Tensor& values_R, const at::Tensor& row_slot_R, at::IntArrayRef shape) {
+  at::Tensor values_TK = at::zeros(shape, values_R.options());
+  values_TK.view({-1}).index_copy_(0, row_slot_R.to(at::kLong), values_R);
+  return values_TK;
 }
 
 }  // namespace collegium::moe

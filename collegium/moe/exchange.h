@@ -33,6 +33,16 @@ struct Exchange {
 };
 Exchange start_exchange(comm::Communicator& group, const at::Tensor& rows, const RowCounts& counts);
 
+/// What     values_R[r] = values_TK[slot of row r]: the weights that travel with their rows.
+/// Shape    values_TK [T, K], row_slot_R int32 or int64 [R], t K + k -> [R].
+/// Dtype    any.
+at::Tensor rows_of_slots(const at::Tensor& values_TK, const at::Tensor& row_slot_R);
+
+/// What     The reverse: every row's value at its slot, zero at slots without a row.
+/// Shape    values_R [R], row_slot_R [R], each slot at most once -> `shape`, [T, K].
+/// Dtype    any.
+at::Tensor slots_of_rows(const at::Tensor& values_R, const at::Tensor& row_slot_R, at::IntArrayRef shape);
+
 /// What     The same place with the name of an arrow ("dispatch", "combine", "combine backward",
 ///          "dispatch backward") or "plan".
 inline comm::Where at_phase(comm::Where where, std::string phase) {

@@ -84,11 +84,8 @@ class UnevenDispatcher final : public Dispatcher {
                                    const std::shared_ptr<DispatchHandle>& handle) override {
     const auto h = std::static_pointer_cast<UnevenHandle>(handle);
     const comm::WhereScope scope(ep_->where(), at_phase(h->where, "dispatch"));
-    const at::Tensor slots_R = h->permutation.row_slot_R.to(at::kLong);
-    Exchange rows =
-        start_exchange(*ep_, ops::gather_rows(x_TD, h->permutation.row_token_R), h->rows);
-    Exchange weights =
-        start_exchange(*ep_, weights_TK.reshape({-1}).index_select(0, slots_R), h->rows);
+    Exchange rows = start_exchange(*ep_, ops::gather_rows(x_TD, h->permutation.row_token_R), h->rows);
+    Exchange weights = start_exchange(*ep_, rows_of_slots(weights_TK, h->permutation.row_slot_R), h->rows);
     return Pending<DispatchedRows>([h, rows, weights]() mutable -> DispatchedRows {
       rows.work.wait();
       weights.work.wait();
@@ -101,8 +98,7 @@ class UnevenDispatcher final : public Dispatcher {
                               const std::shared_ptr<DispatchHandle>& handle) override {
     const auto h = std::static_pointer_cast<UnevenHandle>(handle);
     const comm::WhereScope scope(ep_->where(), at_phase(h->where, "combine"));
-    Exchange rows =
-        start_exchange(*ep_, ops::gather_rows(rows_RD, h->by_rank_R), h->rows.reversed());
+    Exchange rows = start_exchange(*ep_, ops::gather_rows(rows_RD, h->by_rank_R), h->rows.reversed());
     return Pending<at::Tensor>([h, rows]() mutable {
       rows.work.wait();
       return ops::combine_rows(rows.received, h->permutation.slot_row_TK);
@@ -113,8 +109,7 @@ class UnevenDispatcher final : public Dispatcher {
                                        const std::shared_ptr<DispatchHandle>& handle) override {
     const auto h = std::static_pointer_cast<UnevenHandle>(handle);
     const comm::WhereScope scope(ep_->where(), at_phase(h->where, "combine backward"));
-    Exchange rows =
-        start_exchange(*ep_, ops::gather_rows(grad_y_TD, h->permutation.row_token_R), h->rows);
+    Exchange rows = start_exchange(*ep_, ops::gather_rows(grad_y_TD, h->permutation.row_token_R), h->rows);
     return Pending<at::Tensor>([h, rows]() mutable {
       rows.work.wait();
       return ops::gather_rows(rows.received, h->by_expert_R);
@@ -129,16 +124,15 @@ class UnevenDispatcher final : public Dispatcher {
     Exchange rows;
     if (grad_rows_RD.defined())
       rows = start_exchange(*ep_, ops::gather_rows(grad_rows_RD, h->by_rank_R), h->rows.reversed());
-    Exchange weights = start_exchange(*ep_, grad_weights_R.index_select(0, h->by_rank_R),
-                                            h->rows.reversed());
+    Exchange weights = start_exchange(*ep_, grad_weights_R.index_select(0, h->by_rank_R), h->rows.reversed());
     return Pending<DispatchGradients>([h, rows, weights]() mutable {
       rows.work.wait();
       weights.work.wait();
-      const ops::Permutation& permutation = h->permutation;
+      const at::Tensor& slot_row_TK = h->permutation.slot_row_TK;
       DispatchGradients gradients{
-          .x_TD = {}, .weights_TK = at::zeros(permutation.slot_row_TK.sizes(), weights.received.options())};
-      gradients.weights_TK.view({-1}).index_copy_(0, permutation.row_slot_R.to(at::kLong), weights.received);
-      if (rows.received.defined()) gradients.x_TD = ops::combine_rows(rows.received, permutation.slot_row_TK);
+          .x_TD = {},
+          .weights_TK = slots_of_rows(weights.received, h->permutation.row_slot_R, slot_row_TK.sizes())};
+      if (rows.received.defined()) gradients.x_TD = ops::combine_rows(rows.received, slot_row_TK);
       return gradients;
     });
   }
