@@ -1,17 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <exception>
+#include <thread>
 
 #include "collegium/base/error.h"
 #include "collegium/base/log.h"
+#include "collegium/cli/mpirun.h"
 #include "collegium/cli/verb.h"
+#include "collegium/comm/launcher.h"
+#include "collegium/comm/mpi/mpi.h"
 
 namespace {
 
 constexpr int kFailed = 1;
 constexpr int kWrongUsage = 2;
+
+// Which rank of a launcher's world this process is.
+int launched_rank() {
+  const auto claim = collegium::comm::find_launcher();
+  return claim ? claim->rank : 0;
+}
+
+// Shows what went wrong and ends the program, and with it the ranks that would wait for it: at once, because
+// ranks that are threads may still be running. Of several ranks of a launcher the lowest comes first, and the
+// others are ended before it is their turn.
+[[noreturn]] void fail(const std::string& message, int exit_code) {
+  if (!collegium::cli::report_to_starter(message, exit_code)) {
+    std::this_thread::sleep_for(
+        std::chrono::milliseconds(launched_rank() > 0 ? 200 + 20 * std::min(launched_rank(), 40) : 0));
+    fmt::print(stderr, "collegium: {}\n", message);
+  }
+  std::fflush(nullptr);
+  collegium::comm::abort_mpi_world(exit_code);
+}
 
 int run(int argc, char** argv) {
   CLI::App app("Collegium trains Mixture-of-Experts language models and shows what every expert did.",
@@ -28,19 +53,23 @@ int run(int argc, char** argv) {
   collegium::cli::add_plan(app);
   collegium::cli::add_simulate(app);
   try {
-    app.parse(argc, argv);
+    std::vector<std::string> arguments = collegium::cli::program_arguments(argc, argv);
+    // CLI11 takes them without the name, the last first.
+    std::reverse(arguments.begin(), arguments.end());
+    arguments.pop_back();
+    app.parse(std::move(arguments));
     return 0;
   } catch (const CLI::ParseError& error) {
+    if (launched_rank() > 0) return error.get_exit_code() == 0 ? 0 : kWrongUsage;
     return app.exit(error) == 0 ? 0 : kWrongUsage;
+  } catch (const collegium::cli::RanksFailed& error) {
+    fail(error.what(), error.exit_code());
   } catch (const collegium::ConfigError& error) {
-    fmt::print(stderr, "collegium: {}\n", error.what());
-    return kWrongUsage;
+    fail(error.what(), kWrongUsage);
   } catch (const c10::Error& error) {
-    fmt::print(stderr, "collegium: internal error: {}\n", error.what_without_backtrace());
-    return kFailed;
+    fail(fmt::format("internal error: {}", error.what_without_backtrace()), kFailed);
   } catch (const std::exception& error) {
-    fmt::print(stderr, "collegium: {}\n", error.what());
-    return kFailed;
+    fail(error.what(), kFailed);
   }
 }
 

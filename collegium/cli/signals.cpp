@@ -22,8 +22,7 @@ void on_signal(int signal) {
 void install_stop_signals() {
   struct sigaction action{};
   action.sa_handler = on_signal;
-  sigaction(SIGINT, &action, nullptr);
-  sigaction(SIGTERM, &action, nullptr);
+  for (const int signal : {SIGINT, SIGTERM, SIGUSR1}) sigaction(signal, &action, nullptr);
 }
 
 bool stop_requested() { return requested != 0; }

@@ -10,18 +10,36 @@
 
 namespace collegium::comm {
 
+namespace {
+
+struct LauncherVariables {
+  const char* ranks;
+  const char* rank;
+  int fewest_ranks;  ///< from how many on it is a claim
+};
+
+// Open MPI; MPICH, Intel MPI and srun with PMI; MVAPICH; srun's own. Not SLURM_NTASKS, which is set for
+// everything inside an allocation, the batch script too.
+constexpr std::array<LauncherVariables, 4> kLaunchers = {{{"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", 1},
+                                                          {"PMI_SIZE", "PMI_RANK", 2},
+                                                          {"MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", 2},
+                                                          {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID", 2}}};
+
+std::optional<int> number_of(const char* text) {
+  int number = 0;
+  if (text == nullptr || std::from_chars(text, text + std::strlen(text), number).ec != std::errc()) return {};
+  return number;
+}
+
+}  // namespace
+
 std::optional<LauncherClaim> find_launcher(const std::function<const char*(const char*)>& variable_value) {
-  // Open MPI; MPICH, Intel MPI and srun with PMI; MVAPICH; srun's own. Inside an allocation SLURM_NTASKS is
-  // set for programs that srun did not start too, SLURM_PROCID tells them apart from the second task on.
-  constexpr std::array kVariables = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE",
-                                     "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"};
-  for (const char* variable : kVariables) {
-    const char* text = variable_value(variable);
-    if (text == nullptr) continue;
-    if (std::strcmp(variable, "SLURM_NTASKS") == 0 && variable_value("SLURM_PROCID") == nullptr) continue;
-    int ranks = 0;
-    const auto result = std::from_chars(text, text + std::strlen(text), ranks);
-    if (result.ec == std::errc() && ranks > 1) return LauncherClaim{.variable = variable, .ranks = ranks};
+  for (const LauncherVariables& launcher : kLaunchers) {
+    const std::optional<int> ranks = number_of(variable_value(launcher.ranks));
+    if (ranks.value_or(0) < launcher.fewest_ranks) continue;
+    return LauncherClaim{.variable = launcher.ranks,
+                         .ranks = *ranks,
+                         .rank = number_of(variable_value(launcher.rank)).value_or(0)};
   }
   return std::nullopt;
 }
@@ -33,7 +51,7 @@ std::optional<LauncherClaim> find_launcher() {
 }
 
 void refuse_foreign_launcher(int world_size, const std::optional<LauncherClaim>& claim) {
-  if (!claim || world_size > 1) return;
+  if (!claim || claim->ranks <= 1 || world_size > 1) return;
   throw ConfigError(fmt::format(
       "{} = {}, but the MPI world has 1 rank: the launcher belongs to another MPI than the one Collegium "
       "was built with, so {} separate runs would start; use the mpirun of the same installation "

@@ -10,8 +10,6 @@
 
 namespace collegium::ops {
 
-namespace {
-
 std::vector<int> allowed_cores() {
   cpu_set_t set;
   CPU_ZERO(&set);
@@ -23,11 +21,15 @@ std::vector<int> allowed_cores() {
   return cores;
 }
 
-}  // namespace
+std::vector<int> slice_of_cores(const std::vector<int>& cores, int index, int count) {
+  const auto size = static_cast<int>(cores.size());
+  if (size < count) return cores;
+  const auto begin = [&](int rank) { return cores.begin() + size * rank / count; };
+  return {begin(index), begin(index + 1)};
+}
 
-void bind_threads() {
+void bind_threads(const std::vector<int>& cores) {
   if (std::getenv("OMP_PROC_BIND") != nullptr) return;  // NOLINT(concurrency-mt-unsafe): start-up, one thread
-  const std::vector<int> cores = allowed_cores();
   const int num_threads = at::get_num_threads();
   if (num_threads < 1 || static_cast<std::size_t>(num_threads) > cores.size()) return;
 #pragma omp parallel num_threads(num_threads)
@@ -38,6 +40,8 @@ void bind_threads() {
     pthread_setaffinity_np(pthread_self(), sizeof(set), &set);
   }
 }
+
+void bind_threads() { bind_threads(allowed_cores()); }
 
 std::vector<ThreadBinding> thread_bindings() {
   std::vector<ThreadBinding> bindings(static_cast<std::size_t>(at::get_num_threads()));

@@ -11,14 +11,23 @@ struct ThreadBinding {
   std::vector<int> cores;
 };
 
-/// What     Binds each OpenMP thread to one core of the process's allowed set. Unbound threads on a small
-/// virtual machine
-///          wait a scheduler quantum (8 ms) at parallel regions. Does nothing when there are more threads
-///          than cores, or when OMP_PROC_BIND is set: then the user has chosen.
-/// Order    Call once at start-up, from the thread that will compute.
+/// What     The cores that the calling thread may run on: all, or those a launcher left it.
+std::vector<int> allowed_cores();
+
+/// What     The cores for rank `index` of `count` ranks that share `cores`: consecutive, sizes that differ by
+///          at most one, disjoint. Fewer cores than ranks: all cores for everyone.
+std::vector<int> slice_of_cores(const std::vector<int>& cores, int index, int count);
+
+/// What     Binds each OpenMP thread of the calling thread to one of `cores`. Unbound threads on a small
+///          virtual machine wait a scheduler quantum (8 ms) at parallel regions. Does nothing when there are
+///          more threads than cores, or when OMP_PROC_BIND is set: then the user has chosen.
+/// Order    Call once at start-up, from the thread that will compute; every thread that computes has OpenMP
+///          threads of its own.
+void bind_threads(const std::vector<int>& cores);
+/// What     The same with all allowed cores.
 void bind_threads();
 
-/// What     Where the OpenMP threads may run now.
+/// What     Where the OpenMP threads of the calling thread may run now.
 std::vector<ThreadBinding> thread_bindings();
 
 }  // namespace collegium::ops

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/cli/launch.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <fstream>
+
+#include "collegium/base/error.h"
+#include "collegium/cli/mpirun.h"
+#include "collegium/comm/emulated/emulated.h"
+#include "collegium/comm/launcher.h"
+#include "collegium/comm/local/local.h"
+#include "collegium/comm/mpi/mpi.h"
+#include "collegium/ops/threads.h"
+
+namespace collegium::cli {
+
+namespace {
+
+// A rank's machine and the cores it may run on there, as a message: the machine's number, then one bit per
+// core.
+constexpr int kCoreWords = 16;
+using Seat = std::array<std::int64_t, 1 + kCoreWords>;
+
+// Equal on all ranks of one running kernel: containers share it, network namespaces too.
+std::string machine_name() {
+  std::string name;
+  std::ifstream("/proc/sys/kernel/random/boot_id") >> name;
+  if (!name.empty()) return name;
+  std::array<char, 256> host{};
+  ::gethostname(host.data(), host.size() - 1);
+  return host.data();
+}
+
+Seat own_seat(const std::vector<int>& cores) {
+  Seat seat{};
+  seat[0] = static_cast<std::int64_t>(std::hash<std::string>()(machine_name()));
+  for (const int core : cores) {
+    if (core / 64 < kCoreWords)
+      seat[static_cast<std::size_t>(1 + core / 64)] |= std::int64_t{1} << (core % 64);
+  }
+  return seat;
+}
+
+// Ranks of one machine with the same cores share them: this rank's place among them, and how many they are.
+// So where a launcher gave every rank, or every socket, cores of its own, they are kept.
+std::pair<int, int> place_among_sharers(comm::Communicator& world, const std::vector<int>& cores) {
+  const Seat own = own_seat(cores);
+  const auto width = static_cast<std::int64_t>(own.size());
+  const at::Tensor mine = at::empty({1, width}, at::kLong);
+  std::copy(own.begin(), own.end(), mine.mutable_data_ptr<std::int64_t>());
+  const at::Tensor all = at::empty({world.size(), width}, at::kLong);
+  world.all_gather(mine, all).wait();
+  int place = 0;
+  int count = 0;
+  for (int rank = 0; rank < world.size(); ++rank) {
+    const auto* seat = all.const_data_ptr<std::int64_t>() + rank * width;
+    if (!std::equal(own.begin(), own.end(), seat)) continue;
+    if (rank < world.rank()) ++place;
+    ++count;
+  }
+  return {place, count};
+}
+
+void prepare_threads(comm::Communicator& world, const LaunchOptions& options, int default_threads) {
+  const std::vector<int> cores = ops::allowed_cores();
+  const auto [place, count] = place_among_sharers(world, cores);
+  // NOLINTNEXTLINE(concurrency-mt-unsafe): nothing here changes the environment
+  const bool user_chose = options.threads > 0 || std::getenv("OMP_NUM_THREADS") != nullptr;
+  int threads = options.threads > 0 ? static_cast<int>(options.threads) : default_threads;
+  if (!user_chose) threads = std::max(1, std::min(threads, static_cast<int>(cores.size())) / count);
+  at::set_num_threads(threads);
+  // With fewer cores than ranks the scheduler knows better which rank has something to do.
+  if (static_cast<int>(cores.size()) >= count) ops::bind_threads(ops::slice_of_cores(cores, place, count));
+}
+
+void run_rank(const std::shared_ptr<comm::Communicator>& world, const LaunchOptions& options,
+              int default_threads, const RankFunction& fn) {
+  prepare_threads(*world, options, default_threads);
+  fn(options.emulate.empty() ? world
+                             : comm::with_emulated_network(world, comm::parse_network(options.emulate)));
+}
+
+void validate(const LaunchOptions& o) {
+  require_config(o.ranks >= 0, "--ranks {}: must be at least 1 (0 = the launcher's)", o.ranks);
+  require_config(o.backend == "auto" || o.backend == "local" || o.backend == "mpi",
+                 "--backend {}: must be auto, local or mpi", o.backend);
+  require_config(o.timeout_s > 0.0, "--timeout {}: must be positive", o.timeout_s);
+  require_config(o.ranks_per_node >= 0, "--ranks-per-node {}: must not be negative (0 = machines)",
+                 o.ranks_per_node);
+  require_config(o.threads >= 0, "threads = {}: must not be negative (0 = a share of the cores)", o.threads);
+}
+
+void require_launchers_ranks(const LaunchOptions& options, const comm::LauncherClaim& claim) {
+  require_config(options.ranks == 0 || options.ranks == claim.ranks,
+                 "--ranks {}: the launcher has started {} ({} = {}); leave --ranks out", options.ranks,
+                 claim.ranks, claim.variable, claim.ranks);
+  require_config(options.backend != "local" || claim.ranks == 1,
+                 "--backend local: the launcher has started {} ranks as processes ({}); leave --backend out",
+                 claim.ranks, claim.variable);
+}
+
+int ranks_of_this_machine(const LaunchOptions& options) {
+  if (options.ranks > 0) return options.ranks;
+  if (options.emulate.empty()) return 1;
+  const comm::Network network = comm::parse_network(options.emulate);
+  return network.nodes * network.ranks_per_node;
+}
+
+std::chrono::milliseconds timeout_of(const LaunchOptions& options) {
+  return std::chrono::milliseconds(std::max(1L, std::lround(options.timeout_s * 1000.0)));
+}
+
+// The mpirun to start ranks with; empty: ranks are threads.
+std::string choose_mpirun(const LaunchOptions& options) {
+  if (options.backend == "local") return "";
+  const std::string mpirun = comm::has_mpi() ? find_mpirun() : "";
+  if (options.backend == "auto") return mpirun;
+  require_config(comm::has_mpi(),
+                 "--backend mpi: this build has no MPI; use --backend local, or build where ./dev setup has "
+                 "installed Open MPI");
+  require_config(!mpirun.empty(),
+                 "--backend mpi: no mpirun beside the program or on PATH; use --backend local");
+  return mpirun;
+}
+
+}  // namespace
+
+void add_launch_options(CLI::App& verb, LaunchOptions& options) {
+  const auto group = [](CLI::Option* option) { option->group("Ranks")->capture_default_str(); };
+  group(verb.add_option("--ranks", options.ranks,
+                        "ranks to start on this machine; 0 = those of mpirun or srun, else 1"));
+  group(verb.add_option("--backend", options.backend,
+                        "auto, local (ranks are threads) or mpi (ranks are processes)"));
+  group(verb.add_option("--timeout", options.timeout_s,
+                        "seconds; a rank that waits longer for others fails and names them"));
+  group(verb.add_option("--ranks-per-node", options.ranks_per_node,
+                        "pretend that this many ranks share a node; 0 = nodes are machines"));
+  verb.add_option("--emulate", options.emulate,
+                  "wait as long as this network would: nodes=2x2,intra=300GB/s:2us,inter=50GB/s:10us,scale=8")
+      ->group("Ranks");
+}
+
+void launch(const LaunchOptions& options, const RankFunction& fn) {
+  validate(options);
+  const std::optional<comm::LauncherClaim> claim = comm::find_launcher();
+  if (claim) require_launchers_ranks(options, *claim);
+  const int default_threads = at::get_num_threads();
+  const RankFunction rank = [&](const std::shared_ptr<comm::Communicator>& world) {
+    run_rank(world, options, default_threads, fn);
+  };
+  if (claim && claim->ranks > 1) {
+    comm::run_mpi_world([&](comm::Communicator& world) { rank(world.shared_from_this()); },
+                        {.timeout = timeout_of(options), .ranks_per_node = options.ranks_per_node});
+    return;
+  }
+  const int num_ranks = claim ? 1 : ranks_of_this_machine(options);
+  if (num_ranks == 1) return rank(comm::single_rank_world());
+  const std::string mpirun = choose_mpirun(options);
+  if (!mpirun.empty()) return run_with_mpirun(mpirun, num_ranks);
+  comm::run_ranks(num_ranks, [&](comm::Communicator& world) { rank(world.shared_from_this()); },
+                  {.timeout = timeout_of(options), .ranks_per_node = options.ranks_per_node});
+}
+
+}  // namespace collegium::cli
