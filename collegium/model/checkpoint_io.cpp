@@ -16,6 +16,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
+constexpr const char* kIndexFile = "model.safetensors.index.json";
+
 // All safetensors files of a directory, and which holds what.
 struct WeightFiles {
   std::vector<SafetensorsFile> files;
@@ -37,7 +39,7 @@ std::set<std::string> shard_names(const fs::path& index_file) {
 WeightFiles open_weights(const fs::path& directory) {
   WeightFiles weights;
   std::set<std::string> names = {"model.safetensors"};
-  const fs::path index_file = directory / "model.safetensors.index.json";
+  const fs::path index_file = directory / kIndexFile;
   if (fs::exists(index_file)) {
     names = shard_names(index_file);
     for (const std::string& name : names) {
@@ -60,11 +62,13 @@ WeightFiles open_weights(const fs::path& directory) {
   return weights;
 }
 
-void check_finite(const at::Tensor& tensor, const std::string& where) {
+// `first_row`: which row of the file's tensor the first one here is.
+void check_finite(const at::Tensor& tensor, const std::string& where, std::int64_t first_row) {
   if (!tensor.is_floating_point() || at::isfinite(tensor).all().item<bool>()) return;
   const auto index = at::nonzero(at::isfinite(tensor).logical_not())[0];
-  const std::vector<std::int64_t> position(index.const_data_ptr<std::int64_t>(),
-                                           index.const_data_ptr<std::int64_t>() + index.numel());
+  std::vector<std::int64_t> position(index.const_data_ptr<std::int64_t>(),
+                                     index.const_data_ptr<std::int64_t>() + index.numel());
+  position[0] += first_row;
   throw ConfigError(fmt::format("{}: not finite at [{}]", where, fmt::join(position, ", ")));
 }
 
@@ -78,6 +82,12 @@ class Loader {
   bool has(const std::string& name) const { return weights_.file_of.contains(name); }
 
   void copy(const std::string& name, const std::vector<std::int64_t>& shape, at::Tensor target) {
+    copy_rows(name, shape, 0, shape[0], std::move(target));
+  }
+
+  // Rows [first, first + count) of a tensor of this shape; the others are not read.
+  void copy_rows(const std::string& name, const std::vector<std::int64_t>& shape, std::int64_t first,
+                 std::int64_t count, at::Tensor target) {
     const auto found = weights_.file_of.find(name);
     require_config(found != weights_.file_of.end(), "{}: tensor '{}' is missing", directory_.string(), name);
     const SafetensorsFile& file = weights_.files[found->second];
@@ -85,12 +95,15 @@ class Loader {
     const TensorInfo& info = file.tensors().at(name);
     require_config(info.shape == shape, "{}: has shape [{}], the configuration needs [{}]", where,
                    fmt::join(info.shape, ", "), fmt::join(shape, ", "));
-    const at::Tensor value = read_tensor(file, name);
+    const at::Tensor value = read_rows(file, name, first, count);
     require_config(value.is_floating_point(), "{}: has dtype {}, needs floating point", where, info.dtype);
-    check_finite(value, where);
+    check_finite(value, where, first);
     target.copy_(value);
     unused_.erase(name);
   }
+
+  // A tensor of the model that this rank does not hold.
+  void pass_over(const std::string& name) { unused_.erase(name); }
 
   // A tied output matrix may be stored again; it must then equal the embedding.
   void accept_copy(const std::string& name, const at::Tensor& same) {
@@ -120,65 +133,111 @@ std::string fused_name(const Parameter& parameter) {
          (gate_up ? ".mlp.experts.gate_up_proj" : ".mlp.experts.down_proj");
 }
 
+// Copies the fused tensors that are there, and says which parameters they filled.
+std::set<std::size_t> copy_fused(Loader& loader, const ModelConfig& config,
+                                 std::vector<Parameter>& parameters) {
+  std::set<std::size_t> fused;
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    const Parameter& parameter = parameters[i];
+    if (parameter.kind != ParameterKind::kExpert || !loader.has(fused_name(parameter))) continue;
+    std::vector<std::int64_t> shape = parameter.shape;
+    shape[0] = config.moe.num_experts;
+    loader.copy_rows(fused_name(parameter), shape, parameter.first_expert, parameter.shape[0],
+                     parameter.value);
+    fused.insert(i);
+  }
+  return fused;
+}
+
+bool is_expert(const Parameter& parameter) { return parameter.kind == ParameterKind::kExpert; }
+
+std::string shard_name(std::int64_t number, std::int64_t total) {
+  return total == 1 ? "model.safetensors" : fmt::format("model-{:05}-of-{:05}.safetensors", number, total);
+}
+
 }  // namespace
 
 std::vector<Parameter> load_parameters(const fs::path& directory, const ModelConfig& config,
-                                       at::ScalarType dtype) {
+                                       at::ScalarType dtype, const ExpertRange& held) {
   Loader loader(directory);
-  std::vector<Parameter> parameters = list_parameters(config);
+  std::vector<Parameter> parameters = list_parameters(config, held);
   const auto buffer_dtype = dtype == at::kDouble ? at::kDouble : at::kFloat;
   for (Parameter& parameter : parameters) {
     parameter.value =
         at::empty(parameter.shape, parameter.kind == ParameterKind::kBuffer ? buffer_dtype : dtype);
   }
-  std::set<std::size_t> fused;
-  for (std::size_t i = 0; i < parameters.size(); ++i) {
-    if (parameters[i].kind != ParameterKind::kExpert || !loader.has(fused_name(parameters[i]))) continue;
-    loader.copy(fused_name(parameters[i]), parameters[i].shape, parameters[i].value);
-    fused.insert(i);
-  }
+  const std::set<std::size_t> fused = copy_fused(loader, config, parameters);
   for (const DiskTensor& disk : list_disk_tensors(config, parameters)) {
     if (!fused.contains(disk.parameter))
       loader.copy(disk.name, disk.shape, disk_view(disk, parameters[disk.parameter].value));
+  }
+  for (const DiskTensor& disk : list_disk_tensors(config, list_parameters(config))) {
+    const bool elsewhere =
+        disk.expert >= 0 && (disk.expert < held.first || disk.expert >= held.end(config.moe.num_experts));
+    if (elsewhere && !fused.contains(disk.parameter)) loader.pass_over(disk.name);
   }
   if (config.tie_embeddings) loader.accept_copy("lm_head.weight", parameters[0].value);
   loader.refuse_unused();
   return parameters;
 }
 
+ShardWriter::ShardWriter(const ModelConfig& config, const std::vector<Parameter>& parameters,
+                         const std::function<at::Tensor(const Parameter&)>& value_of, const ModelShare& share,
+                         std::int64_t max_shard_bytes) {
+  std::int64_t shard_bytes = 0;
+  for (const DiskTensor& disk : list_disk_tensors(config, parameters)) {
+    const Parameter& parameter = parameters[disk.parameter];
+    if (!(is_expert(parameter) ? share.experts : share.others)) continue;
+    const at::Tensor view = disk_view(disk, value_of(parameter));
+    const auto bytes = static_cast<std::int64_t>(view.nbytes());
+    if (shards_.empty() || (shard_bytes > 0 && shard_bytes + bytes > max_shard_bytes)) {
+      shards_.emplace_back();
+      shard_bytes = 0;
+    }
+    shards_.back().emplace_back(disk.name, view);
+    shard_bytes += bytes;
+  }
+}
+
+WeightIndex ShardWriter::write(const fs::path& directory, std::int64_t first, std::int64_t total) const {
+  WeightIndex index;
+  for (std::size_t i = 0; i < shards_.size(); ++i) {
+    const std::string name = shard_name(first + static_cast<std::int64_t>(i), total);
+    write_tensors(directory / name, shards_[i]);
+    for (const auto& [tensor, value] : shards_[i]) {
+      index.file_of[tensor] = name;
+      index.total_bytes += static_cast<std::int64_t>(value.nbytes());
+    }
+  }
+  return index;
+}
+
+void WeightIndex::add(const WeightIndex& other) {
+  for (const auto& [tensor, file] : other.file_of) {
+    const bool is_new = file_of.emplace(tensor, file).second;
+    COLLEGIUM_CHECK(is_new, "tensor '{}' is in {} and in {}", tensor, file_of.at(tensor), file);
+  }
+  total_bytes += other.total_bytes;
+}
+
+std::vector<std::string> write_model_description(const fs::path& directory, const ModelConfig& config,
+                                                 at::ScalarType dtype, const WeightIndex& index) {
+  std::vector<std::string> written = {"config.json"};
+  write_file_atomically(directory / "config.json", write_model_config(config, dtype_name(dtype)).dump(2));
+  if (index.file_of.begin()->second == shard_name(1, 1)) return written;
+  const Json json = {{"metadata", {{"total_size", index.total_bytes}}}, {"weight_map", index.file_of}};
+  write_file_atomically(directory / kIndexFile, json.dump(2));
+  written.emplace_back(kIndexFile);
+  return written;
+}
+
 void save_model(const fs::path& directory, const ModelConfig& config,
                 const std::vector<Parameter>& parameters,
                 const std::function<at::Tensor(const Parameter&)>& value_of, std::int64_t max_shard_bytes) {
-  using Shard = std::vector<std::pair<std::string, at::Tensor>>;
-  std::vector<Shard> shards(1);
-  std::int64_t shard_bytes = 0;
-  std::int64_t total_bytes = 0;
-  for (const DiskTensor& disk : list_disk_tensors(config, parameters)) {
-    const at::Tensor view = disk_view(disk, value_of(parameters[disk.parameter]));
-    const auto bytes = static_cast<std::int64_t>(view.nbytes());
-    if (shard_bytes > 0 && shard_bytes + bytes > max_shard_bytes) {
-      shards.emplace_back();
-      shard_bytes = 0;
-    }
-    shards.back().emplace_back(disk.name, view);
-    shard_bytes += bytes;
-    total_bytes += bytes;
-  }
+  const ShardWriter writer(config, parameters, value_of, {}, max_shard_bytes);
   fs::create_directories(directory);
-  Json weight_map = Json::object();
-  for (std::size_t i = 0; i < shards.size(); ++i) {
-    const std::string name = shards.size() == 1
-                                 ? "model.safetensors"
-                                 : fmt::format("model-{:05}-of-{:05}.safetensors", i + 1, shards.size());
-    write_tensors(directory / name, shards[i]);
-    for (const auto& [tensor, value] : shards[i]) weight_map[tensor] = name;
-  }
-  if (shards.size() > 1) {
-    const Json index = {{"metadata", {{"total_size", total_bytes}}}, {"weight_map", weight_map}};
-    write_file_atomically(directory / "model.safetensors.index.json", index.dump(2));
-  }
-  const at::ScalarType dtype = value_of(parameters[0]).scalar_type();
-  write_file_atomically(directory / "config.json", write_model_config(config, dtype_name(dtype)).dump(2));
+  const WeightIndex index = writer.write(directory, 1, writer.num_shards());
+  write_model_description(directory, config, value_of(parameters[0]).scalar_type(), index);
 }
 
 }  // namespace collegium::model

@@ -18,16 +18,38 @@ constexpr std::pair<const char*, at::ScalarType> kFileTypes[] = {
 constexpr std::pair<const char*, at::ScalarType> kComputeTypes[] = {
     {"float64", at::kDouble}, {"float32", at::kFloat}, {"bfloat16", at::kBFloat16}};
 
+const TensorInfo& find_tensor(const SafetensorsFile& file, const std::string& name) {
+  const auto found = file.tensors().find(name);
+  require_config(found != file.tensors().end(), "{}: no tensor '{}'", file.path().string(), name);
+  return found->second;
+}
+
+at::Tensor copy_of(std::span<const std::byte> bytes, const std::vector<std::int64_t>& shape,
+                   at::ScalarType dtype) {
+  at::Tensor tensor = at::empty(shape, dtype);
+  if (!bytes.empty()) std::memcpy(tensor.mutable_data_ptr(), bytes.data(), bytes.size());
+  return tensor;
+}
+
 }  // namespace
 
 at::Tensor read_tensor(const SafetensorsFile& file, const std::string& name) {
-  const auto found = file.tensors().find(name);
-  require_config(found != file.tensors().end(), "{}: no tensor '{}'", file.path().string(), name);
-  const TensorInfo& info = found->second;
-  at::Tensor tensor = at::empty(info.shape, scalar_type(info.dtype));
-  const auto bytes = file.bytes(info);
-  if (!bytes.empty()) std::memcpy(tensor.mutable_data_ptr(), bytes.data(), bytes.size());
-  return tensor;
+  const TensorInfo& info = find_tensor(file, name);
+  return copy_of(file.bytes(info), info.shape, scalar_type(info.dtype));
+}
+
+at::Tensor read_rows(const SafetensorsFile& file, const std::string& name, std::int64_t first,
+                     std::int64_t count) {
+  const TensorInfo& info = find_tensor(file, name);
+  const std::string where = fmt::format("{}: tensor '{}'", file.path().string(), name);
+  COLLEGIUM_CHECK(!info.shape.empty() && first >= 0 && count >= 0 && first + count <= info.shape[0],
+                  "{}: has no rows [{}, {})", where, first, first + count);
+  std::vector<std::int64_t> shape = info.shape;
+  shape[0] = count;
+  const auto all = file.bytes(info);
+  const std::size_t row = info.shape[0] == 0 ? 0 : all.size() / static_cast<std::size_t>(info.shape[0]);
+  return copy_of(all.subspan(static_cast<std::size_t>(first) * row, static_cast<std::size_t>(count) * row),
+                 shape, scalar_type(info.dtype));
 }
 
 void write_tensors(const std::filesystem::path& path,

@@ -5,6 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <filesystem>
 #include <string>
 #include <utility>
@@ -17,6 +18,9 @@ namespace collegium::model {
 /// What     A copy of a tensor of the file, in the file's dtype.
 /// Throws   ConfigError naming file and tensor when it is missing.
 at::Tensor read_tensor(const SafetensorsFile& file, const std::string& name);
+/// What     Of a tensor with at least one dim only rows [first, first + count); nothing else is read.
+at::Tensor read_rows(const SafetensorsFile& file, const std::string& name, std::int64_t first,
+                     std::int64_t count);
 
 /// What     Writes tensors in the given order, atomically.
 void write_tensors(const std::filesystem::path& path,
