@@ -5,10 +5,13 @@
 
 #include "collegium/base/error.h"
 #include "collegium/base/units.h"
+#include "collegium/cli/launch.h"
 #include "collegium/cli/train_loop.h"
 #include "collegium/cli/verb.h"
 #include "collegium/data/dataset.h"
 #include "collegium/model/account.h"
+#include "collegium/model/tensor_io.h"
+#include "collegium/parallel/rank_card.h"
 
 namespace collegium::cli {
 
@@ -18,6 +21,7 @@ struct TrainArguments {
   std::string run_file;
   std::vector<std::string> overrides;
   TrainRequest request;
+  LaunchOptions launch;
   bool dry_run = false;
   bool help_config = false;
   bool json = false;
@@ -31,32 +35,32 @@ void print_config_help() {
   }
 }
 
-void print_account(const train::RunConfig& config, bool json) {
+void print_plan(const train::RunConfig& config, int num_ranks, bool json) {
   train::RunConfig resolved = config;
   if (resolved.model.vocab_size == 0)
     resolved.model.vocab_size = data::Dataset(config.data.path).index().vocab_size;
   model::validate(resolved.model, /*training=*/true);
   const model::ParameterAccount a = model::count_parameters(resolved.model);
   const double flops = model::training_flops_per_token(resolved.model, resolved.data.sequence_length);
-  const bool low = resolved.train.dtype == "bfloat16";
-  const double bytes_per_parameter =
-      low ? 2.0 + 2.0 + 4.0 * 4.0 : (resolved.train.dtype == "float32" ? 4.0 : 8.0) * 5.0;
-  const double bytes = static_cast<double>(a.total) * bytes_per_parameter;
+  const auto value_bytes =
+      static_cast<std::int64_t>(c10::elementSize(model::parse_dtype(resolved.train.dtype, "train.dtype")));
+  const std::vector<parallel::RankCard> cards = parallel::make_rank_cards(
+      resolved.model, resolved.parallel, num_ranks, resolved.batch.micro_sequences, value_bytes);
   if (json) {
     const Json account = {{"total", a.total},   {"active", a.active},       {"experts", a.experts},
                           {"router", a.router}, {"embedding", a.embedding}, {"dense", a.dense}};
-    fmt::print(
-        "{}\n",
-        Json{{"parameters", account}, {"training_flops_per_token", flops}, {"state_bytes", bytes}}.dump());
+    Json ranks = Json::array();
+    for (const parallel::RankCard& card : cards) ranks.push_back(write_fields(card));
+    fmt::print("{}\n",
+               Json{{"parameters", account}, {"training_flops_per_token", flops}, {"ranks", ranks}}.dump());
     return;
   }
   fmt::print("the run file is valid\n");
   fmt::print("parameters   {:>14} in all, {} active per token\n", a.total, a.active);
   fmt::print("  experts    {:>14}\n  router     {:>14}\n  embedding  {:>14}\n  the rest   {:>14}\n",
              a.experts, a.router, a.embedding, a.dense);
-  fmt::print("training     {} FLOP per token\n", format_count(flops));
-  fmt::print("memory       {} for weights, gradients, masters and moments (without activations)\n",
-             format_bytes(bytes));
+  fmt::print("training     {} FLOP per token\n\n", format_count(flops));
+  fmt::print("{}", parallel::rank_cards_text(cards, resolved.model, resolved.parallel));
 }
 
 void run(const TrainArguments& arguments) {
@@ -67,15 +71,20 @@ void run(const TrainArguments& arguments) {
   require_config(!arguments.run_file.empty(), "train: name a run file, such as configs/demo.toml");
   const train::RunConfig config = train::read_run_config(arguments.run_file, arguments.overrides);
   if (arguments.dry_run) {
-    print_account(config, arguments.json);
+    print_plan(config, std::max(1, arguments.launch.ranks), arguments.json);
     return;
   }
-  const TrainSummary summary = run_training(config, arguments.request);
-  if (arguments.json) {
-    fmt::print("{}\n", summary_json(summary).dump());
-  } else {
-    print_summary(config, summary);
-  }
+  LaunchOptions options = arguments.launch;
+  options.threads = config.train.threads;
+  launch(options, [&](const std::shared_ptr<comm::Communicator>& world) {
+    const TrainSummary summary = run_training(config, arguments.request, world);
+    if (world->rank() != 0) return;
+    if (arguments.json) {
+      fmt::print("{}\n", summary_json(summary).dump());
+    } else {
+      print_summary(config, summary);
+    }
+  });
 }
 
 }  // namespace
@@ -94,7 +103,9 @@ void add_train(CLI::App& app) {
                    "write every token's experts to this file");
   verb->add_option("--replay-routing", arguments->request.replay_routing,
                    "take every token's experts from this file");
-  verb->add_flag("--dry-run", arguments->dry_run, "check the run file and print the parameter account");
+  verb->add_flag("--dry-run", arguments->dry_run,
+                 "check the run file; print the parameter account and every rank's card");
+  add_launch_options(*verb, arguments->launch);
   verb->add_flag("--help-config", arguments->help_config, "list every key of a run file, as Markdown");
   verb->add_flag("--json", arguments->json, "print one JSON object at the end");
   verb->footer(
@@ -102,7 +113,9 @@ void add_train(CLI::App& app) {
       "Examples:\n"
       "  collegium train configs/demo.toml\n"
       "  collegium train configs/demo.toml --set train.steps=50 --set optimizer.learning_rate=2e-3\n"
-      "  collegium train configs/fine_grained.toml --dry-run");
+      "  collegium train configs/demo.toml --ranks 2\n"
+      "  mpirun -n 4 collegium train configs/demo.toml --set parallel.ep=2\n"
+      "  collegium train configs/fine_grained.toml --dry-run --ranks 4");
   verb->callback([arguments] { run(*arguments); });
 }
 

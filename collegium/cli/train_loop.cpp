@@ -55,7 +55,8 @@ void start_or_resume(const train::RunConfig& config, const TrainRequest& request
     require_config(!latest || request.fresh,
                    "{} holds checkpoints; pass --fresh to start over with --weights-only", folder.string());
     trainer.resume(request.weights_only, /*weights_only=*/true);
-    log_info(fmt::format("starting from the weights of {}", request.weights_only));
+    if (trainer.groups().is_root())
+      log_info(fmt::format("starting from the weights of {}", request.weights_only));
   } else if (latest && !request.fresh) {
     const Json wanted = trainer.state().run_config;
     const Json saved = Json::parse(read_file(*latest / "training/state.json"), nullptr, false);
@@ -63,8 +64,10 @@ void start_or_resume(const train::RunConfig& config, const TrainRequest& request
                    "{}: training/state.json is damaged", latest->string());
     require_same_run(saved["run_config"], wanted, *latest);
     trainer.resume(*latest, /*weights_only=*/false);
-    log_info(fmt::format("continuing from {}", latest->string()));
+    if (trainer.groups().is_root()) log_info(fmt::format("continuing from {}", latest->string()));
   }
+  trainer.groups().world->barrier();
+  if (!trainer.groups().is_root()) return;
   // Only now, when nothing can be refused any more, does the folder change.
   std::error_code code;
   std::filesystem::create_directories(folder, code);
@@ -82,13 +85,14 @@ class Loop {
   Loop(const train::RunConfig& config, train::Trainer& trainer)
       : config_(config),
         trainer_(trainer),
-        metrics_(config.run_folder, trainer.state().step),
-        peak_flops_(ops::measure_gemm_peak(model::parse_dtype(config.train.dtype, "train.dtype"))),
+        peak_flops_(peak_of_all_ranks()),
         flops_per_token_(
             model::training_flops_per_token(trainer.decoder().config(), config.data.sequence_length)),
         start_(Clock::now()),
         first_step_(trainer.state().step),
-        elapsed_before_(trainer.state().elapsed_seconds) {}
+        elapsed_before_(trainer.state().elapsed_seconds) {
+    if (is_root()) metrics_.emplace(config.run_folder, trainer.state().step);
+  }
 
   TrainSummary run() {
     TrainSummary summary;
@@ -109,15 +113,20 @@ class Loop {
     }
     const auto latest = train::find_latest_checkpoint(config_.run_folder);
     const bool saved = latest && latest->filename() == fmt::format("step-{:08}", summary.steps);
-    summary.checkpoint = saved ? *latest : save();
+    summary.checkpoint = any_rank(is_root() && saved) ? std::filesystem::path(config_.run_folder) /
+                                                            fmt::format("step-{:08}", summary.steps)
+                                                      : save();
     return summary;
   }
 
   train::ValidationResult validate() {
+    const train::ValidationShape shape{.sequence_length = config_.data.sequence_length,
+                                       .max_sequences = config_.validation.sequences,
+                                       .mask_documents = config_.data.mask_documents};
     const train::ValidationResult result =
-        train::validate_model(trainer_.decoder(), trainer_.dataset(), config_.data.sequence_length,
-                              config_.validation.sequences, config_.data.mask_documents);
-    metrics_.write(trainer_.state().step, result);
+        train::validate_model(trainer_.decoder(), trainer_.dataset(), shape, trainer_.groups());
+    if (!is_root()) return result;
+    metrics_->write(trainer_.state().step, result);
     progress_.finish();
     progress_.show(
         fmt::format("step {}: validation loss {:.4f} nats/token", trainer_.state().step, result.loss), true);
@@ -128,9 +137,28 @@ class Loop {
  private:
   static bool due(std::int64_t every, std::int64_t step) { return every > 0 && step % every == 0; }
 
+  bool is_root() const { return trainer_.groups().is_root(); }
+
+  // The same answer on all ranks.
+  bool any_rank(bool here) const {
+    const at::Tensor flag = at::scalar_tensor(here ? 1 : 0, at::kLong);
+    trainer_.groups().world->all_reduce(flag, comm::ReduceOp::kMax).wait();
+    return flag.item<std::int64_t>() != 0;
+  }
+
   bool should_stop() const {
     const double limit = config_.train.max_minutes * 60.0;
-    return stop_requested() || (limit > 0.0 && seconds_since(start_) >= limit);
+    return any_rank(stop_requested() || (limit > 0.0 && seconds_since(start_) >= limit));
+  }
+
+  // All ranks measure at the same time, since they share the machine's cores.
+  double peak_of_all_ranks() const {
+    const auto& world = trainer_.groups().world;
+    world->barrier();
+    const at::Tensor peak = at::scalar_tensor(
+        ops::measure_gemm_peak(model::parse_dtype(config_.train.dtype, "train.dtype")), at::kDouble);
+    world->all_reduce(peak).wait();
+    return peak.item<double>();
   }
 
   std::filesystem::path save() { return trainer_.save(elapsed_before_ + seconds_since(start_)); }
@@ -138,12 +166,16 @@ class Loop {
   void one_step() {
     const auto begin = Clock::now();
     const train::StepReport report = trainer_.step();
+    if (is_root()) show(report, begin);
+  }
+
+  void show(const train::StepReport& report, Clock::time_point begin) {
     const double seconds = seconds_since(begin);
     const double tokens = static_cast<double>(config_.batch.global_batch * config_.data.sequence_length);
     const train::StepSpeed speed{.seconds = seconds,
                                  .tokens_per_s = tokens / seconds,
                                  .share_of_gemm_peak = tokens / seconds * flops_per_token_ / peak_flops_};
-    metrics_.write(report, speed);
+    metrics_->write(report, speed);
     step_seconds_ += seconds;
     tokens_ += tokens;
     double violation = 0.0;
@@ -163,7 +195,7 @@ class Loop {
 
   const train::RunConfig& config_;
   train::Trainer& trainer_;
-  train::MetricsWriter metrics_;
+  std::optional<train::MetricsWriter> metrics_;  ///< rank 0's
   Progress progress_;
   double peak_flops_;
   double flops_per_token_;
@@ -191,18 +223,27 @@ std::string make_sample(const train::RunConfig& config, const train::Trainer& tr
   return tokenizer.decode(ids);
 }
 
+std::string describe_run(const train::Trainer& trainer) {
+  const model::ParameterAccount account = model::count_parameters(trainer.decoder().config());
+  const parallel::Groups& groups = trainer.groups();
+  std::string text = fmt::format(
+      "model: {} parameters, {} active per token; data: {} training tokens; {} threads",
+      format_count(static_cast<double>(account.total)), format_count(static_cast<double>(account.active)),
+      format_count(static_cast<double>(trainer.dataset().num_tokens(data::Split::kTrain))),
+      at::get_num_threads());
+  if (groups.world->size() > 1) {
+    text += fmt::format(" on each of {} ranks (dp = {}, ep = {}, edp = {})", groups.world->size(),
+                        groups.dp->size(), groups.ep->size(), groups.edp->size());
+  }
+  return text;
+}
+
 }  // namespace
 
-TrainSummary run_training(const train::RunConfig& config, const TrainRequest& request) {
-  if (config.train.threads > 0) at::set_num_threads(static_cast<int>(config.train.threads));
-  ops::bind_threads();
-  train::Trainer trainer(config);
-  const model::ParameterAccount account = model::count_parameters(trainer.decoder().config());
-  log_info(fmt::format("model: {} parameters, {} active per token; data: {} training tokens; {} threads",
-                       format_count(static_cast<double>(account.total)),
-                       format_count(static_cast<double>(account.active)),
-                       format_count(static_cast<double>(trainer.dataset().num_tokens(data::Split::kTrain))),
-                       at::get_num_threads()));
+TrainSummary run_training(const train::RunConfig& config, const TrainRequest& request,
+                          const std::shared_ptr<comm::Communicator>& world) {
+  train::Trainer trainer(config, world);
+  if (trainer.groups().is_root()) log_info(describe_run(trainer));
   if (!request.replay_routing.empty()) trainer.replay_routing(request.replay_routing);
   start_or_resume(config, request, trainer);
   if (!request.record_routing.empty()) trainer.record_routing(request.record_routing);

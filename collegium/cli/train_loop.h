@@ -2,12 +2,14 @@
 #pragma once
 
 // `collegium train`, after its command line was read: the loop around Trainer::step(), and what is shown at
-// the end.
+// the end. All ranks run it; rank 0 shows and writes.
 
 #include <filesystem>
+#include <memory>
 #include <optional>
 #include <string>
 
+#include "collegium/comm/communicator.h"
 #include "collegium/train/run_config.h"
 #include "collegium/train/validation.h"
 
@@ -34,7 +36,10 @@ struct TrainSummary {
   std::filesystem::path metrics;
 };
 
-TrainSummary run_training(const train::RunConfig& config, const TrainRequest& request);
+/// Comm     collective over `world`.
+/// Returns  complete on rank 0.
+TrainSummary run_training(const train::RunConfig& config, const TrainRequest& request,
+                          const std::shared_ptr<comm::Communicator>& world);
 
 void print_summary(const train::RunConfig& config, const TrainSummary& summary);
 Json summary_json(const TrainSummary& summary);

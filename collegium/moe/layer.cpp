@@ -227,10 +227,9 @@ variable_list backward_layer(const Inputs& inputs, const std::array<bool, kCount
   if (has_shared && !during_combine) run_shared();
   const at::Tensor grad_routed_TD =
       has_shared ? routed_gradient(shared_kind, saved.shared, grad_y_TD) : grad_y_TD;
-  const DispatchGradients dispatch =
-      run_experts_backward(inputs, {.rows = needs[kX], .gate_up = needs[kGateUp], .down = needs[kDown]}, saved,
-                           grad_routed_TD, during_combine ? std::function<void()>(run_shared) : nullptr,
-                           gradients);
+  const DispatchGradients dispatch = run_experts_backward(
+      inputs, {.rows = needs[kX], .gate_up = needs[kGateUp], .down = needs[kDown]}, saved, grad_routed_TD,
+      during_combine ? std::function<void()>(run_shared) : nullptr, gradients);
   gradients[kSharedGateUp] = shared.weights.gate_up_GD;
   gradients[kSharedDown] = shared.weights.down_DF;
   gradients[kSharedGate] = shared.weights.gate_1D;

@@ -65,8 +65,7 @@ GradientSync::GradientSync(const Groups& groups, const ParallelOptions& options,
     end[kind] = bucket.begin;
     ++bucket.num_slots;
     bucket_of_[i] = static_cast<std::size_t>(open[kind]);
-    if (overlap_)
-      torch::autograd::impl::set_post_acc_grad_hooks(slot.leaf, std::make_unique<Hook>(self_, i));
+    if (overlap_) torch::autograd::impl::set_post_acc_grad_hooks(slot.leaf, std::make_unique<Hook>(self_, i));
   }
 }
 
@@ -95,13 +94,15 @@ void GradientSync::on_gradient(std::size_t slot) {
 }
 
 void GradientSync::start_complete_buckets() {
-  while (next_bucket_ < buckets_.size() && buckets_[next_bucket_].missing == 0) start(buckets_[next_bucket_++]);
+  while (next_bucket_ < buckets_.size() && buckets_[next_bucket_].missing == 0)
+    start(buckets_[next_bucket_++]);
 }
 
 void GradientSync::start(Bucket& bucket) {
   comm::Communicator& group = bucket.expert ? *edp_ : *dp_;
   if (group.size() == 1) return;
-  const at::Tensor sums = (bucket.expert ? experts_ : dense_).narrow(0, bucket.begin, bucket.end - bucket.begin);
+  const at::Tensor sums =
+      (bucket.expert ? experts_ : dense_).narrow(0, bucket.begin, bucket.end - bucket.begin);
   comm::Where where = group.where();
   where.layer = -1;
   where.phase = "gradients";

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// Sums gradients over ranks. The loss is divided by the targets of the whole optimizer step before the backward
-// pass, so sums are exact: dense gradients over dp; an expert's, which after the backward exchange holds the
-// tokens of all its ep peers already, over edp.
+// Sums gradients over ranks. The loss is divided by the targets of the whole optimizer step before the
+// backward pass, so sums are exact: dense gradients over dp; an expert's, which after the backward exchange
+// holds the tokens of all its ep peers already, over edp.
 
 #include <ATen/core/Tensor.h>
 

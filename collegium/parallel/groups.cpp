@@ -24,9 +24,6 @@ void validate(const ParallelOptions& o) {
   require_config(o.ep >= 0, "parallel.ep = {}: must not be negative (0 = chosen)", o.ep);
   require_config(o.overlap.chunks >= 1, "parallel.overlap.chunks = {}: must be at least 1", o.overlap.chunks);
   require_config(o.bucket_mib > 0.0, "parallel.bucket_mib = {}: must be positive", o.bucket_mib);
-  require_config(o.timeout_s > 0.0, "parallel.timeout_s = {}: must be positive", o.timeout_s);
-  require_config(o.ranks_per_node >= 0, "parallel.ranks_per_node = {}: must not be negative (0 = machines)",
-                 o.ranks_per_node);
 }
 
 Groups make_groups(const std::shared_ptr<comm::Communicator>& world, const ParallelOptions& options,
@@ -49,8 +46,7 @@ Groups make_groups(const std::shared_ptr<comm::Communicator>& world, const Paral
 }
 
 moe::ExpertTransport make_transport(const Groups& groups, const ParallelOptions& options) {
-  return {.dispatcher =
-              moe::make_dispatcher(options.dispatcher, groups.placement.num_experts, groups.ep),
+  return {.dispatcher = moe::make_dispatcher(options.dispatcher, groups.placement.num_experts, groups.ep),
           .overlap = options.overlap};
 }
 

@@ -16,9 +16,7 @@ struct ParallelOptions {
   moe::OverlapOptions overlap;
   bool overlap_gradients = false;
   double bucket_mib = 16.0;
-  double timeout_s = 300.0;
   bool check_collectives = false;
-  std::int64_t ranks_per_node = 0;
 };
 template <class Fields>
 void describe(Fields& fields, ParallelOptions& o) {
@@ -30,11 +28,8 @@ void describe(Fields& fields, ParallelOptions& o) {
   fields("overlap_gradients", o.overlap_gradients,
          "gradients are summed over ranks in buckets while the backward pass goes on");
   fields("bucket_mib", o.bucket_mib, "size of these buckets, MiB");
-  fields("timeout_s", o.timeout_s, "a rank that waits longer than this ends the run and names who is missing");
   fields("check_collectives", o.check_collectives,
          "compare operation, sizes and order across ranks before every collective (slower)");
-  fields("ranks_per_node", o.ranks_per_node,
-         "pretend that this many ranks share a node; 0 = nodes are machines");
 }
 
 /// What     The expert-parallel size that `options` gives for this many ranks.

@@ -73,14 +73,15 @@ std::string rank_cards_text(const std::vector<RankCard>& cards, const model::Mod
       cards.size(), ep, edp, config.moe.num_experts,
       options.ep == 0 ? " (parallel.ep = 0: the largest divisor of the ranks up to the experts)" : "",
       edp == 1 ? "copy" : "copies");
-  text += fmt::format("{:>4} {:>4} {:>4} {:>4}  {:<16} {:<14} {:<12} {:>9} {:>9} {:>11} {:>11} {:>11} {:>5}\n",
-                      "rank", "dp", "edp", "ep", "rows to/from", "same experts", "experts", "dense", "expert",
-                      "weights", "gradients", "optimizer", "seqs");
+  text +=
+      fmt::format("{:>4} {:>4} {:>4} {:>4}  {:<16} {:<14} {:<12} {:>9} {:>9} {:>11} {:>11} {:>11} {:>5}\n",
+                  "rank", "dp", "edp", "ep", "rows to/from", "same experts", "experts", "dense", "expert",
+                  "weights", "gradients", "optimizer", "seqs");
   for (const RankCard& c : cards) {
     const std::string experts = fmt::format("{}-{}", c.first_expert, c.first_expert + c.num_experts - 1);
     text += fmt::format(
-        "{:>4} {:>4} {:>4} {:>4}  {:<16} {:<14} {:<12} {:>9} {:>9} {:>11} {:>11} {:>11} {:>5}\n", c.rank, c.dp,
-        c.edp, c.ep, fmt::format("{}", fmt::join(c.ep_group, ",")),
+        "{:>4} {:>4} {:>4} {:>4}  {:<16} {:<14} {:<12} {:>9} {:>9} {:>11} {:>11} {:>11} {:>5}\n", c.rank,
+        c.dp, c.edp, c.ep, fmt::format("{}", fmt::join(c.ep_group, ",")),
         fmt::format("{}", fmt::join(c.edp_group, ",")), experts,
         format_count(static_cast<double>(c.dense_parameters)),
         format_count(static_cast<double>(c.expert_parameters)),

@@ -16,7 +16,7 @@ namespace collegium::parallel {
 
 struct RankCard {
   std::int64_t rank = 0;
-  std::int64_t dp = 0;   ///< coordinates
+  std::int64_t dp = 0;  ///< coordinates
   std::int64_t edp = 0;
   std::int64_t ep = 0;
   std::vector<std::int64_t> ep_group;   ///< world ranks that share the experts of a layer

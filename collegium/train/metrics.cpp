@@ -51,6 +51,7 @@ void MetricsWriter::append(const Json& record) {
 }
 
 void MetricsWriter::write(const StepReport& report, const StepSpeed& speed) {
+  const CommReport& comm = report.communication;
   append({{"kind", "step"},
           {"step", report.step},
           {"loss", report.loss},
@@ -65,6 +66,12 @@ void MetricsWriter::write(const StepReport& report, const StepSpeed& speed) {
           {"seconds", speed.seconds},
           {"tokens_per_s", speed.tokens_per_s},
           {"share_of_gemm_peak", speed.share_of_gemm_peak},
+          {"communication",
+           {{"bytes_within_nodes", comm.bytes_within_nodes},
+            {"bytes_between_nodes", comm.bytes_between_nodes},
+            {"all_to_all_s", comm.all_to_all_s},
+            {"all_to_all_exposed_s", comm.all_to_all_exposed_s},
+            {"hidden_share", comm.hidden_share}}},
           {"layers", layers_json(report.layers)}});
 }
 

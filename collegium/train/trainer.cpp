@@ -80,13 +80,11 @@ void Trainer::build_optimizer_state() {
   masters_ = std::make_unique<optim::MasterWeights>(decoder_->parameters());
   std::vector<parallel::GradientSlot> slots;
   for (const optim::Slot& slot : masters_->slots()) {
-    slots.push_back({.leaf = slot.value,
-                     .sum = slot.gradient,
-                     .expert = slot.kind == model::ParameterKind::kExpert});
+    slots.push_back(
+        {.leaf = slot.value, .sum = slot.gradient, .expert = slot.kind == model::ParameterKind::kExpert});
   }
-  gradient_sync_ =
-      std::make_unique<parallel::GradientSync>(groups_, config_.parallel, std::move(slots),
-                                               masters_->dense_gradients(), masters_->expert_gradients());
+  gradient_sync_ = std::make_unique<parallel::GradientSync>(
+      groups_, config_.parallel, std::move(slots), masters_->dense_gradients(), masters_->expert_gradients());
 }
 
 std::int64_t Trainer::sum_targets(const std::vector<MicroBatch>& batches) {
@@ -112,8 +110,8 @@ model::ForwardOptions Trainer::forward_options(const MicroBatch& batch, std::int
   const moe::MoeOptions& moe = config_.model.moe;
   const std::int64_t length = config_.data.sequence_length;
   for (std::int64_t layer = 0; layer < decoder_->num_moe_layers(); ++layer) {
-    const at::Tensor all_ids_TK = replay_->ids_TK({step, micro_step, layer}, batch.all_sequences * length,
-                                                  moe.top_k, moe.num_experts);
+    const at::Tensor all_ids_TK =
+        replay_->ids_TK({step, micro_step, layer}, batch.all_sequences * length, moe.top_k, moe.num_experts);
     options.replayed_ids.push_back(
         all_ids_TK.narrow(0, batch.offset * length, batch.ids_BS.size(0) * length));
   }
@@ -121,8 +119,8 @@ model::ForwardOptions Trainer::forward_options(const MicroBatch& batch, std::int
 }
 
 Trainer::MicroSums Trainer::sum_over_ranks(const model::ForwardResult& forward, double local_loss) {
-  const comm::WhereScope scope(
-      groups_.dp->where(), {.step = groups_.dp->where().step, .layer = -1, .phase = "losses"});
+  const comm::WhereScope scope(groups_.dp->where(),
+                               {.step = groups_.dp->where().step, .layer = -1, .phase = "losses"});
   MicroSums sums;
   std::vector<at::Tensor> parts = {at::scalar_tensor(local_loss, at::kDouble).view({1})};
   for (const auto& layer : forward.layers) {
@@ -145,8 +143,9 @@ void Trainer::record(const MicroBatch& batch, const moe::RoutingKey& key, const 
   const StepShape shape = step_shape(config_);
   const at::Tensor all_ids_TK = at::empty({batch.all_sequences * length, ids_TK.size(1)}, ids_TK.options());
   groups_.dp
-      ->all_gather(ids_TK, all_ids_TK,
-                   parallel::share_rows(batch.all_sequences, shape.group_sequences, groups_.dp->size(), length))
+      ->all_gather(
+          ids_TK, all_ids_TK,
+          parallel::share_rows(batch.all_sequences, shape.group_sequences, groups_.dp->size(), length))
       .wait();
   if (recorder_) recorder_->append(key, all_ids_TK, config_.model.moe.num_experts);
 }
@@ -197,8 +196,7 @@ StepReport Trainer::compute_gradients() {
                    moe::MonitorSums(config_.model.moe.num_experts));
   double loss_sum = 0.0;
   for (std::size_t i = 0; i < batches.size(); ++i) {
-    loss_sum +=
-        run_micro_step(batches[i], static_cast<std::int64_t>(i), i + 1 == batches.size(), report);
+    loss_sum += run_micro_step(batches[i], static_cast<std::int64_t>(i), i + 1 == batches.size(), report);
   }
   report.loss = report.num_targets > 0 ? loss_sum / static_cast<double>(report.num_targets) : 0.0;
   gradient_sync_->finish(report.step);

@@ -7,42 +7,117 @@
 
 #include "collegium/base/error.h"
 #include "collegium/moe/balance.h"
+#include "collegium/parallel/shares.h"
 #include "collegium/train/batch.h"
 
 namespace collegium::train {
 
 namespace {
 
-constexpr std::int64_t kSequencesPerBatch = 8;
+constexpr std::int64_t kSequencesPerRank = 8;
 constexpr std::int64_t kShuffles = 20;
 
-struct Sums {
-  double loss = 0.0;
-  std::int64_t targets = 0;
+// One rank's sums; reduce() makes them those of all ranks.
+class Validation {
+ public:
+  Validation(const model::Decoder& decoder, const data::Dataset& dataset, const parallel::Groups& groups)
+      : decoder_(decoder),
+        dp_(*groups.dp),
+        num_domains_(static_cast<std::int64_t>(dataset.index().domains.size())),
+        domain_sums_(at::zeros({2, num_domains_}, at::kDouble)),
+        loads_(static_cast<std::size_t>(decoder.num_moe_layers())),
+        sums_(loads_.size(), moe::MonitorSums(decoder.config().moe.num_experts)) {}
+
+  // This rank's part of a batch.
+  void add(const MicroBatch& batch, std::int64_t unit, bool mask_documents) {
+    model::ForwardOptions options;
+    options.context.first_sequence = batch.first_sequence;
+    if (mask_documents) options.document_ids_BS = batch.document_ids_BS;
+    const model::ForwardResult forward = decoder_.forward(batch.ids_BS, options);
+    for (std::int64_t b = 0; b < batch.ids_BS.size(0); ++b) {
+      const at::Tensor targets = batch.targets_BS.narrow(0, b, 1);
+      const std::int64_t domain = batch.domain_B[static_cast<std::size_t>(b)];
+      domain_sums_[0][domain] +=
+          model::cross_entropy_sum(decoder_, forward.hidden_BSD.narrow(0, b, 1), targets);
+      domain_sums_[1][domain] += (targets >= 0).sum();
+    }
+    for (std::size_t layer = 0; layer < sums_.size(); ++layer) {
+      const moe::RouterStatistics& statistics = forward.layers[layer]->statistics;
+      sums_[layer].add(moe::RouterTotals(statistics), statistics.max_abs_logit);
+    }
+    gather_loads(batch, forward, unit);
+  }
+
+  ValidationResult reduce() {
+    std::vector<at::Tensor> parts = {domain_sums_.view({-1})};
+    at::Tensor logits = at::zeros({static_cast<std::int64_t>(sums_.size())}, at::kDouble);
+    std::vector<moe::RouterTotals> totals;
+    for (std::size_t layer = 0; layer < sums_.size(); ++layer) {
+      totals.push_back(sums_[layer].totals());
+      parts.push_back(totals.back().values());
+      logits[static_cast<std::int64_t>(layer)] = sums_[layer].max_abs_logit();
+    }
+    const at::Tensor all = at::cat(parts);
+    dp_.all_reduce(all).wait();
+    dp_.all_reduce(logits, comm::ReduceOp::kMax).wait();
+    std::int64_t begin = 2 * num_domains_;
+    const at::Tensor domain_sums = all.narrow(0, 0, begin).view({2, num_domains_});
+    ValidationResult result;
+    const moe::MoeOptions& options = decoder_.config().moe;
+    for (std::size_t layer = 0; layer < sums_.size(); ++layer) {
+      at::Tensor& values = totals[layer].values();
+      values = all.narrow(0, begin, values.numel());
+      begin += values.numel();
+      moe::MonitorSums sums(options.num_experts);
+      sums.add(totals[layer], logits[static_cast<std::int64_t>(layer)].item<double>());
+      result.monitors.push_back(sums.monitors(options));
+      result.specialization.push_back(
+          specialization(loads_[layer], static_cast<std::int64_t>(layer), num_domains_, kShuffles, 0));
+    }
+    result.hf_pooled = moe::hf_pooled_loss(options, totals, 0.0, {});
+    fill_losses(domain_sums, result);
+    return result;
+  }
+
+ private:
+  // Choices per sequence of all ranks, for the specialisation table.
+  void gather_loads(const MicroBatch& batch, const model::ForwardResult& forward, std::int64_t unit) {
+    std::vector<at::Tensor> columns = {at::tensor(batch.domain_B, at::kLong).view({-1, 1})};
+    for (const auto& layer : forward.layers) columns.push_back(layer->statistics.choice_counts_BE);
+    const at::Tensor mine = at::cat(columns, 1).contiguous();
+    const at::Tensor all = at::empty({batch.all_sequences, mine.size(1)}, at::kLong);
+    dp_.all_gather(mine, all, parallel::share_rows(batch.all_sequences, unit, dp_.size(), 1)).wait();
+    const auto* row = all.const_data_ptr<std::int64_t>();
+    const std::int64_t num_experts = decoder_.config().moe.num_experts;
+    for (std::int64_t b = 0; b < all.size(0); ++b, row += all.size(1)) {
+      const auto* counts = row + 1;
+      for (SequenceLoads& loads : loads_) {
+        loads.domain.push_back(*row);
+        loads.choices.emplace_back(counts, counts + num_experts);
+        counts += num_experts;
+      }
+    }
+  }
+
+  static void fill_losses(const at::Tensor& domain_sums, ValidationResult& result) {
+    double loss = 0.0;
+    for (std::int64_t domain = 0; domain < domain_sums.size(1); ++domain) {
+      const double sum = domain_sums[0][domain].item<double>();
+      const double targets = domain_sums[1][domain].item<double>();
+      loss += sum;
+      result.num_targets += static_cast<std::int64_t>(targets);
+      result.domain_loss.push_back(targets > 0.0 ? sum / targets : 0.0);
+    }
+    if (result.num_targets > 0) result.loss = loss / static_cast<double>(result.num_targets);
+  }
+
+  const model::Decoder& decoder_;
+  comm::Communicator& dp_;
+  std::int64_t num_domains_;
+  at::Tensor domain_sums_;  ///< loss, targets
+  std::vector<SequenceLoads> loads_;
+  std::vector<moe::MonitorSums> sums_;
 };
-
-// Per-sequence choice counts of one layer, for the specialisation table.
-void append_loads(const moe::RouterStatistics& statistics, const std::vector<std::int64_t>& domains,
-                  SequenceLoads& loads) {
-  const at::Tensor counts = statistics.choice_counts_BE.contiguous();
-  const auto* data = counts.const_data_ptr<std::int64_t>();
-  for (std::size_t b = 0; b < domains.size(); ++b) {
-    const auto* row = data + static_cast<std::int64_t>(b) * counts.size(1);
-    loads.domain.push_back(domains[b]);
-    loads.choices.emplace_back(row, row + counts.size(1));
-  }
-}
-
-// Statistics of several batches, one below the other: balance losses add the rows.
-void append_rows(moe::RouterStatistics& all, const moe::RouterStatistics& more) {
-  if (!all.num_tokens_B.defined()) {
-    all = more;
-    return;
-  }
-  all.num_tokens_B = at::cat({all.num_tokens_B, more.num_tokens_B});
-  all.choice_counts_BE = at::cat({all.choice_counts_BE, more.choice_counts_BE});
-  all.prob_sums_BE = at::cat({all.prob_sums_BE, more.prob_sums_BE});
-}
 
 }  // namespace
 
@@ -53,56 +128,34 @@ void check_vocabulary(const data::Dataset& dataset, const model::ModelConfig& co
 }
 
 ValidationResult validate_model(const model::Decoder& decoder, const data::Dataset& dataset,
-                                std::int64_t sequence_length, std::int64_t max_sequences,
-                                bool mask_documents) {
+                                const ValidationShape& shape, const parallel::Groups& groups) {
   const at::NoGradGuard no_grad;
-  const data::Sampler sampler(dataset, data::Split::kValidation, sequence_length, 0);
-  const std::int64_t count = std::min(max_sequences, sampler.num_windows());
-  const auto num_domains = static_cast<std::int64_t>(dataset.index().domains.size());
-  const auto num_layers = static_cast<std::size_t>(decoder.num_moe_layers());
-  std::vector<SequenceLoads> loads(num_layers);
-  std::vector<moe::MonitorSums> monitors(num_layers);
-  std::vector<moe::RouterStatistics> statistics(num_layers);
-  std::vector<Sums> by_domain(static_cast<std::size_t>(num_domains));
-  for (std::int64_t begin = 0; begin < count; begin += kSequencesPerBatch) {
+  const comm::WhereScope scope(groups.world->where(), {.step = -1, .layer = -1, .phase = "validation"});
+  const data::Sampler sampler(dataset, data::Split::kValidation, shape.sequence_length, 0);
+  const moe::MoeOptions& moe = decoder.config().moe;
+  const std::int64_t unit = moe::tokens_interact_in_groups(moe) ? moe.capacity.group_sequences : 1;
+  const std::int64_t wanted = std::min(shape.max_sequences, sampler.num_windows());
+  const std::int64_t count = wanted - wanted % unit;
+  require_config(count > 0,
+                 "{}: the validation split has {} sequences of {} tokens, fewer than one group of "
+                 "model.moe.capacity.group_sequences = {}",
+                 dataset.folder().string(), wanted, shape.sequence_length, unit);
+  const std::int64_t per_rank = std::max(unit, kSequencesPerRank - kSequencesPerRank % unit);
+  const std::int64_t per_batch = per_rank * groups.dp->size();
+  Validation validation(decoder, dataset, groups);
+  for (std::int64_t begin = 0; begin < count; begin += per_batch) {
+    const std::int64_t all = std::min(per_batch, count - begin);
+    const parallel::Share share = parallel::share_of(all, unit, groups.dp->size(), groups.dp->rank());
     std::vector<data::Window> windows;
-    for (std::int64_t i = begin; i < std::min(count, begin + kSequencesPerBatch); ++i) {
+    for (std::int64_t i = begin + share.first; i < begin + share.first + share.count; ++i)
       windows.push_back(sampler.window_in_order(i * sampler.num_windows() / count));
-    }
-    const MicroBatch batch = make_micro_batch(windows, begin);
-    model::ForwardOptions options;
-    if (mask_documents) options.document_ids_BS = batch.document_ids_BS;
-    const model::ForwardResult forward = decoder.forward(batch.ids_BS, options);
-    for (std::size_t b = 0; b < windows.size(); ++b) {
-      const auto row = static_cast<std::int64_t>(b);
-      const at::Tensor targets = batch.targets_BS.narrow(0, row, 1);
-      Sums& sums = by_domain[static_cast<std::size_t>(batch.domain_B[b])];
-      sums.loss +=
-          model::cross_entropy_sum(decoder, forward.hidden_BSD.narrow(0, row, 1), targets).item<double>();
-      sums.targets += (targets >= 0).sum().item<std::int64_t>();
-    }
-    for (std::size_t layer = 0; layer < num_layers; ++layer) {
-      append_loads(forward.layers[layer]->statistics, batch.domain_B, loads[layer]);
-      append_rows(statistics[layer], forward.layers[layer]->statistics);
-      monitors[layer].add(forward.layers[layer]->statistics);
-    }
+    MicroBatch batch = make_micro_batch(windows, shape.sequence_length, begin + share.first);
+    batch.all_sequences = all;
+    validation.add(batch, unit, shape.mask_documents);
   }
-  ValidationResult result;
-  double loss = 0.0;
-  for (const Sums& sums : by_domain) {
-    loss += sums.loss;
-    result.num_targets += sums.targets;
-    result.domain_loss.push_back(sums.targets > 0 ? sums.loss / static_cast<double>(sums.targets) : 0.0);
-  }
+  const ValidationResult result = validation.reduce();
   require_config(result.num_targets > 0, "{}: the validation split has no target token",
                  dataset.folder().string());
-  result.loss = loss / static_cast<double>(result.num_targets);
-  result.hf_pooled = moe::hf_pooled_loss(decoder.config().moe, statistics, 0.0, {});
-  for (std::size_t layer = 0; layer < num_layers; ++layer) {
-    result.monitors.push_back(monitors[layer].monitors(decoder.config().moe));
-    result.specialization.push_back(
-        specialization(loads[layer], static_cast<std::int64_t>(layer), num_domains, kShuffles, 0));
-  }
   return result;
 }
 

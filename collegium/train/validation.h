@@ -10,6 +10,7 @@
 #include "collegium/data/dataset.h"
 #include "collegium/model/decoder.h"
 #include "collegium/moe/monitors.h"
+#include "collegium/parallel/groups.h"
 #include "collegium/train/specialization.h"
 
 namespace collegium::train {
@@ -23,11 +24,17 @@ struct ValidationResult {
   std::vector<LayerSpecialization> specialization;
 };
 
+struct ValidationShape {
+  std::int64_t sequence_length = 512;
+  std::int64_t max_sequences = 64;
+  bool mask_documents = false;
+};
+
 /// What     Mean cross-entropy over at most `max_sequences` windows spread evenly over the validation split.
-/// Order    Always the same windows in the same order.
+/// Comm     collective: the windows are shared over dp; the result is the same on all ranks.
+/// Order    Always the same windows, whatever the number of ranks.
 ValidationResult validate_model(const model::Decoder& decoder, const data::Dataset& dataset,
-                                std::int64_t sequence_length, std::int64_t max_sequences,
-                                bool mask_documents);
+                                const ValidationShape& shape, const parallel::Groups& groups);
 
 /// Throws ConfigError when the data's token ids do not fit the model's vocabulary, with both numbers.
 void check_vocabulary(const data::Dataset& dataset, const model::ModelConfig& config);
