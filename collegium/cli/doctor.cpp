@@ -9,7 +9,6 @@
 #include <array>
 #include <chrono>
 #include <cstring>
-#include <filesystem>
 #include <fstream>
 #include <memory>
 #include <set>
@@ -17,6 +16,7 @@
 
 #include "collegium/base/fields.h"
 #include "collegium/base/units.h"
+#include "collegium/cli/mpirun.h"
 #include "collegium/cli/verb.h"
 #include "collegium/comm/mpi/mpi.h"
 #include "collegium/ops/gemm_peak.h"
@@ -64,30 +64,6 @@ double memcpy_bytes_per_s() {
     best = std::max(best, static_cast<double>(kBytes) / seconds);
   }
   return best;
-}
-
-std::string find_program(const std::string& name) {
-  const char* path = std::getenv("PATH");  // NOLINT(concurrency-mt-unsafe): one thread
-  std::string rest = path != nullptr ? path : "";
-  while (!rest.empty()) {
-    const std::size_t colon = rest.find(':');
-    const std::filesystem::path candidate = std::filesystem::path(rest.substr(0, colon)) / name;
-    if (::access(candidate.c_str(), X_OK) == 0) return candidate.string();
-    rest = colon == std::string::npos ? "" : rest.substr(colon + 1);
-  }
-  return "";
-}
-
-// The mpirun of the environment the binary was built in (a folder above it holds .venv), then the one on
-// PATH: mpirun and the library must be of one installation.
-std::string find_mpirun() {
-  std::error_code error;
-  std::filesystem::path folder = std::filesystem::read_symlink("/proc/self/exe", error).parent_path();
-  for (; !error && folder.has_relative_path(); folder = folder.parent_path()) {
-    const std::filesystem::path candidate = folder / ".venv" / "bin" / "mpirun";
-    if (::access(candidate.c_str(), X_OK) == 0) return candidate.string();
-  }
-  return find_program("mpirun");
 }
 
 Json examine() {
@@ -138,7 +114,6 @@ void print(const Json& j) {
                                   : mpirun.empty()
                                       ? "in this build, but no mpirun beside the binary or on PATH"
                                       : mpirun);
-  fmt::print("             training runs in one process so far; several ranks are not there yet\n");
 }
 
 }  // namespace

@@ -3,15 +3,16 @@
 #include <fmt/format.h>
 
 #include <memory>
+#include <numeric>
 
 #include "collegium/base/error.h"
+#include "collegium/cli/launch.h"
+#include "collegium/cli/load_model.h"
 #include "collegium/cli/verb.h"
 #include "collegium/data/dataset.h"
-#include "collegium/model/checkpoint_io.h"
-#include "collegium/model/decoder.h"
 #include "collegium/model/tensor_io.h"
 #include "collegium/moe/balance.h"
-#include "collegium/ops/threads.h"
+#include "collegium/parallel/shares.h"
 #include "collegium/train/validation.h"
 
 namespace collegium::cli {
@@ -27,6 +28,7 @@ struct EvalArguments {
   std::string dtype = "float32";
   std::string logits_file;
   std::string grads_file;
+  LaunchOptions launch;
   bool json = false;
 };
 
@@ -49,17 +51,51 @@ at::Tensor read_input_ids(const std::string& path, std::int64_t vocab_size) {
   return ids;
 }
 
-std::vector<std::pair<std::string, at::Tensor>> disk_gradients(const model::Decoder& decoder) {
-  std::vector<std::pair<std::string, at::Tensor>> gradients;
-  const auto& parameters = decoder.parameters();
-  for (const model::DiskTensor& disk : model::list_disk_tensors(decoder.config(), parameters)) {
-    const model::Parameter& parameter = parameters[disk.parameter];
-    if (!parameter.trainable) continue;
-    const at::Tensor gradient =
-        parameter.value.grad().defined() ? parameter.value.grad() : at::zeros_like(parameter.value);
-    gradients.emplace_back(disk.name, model::disk_view(disk, gradient));
+// The rows of all ranks, in rank order, on the group's rank 0 (undefined on the others).
+at::Tensor gather_rows(comm::Communicator& group, const at::Tensor& mine,
+                       const std::vector<std::int64_t>& rows) {
+  if (group.rank() > 0) {
+    if (mine.size(0) > 0) group.send(mine.contiguous(), 0).wait();
+    return {};
   }
-  return gradients;
+  std::vector<std::int64_t> shape = mine.sizes().vec();
+  shape[0] = std::accumulate(rows.begin(), rows.end(), std::int64_t{0});
+  const at::Tensor all = at::empty(shape, mine.options());
+  std::int64_t begin = rows[0];
+  all.narrow(0, 0, begin).copy_(mine);
+  for (int rank = 1; rank < group.size(); ++rank) {
+    const std::int64_t count = rows[static_cast<std::size_t>(rank)];
+    if (count > 0) group.recv(all.narrow(0, begin, count), rank).wait();
+    begin += count;
+  }
+  return all;
+}
+
+// The gradient of every trained tensor under its on-disk name, on rank 0: an expert's is summed over the
+// ranks that hold it, every other over all.
+std::vector<std::pair<std::string, at::Tensor>> gather_gradients(const LoadedModel& loaded) {
+  const at::NoGradGuard no_grad;
+  const parallel::Groups& groups = loaded.groups;
+  const model::Decoder& decoder = loaded.decoder;
+  std::vector<std::int64_t> num_held;
+  for (int rank = 0; rank < groups.ep->size(); ++rank) num_held.push_back(groups.placement.count(rank));
+  std::vector<at::Tensor> gradients;
+  for (const model::Parameter& parameter : decoder.parameters()) {
+    const bool expert = parameter.kind == model::ParameterKind::kExpert;
+    at::Tensor& gradient = gradients.emplace_back();
+    if (!parameter.trainable) continue;
+    gradient = parameter.value.grad().defined() ? parameter.value.grad() : at::zeros_like(parameter.value);
+    (expert ? groups.edp : groups.dp)->all_reduce(gradient).wait();
+    if (expert && groups.place.edp == 0) gradient = gather_rows(*groups.ep, gradient, num_held);
+  }
+  std::vector<std::pair<std::string, at::Tensor>> named;
+  if (!groups.is_root()) return named;
+  const std::vector<model::Parameter> whole = model::list_parameters(decoder.config());
+  for (const model::DiskTensor& disk : model::list_disk_tensors(decoder.config(), whole)) {
+    const at::Tensor& gradient = gradients[disk.parameter];
+    if (gradient.defined()) named.emplace_back(disk.name, model::disk_view(disk, gradient));
+  }
+  return named;
 }
 
 struct EvalResult {
@@ -69,36 +105,94 @@ struct EvalResult {
   std::int64_t num_targets = 0;
 };
 
-EvalResult evaluate_ids(const EvalArguments& arguments, const model::Decoder& decoder,
-                        const at::Tensor& ids_BS) {
+// What all ranks' sequences add up to.
+struct RankSums {
+  double loss = 0.0;
+  std::vector<moe::RouterTotals> layers;
+};
+
+RankSums sum_over_ranks(comm::Communicator& dp, const at::Tensor& loss, const model::ForwardResult& forward) {
+  const at::NoGradGuard no_grad;
+  RankSums sums;
+  std::vector<at::Tensor> parts = {loss.to(at::kDouble).view({1})};
+  for (const auto& layer : forward.layers) {
+    sums.layers.emplace_back(layer->statistics);
+    parts.push_back(sums.layers.back().values());
+  }
+  const at::Tensor all = at::cat(parts);
+  dp.all_reduce(all).wait();
+  sums.loss = all[0].item<double>();
+  std::int64_t begin = 1;
+  for (moe::RouterTotals& totals : sums.layers) {
+    const std::int64_t size = totals.values().numel();
+    totals.values().copy_(all.narrow(0, begin, size));
+    begin += size;
+  }
+  return sums;
+}
+
+// Every rank takes its share of the sequences, perhaps none, and takes part in everything.
+EvalResult evaluate_ids(const EvalArguments& arguments, const LoadedModel& loaded,
+                        const at::Tensor& all_ids_BS) {
+  const model::Decoder& decoder = loaded.decoder;
+  const model::ModelConfig& config = decoder.config();
+  comm::Communicator& dp = *loaded.groups.dp;
+  const comm::WhereScope scope(dp.where(), {.step = -1, .layer = -1, .phase = "evaluation"});
+  const std::int64_t unit =
+      moe::tokens_interact_in_groups(config.moe) ? config.moe.capacity.group_sequences : 1;
+  require_config(all_ids_BS.size(0) % unit == 0,
+                 "{}: {} sequences, must be a multiple of model.moe.capacity.group_sequences = {}",
+                 arguments.input, all_ids_BS.size(0), unit);
+  const parallel::Share share = parallel::share_of(all_ids_BS.size(0), unit, dp.size(), dp.rank());
+  const at::Tensor ids_BS = all_ids_BS.narrow(0, share.first, share.count);
+
   const bool want_gradients = !arguments.grads_file.empty();
   const at::AutoGradMode mode(want_gradients);
-  const model::ForwardResult forward = decoder.forward(ids_BS, {});
+  model::ForwardOptions options;
+  options.context.first_sequence = share.first;
+  const model::ForwardResult forward = decoder.forward(ids_BS, options);
   if (!arguments.logits_file.empty()) {
     const at::NoGradGuard no_grad;
-    model::write_tensors(arguments.logits_file, {{"logits", decoder.logits(forward.hidden_BSD)}});
+    const at::Tensor logits = gather_rows(dp, decoder.logits(forward.hidden_BSD),
+                                          parallel::share_rows(all_ids_BS.size(0), unit, dp.size(), 1));
+    if (dp.rank() == 0) model::write_tensors(arguments.logits_file, {{"logits", logits}});
   }
   const std::int64_t length = ids_BS.size(1) - 1;
   const at::Tensor sum =
       model::cross_entropy_sum(decoder, forward.hidden_BSD.narrow(1, 0, length), ids_BS.narrow(1, 1, length));
+  const RankSums sums = sum_over_ranks(dp, sum, forward);
   EvalResult result;
-  result.num_targets = ids_BS.size(0) * length;
-  const at::Tensor loss = sum / static_cast<double>(result.num_targets);
-  result.loss = loss.item<double>();
+  result.num_targets = all_ids_BS.size(0) * length;
+  result.loss = sums.loss / static_cast<double>(result.num_targets);
 
-  const model::ModelConfig& config = decoder.config();
-  std::vector<moe::RouterStatistics> statistics;
-  for (const auto& layer : forward.layers) statistics.push_back(layer->statistics);
-  std::vector<moe::RouterStatisticsGradient> gradients(statistics.size());
+  std::vector<moe::RouterStatisticsGradient> gradients(sums.layers.size());
   const double coefficient = config.output_router_logits ? config.router_aux_loss_coef : 0.0;
-  result.aux_loss = moe::hf_pooled_loss(config.moe, statistics, coefficient, gradients);
+  const at::ScalarType router_dtype = decoder.dtype() == at::kDouble ? at::kDouble : at::kFloat;
+  result.aux_loss = moe::hf_pooled_loss(config.moe, sums.layers, coefficient, gradients, router_dtype);
   result.total_loss = result.loss + coefficient * result.aux_loss;
   if (want_gradients) {
     for (std::size_t i = 0; i < gradients.size(); ++i) forward.layers[i]->statistics_gradient = gradients[i];
-    loss.backward();
-    model::write_tensors(arguments.grads_file, disk_gradients(decoder));
+    (sum / static_cast<double>(result.num_targets)).backward();
+    const auto named = gather_gradients(loaded);
+    if (dp.rank() == 0) model::write_tensors(arguments.grads_file, named);
   }
   return result;
+}
+
+EvalResult evaluate_data(const EvalArguments& arguments, const LoadedModel& loaded) {
+  const data::Dataset dataset(arguments.data);
+  const model::ModelConfig& config = loaded.decoder.config();
+  train::check_vocabulary(dataset, config);
+  const train::ValidationShape shape{.sequence_length = arguments.sequence_length,
+                                     .max_sequences = arguments.max_sequences,
+                                     .mask_documents = false};
+  const train::ValidationResult validation =
+      train::validate_model(loaded.decoder, dataset, shape, loaded.groups);
+  const double coefficient = config.output_router_logits ? config.router_aux_loss_coef : 0.0;
+  return {.loss = validation.loss,
+          .aux_loss = validation.hf_pooled,
+          .total_loss = validation.loss + coefficient * validation.hf_pooled,
+          .num_targets = validation.num_targets};
 }
 
 void print(const EvalArguments& arguments, const EvalResult& result) {
@@ -118,30 +212,20 @@ void print(const EvalArguments& arguments, const EvalResult& result) {
 }
 
 void run(const EvalArguments& arguments) {
-  ops::bind_threads();
   require_config(arguments.input.empty() != arguments.data.empty(), "eval: give either --input or --data");
+  require_config(!arguments.input.empty() || (arguments.logits_file.empty() && arguments.grads_file.empty()),
+                 "eval: --logits and --grads need --input");
   const at::ScalarType dtype = model::parse_dtype(arguments.dtype, "--dtype");
   const model::ModelConfig config = model::read_model_config(arguments.model);
   model::validate(config, /*training=*/false);
   at::Tensor ids_BS;
   if (!arguments.input.empty()) ids_BS = read_input_ids(arguments.input, config.vocab_size);
-  const model::Decoder decoder(config, model::load_parameters(arguments.model, config, dtype));
-  if (ids_BS.defined()) {
-    print(arguments, evaluate_ids(arguments, decoder, ids_BS));
-    return;
-  }
-  require_config(arguments.logits_file.empty() && arguments.grads_file.empty(),
-                 "eval: --logits and --grads need --input");
-  const data::Dataset dataset(arguments.data);
-  train::check_vocabulary(dataset, config);
-  const train::ValidationResult validation = train::validate_model(
-      decoder, dataset, arguments.sequence_length, arguments.max_sequences, /*mask_documents=*/false);
-  print(arguments, {.loss = validation.loss,
-                    .aux_loss = validation.hf_pooled,
-                    .total_loss = validation.loss + (config.output_router_logits
-                                                         ? config.router_aux_loss_coef * validation.hf_pooled
-                                                         : 0.0),
-                    .num_targets = validation.num_targets});
+  launch(arguments.launch, [&](const std::shared_ptr<comm::Communicator>& world) {
+    const LoadedModel loaded = load_model(arguments.model, config, dtype, world);
+    const EvalResult result =
+        ids_BS.defined() ? evaluate_ids(arguments, loaded, ids_BS) : evaluate_data(arguments, loaded);
+    if (world->rank() == 0) print(arguments, result);
+  });
 }
 
 }  // namespace
@@ -165,9 +249,11 @@ void add_eval(CLI::App& app) {
   verb->add_option("--grads", arguments->grads_file,
                    "write the gradient of every parameter of the total loss, under its on-disk name");
   verb->add_flag("--json", arguments->json, "print one JSON object");
+  add_launch_options(*verb, arguments->launch);
   verb->footer(
       "Examples:\n"
       "  collegium eval --model runs/demo/step-00000600 --data data/demo\n"
+      "  collegium eval --model runs/demo/step-00000600 --data data/demo --ranks 2\n"
       "  collegium eval --model DIR --input ids.safetensors --dtype float64 --grads grads.safetensors "
       "--json");
   verb->callback([arguments] { run(*arguments); });

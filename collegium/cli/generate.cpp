@@ -8,11 +8,11 @@
 #include <optional>
 
 #include "collegium/base/error.h"
+#include "collegium/cli/launch.h"
+#include "collegium/cli/load_model.h"
 #include "collegium/cli/verb.h"
 #include "collegium/data/tokenizer.h"
-#include "collegium/model/checkpoint_io.h"
 #include "collegium/model/tensor_io.h"
-#include "collegium/ops/threads.h"
 
 namespace collegium::cli {
 
@@ -24,25 +24,14 @@ struct GenerateArguments {
   std::vector<std::int64_t> ids;
   std::string dtype = "float32";
   model::SamplingOptions sampling;
+  LaunchOptions launch;
   bool json = false;
 };
 
-void run(GenerateArguments& arguments) {
-  ops::bind_threads();
-  model::validate(arguments.sampling);
-  require_config(arguments.prompt.empty() != arguments.ids.empty(),
-                 "generate: give either --prompt or --ids");
-  const at::ScalarType dtype = model::parse_dtype(arguments.dtype, "--dtype");
-  const model::ModelConfig config = model::read_model_config(arguments.model);
-  model::validate(config, /*training=*/false);
-  std::optional<data::Tokenizer> tokenizer;
-  std::vector<std::int64_t> prompt = arguments.ids;
-  if (arguments.ids.empty()) {
-    tokenizer = data::Tokenizer::load(std::filesystem::path(arguments.model));
-    prompt = tokenizer->encode(arguments.prompt, /*add_bos=*/true);
-    arguments.sampling.eos_id = tokenizer->eos_id();
-  }
-  const model::Decoder decoder(config, model::load_parameters(arguments.model, config, dtype));
+// On all ranks; rank 0 shows the text.
+void continue_prompt(const GenerateArguments& arguments, const LoadedModel& model,
+                     const std::vector<std::int64_t>& prompt,
+                     const std::optional<data::Tokenizer>& tokenizer) {
   std::vector<std::int64_t> all = prompt;
   std::size_t shown = 0;
   const auto stream = [&](std::int64_t id) {
@@ -56,7 +45,11 @@ void run(GenerateArguments& arguments) {
       shown = text.size();
     }
   };
-  const std::vector<std::int64_t> tokens = model::generate(decoder, prompt, arguments.sampling, stream);
+  comm::Communicator& world = *model.groups.world;
+  const comm::WhereScope scope(world.where(), {.step = -1, .layer = -1, .phase = "generation"});
+  const std::vector<std::int64_t> tokens =
+      model::generate(model.decoder, prompt, arguments.sampling, stream, &world);
+  if (!model.groups.is_root()) return;
   if (arguments.json) {
     Json json = {{"prompt_ids", prompt}, {"ids", tokens}};
     if (tokenizer) json["text"] = tokenizer->decode(all);
@@ -66,6 +59,25 @@ void run(GenerateArguments& arguments) {
   } else {
     fmt::print("{}\n", fmt::join(tokens, " "));
   }
+}
+
+void run(GenerateArguments& arguments) {
+  model::validate(arguments.sampling);
+  require_config(arguments.prompt.empty() != arguments.ids.empty(),
+                 "generate: give either --prompt or --ids");
+  const at::ScalarType dtype = model::parse_dtype(arguments.dtype, "--dtype");
+  const model::ModelConfig config = model::read_model_config(arguments.model);
+  model::validate(config, /*training=*/false);
+  std::optional<data::Tokenizer> tokenizer;
+  std::vector<std::int64_t> prompt = arguments.ids;
+  if (arguments.ids.empty()) {
+    tokenizer = data::Tokenizer::load(std::filesystem::path(arguments.model));
+    prompt = tokenizer->encode(arguments.prompt, /*add_bos=*/true);
+    arguments.sampling.eos_id = tokenizer->eos_id();
+  }
+  launch(arguments.launch, [&](const std::shared_ptr<comm::Communicator>& world) {
+    continue_prompt(arguments, load_model(arguments.model, config, dtype, world), prompt, tokenizer);
+  });
 }
 
 }  // namespace
@@ -88,11 +100,12 @@ void add_generate(CLI::App& app) {
   verb->add_option("--seed", arguments->sampling.seed, "of the sampling")->capture_default_str();
   verb->add_option("--dtype", arguments->dtype, "float64, float32 or bfloat16")->capture_default_str();
   verb->add_flag("--json", arguments->json, "print one JSON object");
+  add_launch_options(*verb, arguments->launch);
   verb->footer(
       "Examples:\n"
       "  collegium generate --model runs/demo/step-00000600 --prompt \"KING. \" --temperature 0.8 --top-p "
       "0.95\n"
-      "  collegium generate --model DIR --ids 1,17,42 --temperature 0 --json");
+      "  collegium generate --model DIR --ids 1,17,42 --temperature 0 --json --ranks 2");
   verb->callback([arguments] { run(*arguments); });
 }
 

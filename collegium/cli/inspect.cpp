@@ -7,13 +7,13 @@
 
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
+#include "collegium/cli/launch.h"
+#include "collegium/cli/load_model.h"
 #include "collegium/cli/verb.h"
 #include "collegium/data/tokenizer.h"
-#include "collegium/model/checkpoint_io.h"
 #include "collegium/model/decoder.h"
 #include "collegium/model/tensor_io.h"
 #include "collegium/moe/monitors.h"
-#include "collegium/ops/threads.h"
 
 namespace collegium::cli {
 
@@ -25,6 +25,7 @@ struct InspectArguments {
   std::string file;
   std::string input;
   std::string dtype = "float32";
+  LaunchOptions launch;
   bool json = false;
 };
 
@@ -89,8 +90,8 @@ void print_table(const Tokens& tokens, const model::ForwardResult& forward,
   }
   fmt::print("\nload per expert (1.00 = its share)\n");
   for (const auto& layer : forward.layers) {
-    moe::MonitorSums sums;
-    sums.add(layer->statistics);
+    moe::MonitorSums sums(config.moe.num_experts);
+    sums.add(moe::RouterTotals(layer->statistics), layer->statistics.max_abs_logit);
     const moe::LayerMonitors monitors = sums.monitors(config.moe);
     fmt::print("layer {:>2}: {:.2f}  (entropy {:.2f} of 1, {} experts unused)\n", layer->context.layer,
                fmt::join(monitors.load, " "), monitors.router_entropy, monitors.dead_experts);
@@ -118,20 +119,29 @@ void print_json(const Tokens& tokens, const model::ForwardResult& forward) {
   fmt::print("{}\n", Json{{"ids", tokens.ids}, {"pieces", tokens.pieces}, {"layers", layers}}.dump());
 }
 
+// Rank 0 has the tokens; the others take part in the layers' exchanges.
+void route(const InspectArguments& arguments, const LoadedModel& model, const Tokens& tokens) {
+  const bool is_root = model.groups.is_root();
+  const comm::WhereScope scope(model.groups.world->where(), {.step = -1, .layer = -1, .phase = "inspection"});
+  const at::NoGradGuard no_grad;
+  const at::Tensor ids_BS = at::tensor(tokens.ids, at::kLong).unsqueeze(0).narrow(0, 0, is_root ? 1 : 0);
+  const model::ForwardResult forward = model.decoder.forward(ids_BS, {});
+  if (!is_root) return;
+  if (arguments.json) {
+    print_json(tokens, forward);
+  } else {
+    print_table(tokens, forward, model.decoder.config());
+  }
+}
+
 void run(const InspectArguments& arguments) {
-  ops::bind_threads();
   const at::ScalarType dtype = model::parse_dtype(arguments.dtype, "--dtype");
   const model::ModelConfig config = model::read_model_config(arguments.model);
   model::validate(config, /*training=*/false);
   const Tokens tokens = read_tokens(arguments, config);
-  const model::Decoder decoder(config, model::load_parameters(arguments.model, config, dtype));
-  const at::NoGradGuard no_grad;
-  const model::ForwardResult forward = decoder.forward(at::tensor(tokens.ids, at::kLong).unsqueeze(0), {});
-  if (arguments.json) {
-    print_json(tokens, forward);
-  } else {
-    print_table(tokens, forward, config);
-  }
+  launch(arguments.launch, [&](const std::shared_ptr<comm::Communicator>& world) {
+    route(arguments, load_model(arguments.model, config, dtype, world), tokens);
+  });
 }
 
 }  // namespace
@@ -146,10 +156,11 @@ void add_inspect(CLI::App& app) {
                    "safetensors with input_ids, for models whose tokenizer is not SentencePiece");
   verb->add_option("--dtype", arguments->dtype, "float64, float32 or bfloat16")->capture_default_str();
   verb->add_flag("--json", arguments->json, "print one JSON object");
+  add_launch_options(*verb, arguments->launch);
   verb->footer(
       "Examples:\n"
       "  collegium inspect --model runs/demo/step-00000600 --text \"def main(): To be, or not to be\"\n"
-      "  collegium inspect --model DIR --input ids.safetensors --json");
+      "  collegium inspect --model DIR --input ids.safetensors --json --ranks 4");
   verb->callback([arguments] { run(*arguments); });
 }
 

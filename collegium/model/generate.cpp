@@ -39,7 +39,8 @@ std::int64_t sample_token(const at::Tensor& logits_V, const SamplingOptions& opt
 
 std::vector<std::int64_t> generate(const Decoder& decoder, const std::vector<std::int64_t>& prompt,
                                    const SamplingOptions& options,
-                                   const std::function<void(std::int64_t)>& on_token) {
+                                   const std::function<void(std::int64_t)>& on_token,
+                                   comm::Communicator* world) {
   validate(options);
   const ModelConfig& config = decoder.config();
   require_config(!prompt.empty(), "the prompt is empty: it needs at least one token");
@@ -52,19 +53,24 @@ std::vector<std::int64_t> generate(const Decoder& decoder, const std::vector<std
                  "{} prompt tokens and --max-tokens {}: more than the model's max_positions = {}", length,
                  options.max_tokens, config.max_positions);
   const at::NoGradGuard no_grad;
+  const bool is_root = world == nullptr || world->rank() == 0;
   KvCache cache;
-  at::Tensor ids = at::tensor(prompt, at::kLong).unsqueeze(0);
+  at::Tensor ids = at::tensor(prompt, at::kLong).unsqueeze(0).narrow(0, 0, is_root ? 1 : 0);
+  const at::Tensor next = at::empty({1, 1}, at::kLong);
   std::vector<std::int64_t> tokens;
   while (static_cast<std::int64_t>(tokens.size()) < options.max_tokens) {
     ForwardOptions forward;
     forward.cache = &cache;
     const at::Tensor hidden = decoder.forward(ids, forward).hidden_BSD;
-    const at::Tensor logits = decoder.logits(hidden.select(1, hidden.size(1) - 1)).squeeze(0);
-    const std::int64_t next = sample_token(logits, options, static_cast<std::int64_t>(tokens.size()));
-    tokens.push_back(next);
-    if (on_token) on_token(next);
-    if (next == options.eos_id) break;
-    ids = at::full({1, 1}, next, at::kLong);
+    if (is_root) {
+      const at::Tensor logits = decoder.logits(hidden.select(1, hidden.size(1) - 1)).squeeze(0);
+      next.fill_(sample_token(logits, options, static_cast<std::int64_t>(tokens.size())));
+    }
+    if (world != nullptr) world->broadcast(next, 0).wait();
+    tokens.push_back(next.item<std::int64_t>());
+    if (is_root && on_token) on_token(tokens.back());
+    if (tokens.back() == options.eos_id) break;
+    ids = next.narrow(0, 0, is_root ? 1 : 0);
   }
   return tokens;
 }

@@ -5,6 +5,7 @@
 #include <functional>
 #include <vector>
 
+#include "collegium/comm/communicator.h"
 #include "collegium/model/decoder.h"
 
 namespace collegium::model {
@@ -25,10 +26,14 @@ void validate(const SamplingOptions& options);
 std::int64_t sample_token(const at::Tensor& logits_V, const SamplingOptions& options, std::int64_t index);
 
 /// What     Continues the prompt, one token at a time, with a key/value cache; routing is dropless.
-/// Returns  the new tokens. `on_token` (optional) sees each as it comes.
+/// Comm     `world` (nullptr: this rank alone) are the ranks that hold the model's experts, and all of them
+///          call this. Rank 0 computes and samples; the others take part in the layers' exchanges. Broadcast
+///          of 8 bytes per token.
+/// Returns  the new tokens, on all ranks. `on_token` (optional) sees each as it comes, on rank 0.
 /// Throws   ConfigError: empty prompt, id outside the vocabulary, more than max_positions in all.
 std::vector<std::int64_t> generate(const Decoder& decoder, const std::vector<std::int64_t>& prompt,
                                    const SamplingOptions& options,
-                                   const std::function<void(std::int64_t)>& on_token = {});
+                                   const std::function<void(std::int64_t)>& on_token = {},
+                                   comm::Communicator* world = nullptr);
 
 }  // namespace collegium::model
