@@ -10,15 +10,18 @@
 #include "collegium/moe/balance.h"
 #include "collegium/moe/reference/router_reference.h"
 #include "tests/moe/cases.h"
+#include "tests/moe/layer_weights.h"
 #include "tests/support/tensors.h"
 
 namespace collegium {
 namespace {
 
+using test::differentiable;
+using test::kWidth;
+using test::make_weights;
 using test::random_tensor;
 using test::relative_difference;
 
-constexpr std::int64_t kWidth = 7;
 constexpr std::int64_t kSequences = 4;
 constexpr std::int64_t kLength = 5;
 
@@ -32,25 +35,6 @@ moe::TokenContext training_context() {
   context.layer = 1;
   context.training = true;
   return context;
-}
-
-moe::MoeWeights make_weights(const moe::MoeOptions& o, at::ScalarType dtype = at::kDouble) {
-  moe::MoeWeights w;
-  const std::int64_t shared = o.shared_expert.ffn_size;
-  w.router.gate_ED = random_tensor("gate", {o.num_experts, kWidth}, dtype);
-  if (o.router.noise == moe::Noise::kNoisyTopK)
-    w.router.noise_ED = random_tensor("noise", {o.num_experts, kWidth}, dtype);
-  if (o.router.bias_balancing) w.router.expert_bias_E = 0.3 * random_tensor("bias", {o.num_experts});
-  w.gate_up_LGD = random_tensor("gate_up", {o.num_experts, 2 * o.ffn_size, kWidth}, dtype);
-  w.down_LDF = random_tensor("down", {o.num_experts, kWidth, o.ffn_size}, dtype);
-  if (o.shared_expert.kind == moe::SharedExpert::kNone) return w;
-  w.shared_gate_up_GD = random_tensor("shared_gate_up", {2 * shared, kWidth}, dtype);
-  w.shared_down_DF = random_tensor("shared_down", {kWidth, shared}, dtype);
-  if (o.shared_expert.kind == moe::SharedExpert::kGated)
-    w.shared_gate_1D = random_tensor("shared_gate", {1, kWidth}, dtype);
-  if (o.shared_expert.kind == moe::SharedExpert::kResidualMix)
-    w.shared_mix_2D = random_tensor("shared_mix", {2, kWidth}, dtype);
-  return w;
 }
 
 moe::reference::RouterInputs reference_inputs(const moe::MoeWeights& w, const at::Tensor& x_TD) {
@@ -101,7 +85,7 @@ TEST_P(MoeVariant, router_and_losses_equal_the_plain_loops) {
       EXPECT_EQ(ours.routing.expert_ids_TK[t][k].item<int>(), token.kept[slot] ? token.chosen[slot] : -1)
           << t << " " << k;
       EXPECT_NEAR(ours.routing.weights_TK[t][k].item<double>(), token.weights[slot], tolerance);
-      dropped += token.chosen[slot] >= 0 && !token.kept[slot] ? 1 : 0;
+      dropped += token.over_capacity[slot] ? 1 : 0;
     }
   }
   EXPECT_EQ(ours.statistics.num_dropped, dropped);
@@ -169,25 +153,6 @@ TEST_P(MoeVariant, layer_output_equals_the_plain_loops) {
     expected[t] = at::tensor(y, at::kDouble);
   }
   EXPECT_LE(relative_difference(y_TD, expected), 10 * test::bound(at::kDouble, kWidth * options_.ffn_size));
-}
-
-struct Differentiable {
-  std::string name;
-  at::Tensor* tensor;
-};
-
-std::vector<Differentiable> differentiable(moe::MoeWeights& w, at::Tensor& x) {
-  std::vector<Differentiable> all = {{"x", &x},
-                                     {"gate", &w.router.gate_ED},
-                                     {"noise", &w.router.noise_ED},
-                                     {"gate_up", &w.gate_up_LGD},
-                                     {"down", &w.down_LDF},
-                                     {"shared_gate_up", &w.shared_gate_up_GD},
-                                     {"shared_down", &w.shared_down_DF},
-                                     {"shared_gate", &w.shared_gate_1D},
-                                     {"shared_mix", &w.shared_mix_2D}};
-  std::erase_if(all, [](const Differentiable& d) { return !d.tensor->defined(); });
-  return all;
 }
 
 // sum(g * y) + balance losses, and, with gradients wanted, backward().
