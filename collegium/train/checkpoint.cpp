@@ -10,6 +10,8 @@
 #include "collegium/base/file.h"
 #include "collegium/model/checkpoint_io.h"
 #include "collegium/model/tensor_io.h"
+#include "collegium/train/on_all_ranks.h"
+#include "collegium/train/optimizer_files.h"
 
 namespace collegium::train {
 
@@ -18,6 +20,8 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr const char* kManifest = "training/manifest.json";
+constexpr const char* kState = "training/state.json";
+constexpr const char* kOptimizerPrefix = "training/optimizer";
 
 bool is_checkpoint_name(const std::string& name) {
   return name.starts_with("step-") && name.size() > 5 &&
@@ -47,44 +51,22 @@ Json parse_json_file(const fs::path& file) {
   }
 }
 
+// Name -> size and checksum of every other file of a checkpoint.
+Json manifest_files(const fs::path& checkpoint) {
+  require_config(fs::exists(checkpoint / kManifest), "{}: not a committed checkpoint ({} is missing)",
+                 checkpoint.string(), kManifest);
+  const Json manifest = parse_json_file(checkpoint / kManifest);
+  require_config(manifest.contains("files") && manifest["files"].is_object(), "{}: {} lists no files",
+                 checkpoint.string(), kManifest);
+  return manifest["files"];
+}
+
 void require_finite(const optim::MasterWeights& masters) {
   for (const optim::Slot& slot : masters.slots()) {
     if (!at::isfinite(slot.master).all().item<bool>()) {
       throw Error(fmt::format("parameter {} is not finite: no checkpoint is written", slot.name));
     }
   }
-}
-
-void write_training_folder(const fs::path& folder, const optim::MasterWeights& masters,
-                           const TrainingState& state) {
-  fs::create_directories(folder / "training");
-  std::vector<std::pair<std::string, at::Tensor>> tensors;
-  for (const optim::Slot& slot : masters.slots()) {
-    tensors.emplace_back(slot.name + "/master", slot.master);
-    tensors.emplace_back(slot.name + "/first_moment", slot.first_moment);
-    tensors.emplace_back(slot.name + "/second_moment", slot.second_moment);
-  }
-  model::write_tensors(folder / "training/optimizer.safetensors", tensors);
-  const Json json = {{"step", state.step},
-                     {"samples", state.samples},
-                     {"tokens", state.tokens},
-                     {"elapsed_seconds", state.elapsed_seconds},
-                     {"run_config", state.run_config}};
-  write_file_atomically(folder / "training/state.json", json.dump(1));
-}
-
-void write_manifest(const fs::path& folder) {
-  Json files = Json::object();
-  std::vector<fs::path> paths;
-  for (const auto& entry : fs::recursive_directory_iterator(folder)) {
-    if (entry.is_regular_file()) paths.push_back(entry.path());
-  }
-  std::sort(paths.begin(), paths.end());
-  for (const fs::path& path : paths) {
-    files[fs::relative(path, folder).string()] = {{"bytes", fs::file_size(path)},
-                                                  {"xxh3", checksum_file(path)}};
-  }
-  write_file_atomically(folder / kManifest, Json{{"version", 1}, {"files", files}}.dump(1));
 }
 
 void prune(const fs::path& run_folder, std::int64_t keep_last) {
@@ -98,44 +80,203 @@ void prune(const fs::path& run_folder, std::int64_t keep_last) {
   }
 }
 
-void load_slot(const SafetensorsFile& file, const std::string& name, at::Tensor target) {
-  const at::Tensor tensor = model::read_tensor(file, name);
-  require_config(tensor.sizes() == target.sizes() && tensor.scalar_type() == target.scalar_type(),
-                 "{}: tensor '{}' has another shape or dtype than the model of this run",
-                 file.path().string(), name);
-  target.copy_(tensor);
+// The manifest's entry of a file that was written.
+void list_file(const fs::path& folder, const std::string& name, Json& files) {
+  files[name] = {{"bytes", fs::file_size(folder / name)}, {"xxh3", checksum_file(folder / name)}};
+}
+
+// World rank 0 and its peers of the first copy of the experts write; that makes every tensor written once.
+model::ModelShare share_of(const parallel::Groups& groups) {
+  return {.experts = groups.place.edp == 0, .others = groups.is_root()};
+}
+
+// One checkpoint being written by all ranks of `groups`.
+class CheckpointWriter {
+ public:
+  CheckpointWriter(fs::path run_folder, const model::Decoder& decoder, const optim::MasterWeights& masters,
+                   const TrainingState& state, const parallel::Groups& groups)
+      : run_folder_(std::move(run_folder)),
+        final_(run_folder_ / fmt::format("step-{:08}", state.step)),
+        decoder_(decoder),
+        masters_(masters),
+        state_(state),
+        groups_(groups),
+        shards_(
+            decoder.config(), decoder.parameters(), [](const model::Parameter& p) { return p.value; },
+            share_of(groups)) {}
+
+  const fs::path& final_path() const { return final_; }
+
+  // Agrees on the temporary folder and on every shard's number.
+  void prepare() {
+    if (groups_.is_root()) temporary_ = final_.string() + fmt::format(".tmp-{}", ::getpid());
+    const std::vector<Json> plans = together([&] {
+      require_finite(masters_);
+      if (groups_.is_root()) {
+        fs::remove_all(temporary_);
+        fs::create_directories(temporary_ / "training");
+      }
+      return Json{{"shards", shards_.num_shards()}, {"folder", temporary_.filename().string()}};
+    });
+    temporary_ = run_folder_ / plans[0]["folder"].get<std::string>();
+    for (std::size_t rank = 0; rank < plans.size(); ++rank) {
+      const auto count = plans[rank]["shards"].get<std::int64_t>();
+      if (static_cast<int>(rank) < groups_.world_rank()) first_shard_ += count;
+      total_shards_ += count;
+    }
+  }
+
+  // Every writer writes and checksums its own files.
+  void write_parts() {
+    const std::vector<Json> parts = together([&] {
+      Json files = Json::object();
+      const model::WeightIndex index = shards_.write(temporary_, first_shard_, total_shards_);
+      for (const auto& [tensor, name] : index.file_of) {
+        if (!files.contains(name)) list_file(temporary_, name, files);
+      }
+      const auto entries = optimizer_entries(masters_, share_of(groups_));
+      if (!entries.empty()) {
+        const std::string name = fmt::format("{}-{:05}.safetensors", kOptimizerPrefix, groups_.place.ep);
+        model::write_tensors(temporary_ / name, entries);
+        list_file(temporary_, name, files);
+      }
+      return Json{{"files", files}, {"file_of", index.file_of}, {"bytes", index.total_bytes}};
+    });
+    for (const Json& part : parts) {
+      files_.update(part["files"]);
+      index_.add({.file_of = part["file_of"].get<std::map<std::string, std::string>>(),
+                  .total_bytes = part["bytes"].get<std::int64_t>()});
+    }
+  }
+
+  // The rest, by rank 0, when all parts are there. The manifest is last.
+  void commit(const fs::path& tokenizer_file, std::int64_t keep_last) {
+    together([&] {
+      if (!groups_.is_root()) return Json();
+      const std::vector<std::string> description =
+          model::write_model_description(temporary_, decoder_.config(), decoder_.dtype(), index_);
+      for (const std::string& name : description) list_file(temporary_, name, files_);
+      if (!tokenizer_file.empty()) add_file("tokenizer.model", read_file(tokenizer_file));
+      add_file(kState, state_json().dump(1));
+      write_file_atomically(temporary_ / kManifest, Json{{"version", 1}, {"files", files_}}.dump(1));
+      publish();
+      prune(run_folder_, keep_last);
+      return Json();
+    });
+  }
+
+  void discard() {
+    std::error_code ignored;
+    if (groups_.is_root()) fs::remove_all(temporary_, ignored);
+  }
+
+ private:
+  std::vector<Json> together(const std::function<Json()>& part) {
+    return on_all_ranks(*groups_.world, [&] {
+      try {
+        return part();
+      } catch (const fs::filesystem_error& error) {
+        throw Error(fmt::format("cannot write checkpoint {}: {}", final_.string(), error.code().message()));
+      }
+    });
+  }
+
+  void add_file(const std::string& name, const std::string& content) {
+    write_file_atomically(temporary_ / name, content);
+    list_file(temporary_, name, files_);
+  }
+
+  Json state_json() const {
+    return {{"step", state_.step},
+            {"samples", state_.samples},
+            {"tokens", state_.tokens},
+            {"elapsed_seconds", state_.elapsed_seconds},
+            {"run_config", state_.run_config}};
+  }
+
+  // A checkpoint of the same step makes room under a temporary name, so that no half-removed folder is ever
+  // called a checkpoint.
+  void publish() {
+    const fs::path replaced = temporary_.string() + "-replaced";
+    if (fs::exists(final_)) fs::rename(final_, replaced);
+    fs::rename(temporary_, final_);
+    sync_folder(run_folder_);
+    fs::remove_all(replaced);
+  }
+
+  fs::path run_folder_;
+  fs::path final_;
+  fs::path temporary_;
+  const model::Decoder& decoder_;
+  const optim::MasterWeights& masters_;
+  const TrainingState& state_;
+  const parallel::Groups& groups_;
+  model::ShardWriter shards_;
+  std::int64_t first_shard_ = 1;
+  std::int64_t total_shards_ = 0;
+  Json files_ = Json::object();  // the manifest's
+  model::WeightIndex index_;
+};
+
+// Files number `first`, first + stride, ... of the manifest against what is there.
+void verify_files(const fs::path& checkpoint, std::size_t first, std::size_t stride) {
+  const Json files = manifest_files(checkpoint);
+  std::size_t number = 0;
+  for (const auto& [name, entry] : files.items()) {
+    if (number++ % stride != first) continue;
+    const fs::path path = checkpoint / name;
+    require_config(fs::exists(path), "{}: {} is missing", checkpoint.string(), name);
+    const auto bytes = entry.value("bytes", std::uintmax_t{0});
+    require_config(fs::file_size(path) == bytes, "{}: {} has {} bytes, the manifest says {}",
+                   checkpoint.string(), name, fs::file_size(path), bytes);
+    const std::string sum = checksum_file(path);
+    require_config(sum == entry.value("xxh3", ""),
+                   "{}: {} is damaged or was changed: checksum {}, the manifest says {}; "
+                   "start from its weights alone with --weights-only",
+                   checkpoint.string(), name, sum, entry.value("xxh3", ""));
+  }
+}
+
+std::vector<fs::path> optimizer_paths(const fs::path& checkpoint) {
+  std::vector<fs::path> paths;
+  const Json files = manifest_files(checkpoint);
+  for (const auto& [name, entry] : files.items()) {
+    if (name.starts_with(kOptimizerPrefix)) paths.push_back(checkpoint / name);
+  }
+  return paths;
+}
+
+TrainingState read_state(const fs::path& checkpoint) {
+  const Json json = parse_json_file(checkpoint / kState);
+  try {
+    return {.step = json.at("step").get<std::int64_t>(),
+            .samples = json.at("samples").get<std::int64_t>(),
+            .tokens = json.at("tokens").get<std::int64_t>(),
+            .elapsed_seconds = json.at("elapsed_seconds").get<double>(),
+            .run_config = json.at("run_config")};
+  } catch (const Json::exception& error) {
+    throw ConfigError(fmt::format("{}: {}: {}", checkpoint.string(), kState, error.what()));
+  }
 }
 
 }  // namespace
 
 fs::path save_checkpoint(const fs::path& run_folder, const model::Decoder& decoder,
                          const optim::MasterWeights& masters, const TrainingState& state,
-                         const fs::path& tokenizer_file, std::int64_t keep_last) {
-  require_finite(masters);
-  const fs::path final_path = run_folder / fmt::format("step-{:08}", state.step);
-  const fs::path temporary = run_folder / fmt::format("step-{:08}.tmp-{}", state.step, ::getpid());
+                         const fs::path& tokenizer_file, std::int64_t keep_last,
+                         const parallel::Groups& groups) {
+  const comm::WhereScope where(groups.world->where(),
+                               {.step = state.step, .layer = -1, .phase = "checkpoint"});
+  CheckpointWriter writer(run_folder, decoder, masters, state, groups);
   try {
-    fs::remove_all(temporary);
-    model::save_model(temporary, decoder.config(), decoder.parameters(),
-                      [](const model::Parameter& p) { return p.value; });
-    if (!tokenizer_file.empty())
-      write_file_atomically(temporary / "tokenizer.model", read_file(tokenizer_file));
-    write_training_folder(temporary, masters, state);
-    write_manifest(temporary);
-    fs::remove_all(final_path);
-    fs::rename(temporary, final_path);
-    sync_folder(run_folder);
-  } catch (const fs::filesystem_error& error) {
-    std::error_code ignored;
-    fs::remove_all(temporary, ignored);
-    throw Error(fmt::format("cannot write checkpoint {}: {}", final_path.string(), error.code().message()));
+    writer.prepare();
+    writer.write_parts();
+    writer.commit(tokenizer_file, keep_last);
   } catch (...) {
-    std::error_code ignored;
-    fs::remove_all(temporary, ignored);
+    writer.discard();
     throw;
   }
-  prune(run_folder, keep_last);
-  return final_path;
+  return writer.final_path();
 }
 
 std::optional<fs::path> find_latest_checkpoint(const fs::path& run_folder) {
@@ -153,38 +294,21 @@ void remove_temporary_folders(const fs::path& run_folder) {
   for (const fs::path& path : stale) fs::remove_all(path);
 }
 
-void verify_checkpoint(const fs::path& checkpoint) {
-  require_config(fs::exists(checkpoint / kManifest), "{}: not a committed checkpoint ({} is missing)",
-                 checkpoint.string(), kManifest);
-  const Json manifest = parse_json_file(checkpoint / kManifest);
-  require_config(manifest.contains("files") && manifest["files"].is_object(), "{}: {} lists no files",
-                 checkpoint.string(), kManifest);
-  for (const auto& [name, entry] : manifest["files"].items()) {
-    const fs::path path = checkpoint / name;
-    require_config(fs::exists(path), "{}: {} is missing", checkpoint.string(), name);
-    const auto bytes = entry.value("bytes", std::uintmax_t{0});
-    require_config(fs::file_size(path) == bytes, "{}: {} has {} bytes, the manifest says {}",
-                   checkpoint.string(), name, fs::file_size(path), bytes);
-    const std::string sum = checksum_file(path);
-    require_config(sum == entry.value("xxh3", ""),
-                   "{}: {} is damaged or was changed: checksum {}, the manifest says {}; "
-                   "start from its weights alone with --weights-only",
-                   checkpoint.string(), name, sum, entry.value("xxh3", ""));
-  }
-}
+void verify_checkpoint(const fs::path& checkpoint) { verify_files(checkpoint, 0, 1); }
 
 TrainingState load_checkpoint(const fs::path& checkpoint, model::Decoder& decoder,
-                              optim::MasterWeights& masters) {
-  verify_checkpoint(checkpoint);
+                              optim::MasterWeights& masters, const parallel::Groups& groups) {
+  const comm::WhereScope where(groups.world->where(), {.step = -1, .layer = -1, .phase = "resume"});
+  verify_files(checkpoint, static_cast<std::size_t>(groups.world_rank()),
+               static_cast<std::size_t>(groups.world->size()));
+  groups.world->barrier();
   const at::NoGradGuard no_grad;
   const std::vector<model::Parameter> weights =
-      model::load_parameters(checkpoint, decoder.config(), decoder.dtype());
+      model::load_parameters(checkpoint, decoder.config(), decoder.dtype(), groups.held_experts());
   for (std::size_t i = 0; i < weights.size(); ++i) decoder.parameters()[i].value.copy_(weights[i].value);
-  const SafetensorsFile file(checkpoint / "training/optimizer.safetensors");
-  for (optim::Slot& slot : masters.slots()) {
-    load_slot(file, slot.name + "/master", slot.master);
-    load_slot(file, slot.name + "/first_moment", slot.first_moment);
-    load_slot(file, slot.name + "/second_moment", slot.second_moment);
+  const OptimizerFiles files(optimizer_paths(checkpoint));
+  for (const optim::Slot& slot : masters.slots()) {
+    files.load(slot);
     const auto loaded =
         std::find_if(weights.begin(), weights.end(), [&](const auto& p) { return p.name == slot.name; });
     require_config(
@@ -192,16 +316,9 @@ TrainingState load_checkpoint(const fs::path& checkpoint, model::Decoder& decode
         "{}: the weights of {} are not its rounded masters; start from the weights alone with --weights-only",
         checkpoint.string(), slot.name);
   }
-  const Json json = parse_json_file(checkpoint / "training/state.json");
-  try {
-    return {.step = json.at("step").get<std::int64_t>(),
-            .samples = json.at("samples").get<std::int64_t>(),
-            .tokens = json.at("tokens").get<std::int64_t>(),
-            .elapsed_seconds = json.at("elapsed_seconds").get<double>(),
-            .run_config = json.at("run_config")};
-  } catch (const Json::exception& error) {
-    throw ConfigError(fmt::format("{}: training/state.json: {}", checkpoint.string(), error.what()));
-  }
+  TrainingState state = read_state(checkpoint);
+  groups.world->barrier();
+  return state;
 }
 
 }  // namespace collegium::train

@@ -2,11 +2,13 @@
 #pragma once
 
 // Checkpoints of a run: RUN/step-00000100 is a Hugging Face model folder plus `training/`:
-//   training/optimizer.safetensors   master, first and second moment of every parameter, whole, under its
-//   name training/state.json              step, samples, seed, run configuration training/manifest.json size
-//   and checksum of every file; written last: its presence commits the checkpoint
+//   training/optimizer-00000.safetensors   masters and moments that the first writing rank holds
+//   (optimizer_files.h) training/state.json                    step, samples, tokens, seconds, run
+//   configuration training/manifest.json                 size and checksum of every file; written last: it
+//   commits the checkpoint
 // The folder is written under a temporary name, synced and renamed, so a killed run leaves the older ones
-// untouched.
+// untouched. The ranks share a file system. Nothing in it depends on the number of ranks that wrote it but
+// how tensors are spread over files: any ranks can read what any others wrote.
 
 #include <cstdint>
 #include <filesystem>
@@ -17,6 +19,7 @@
 #include "collegium/base/fields.h"
 #include "collegium/model/decoder.h"
 #include "collegium/optim/master_weights.h"
+#include "collegium/parallel/groups.h"
 
 namespace collegium::train {
 
@@ -28,12 +31,19 @@ struct TrainingState {
   Json run_config = Json::object();
 };
 
-/// What     Writes RUN/step-N and removes checkpoints beyond the newest `keep_last` (0 = keep all).
+/// What     Writes RUN/step-N and removes checkpoints beyond the newest `keep_last` (0 = keep all). World
+/// rank 0
+///          writes what all ranks have; the experts are written by the ranks of their first copy (edp = 0).
+/// Comm     collective over the world: three gathers of a few bytes per tensor; nobody commits before every
+///          rank has written.
 /// Returns  its folder.
-/// Throws   Error: a parameter is not finite (named), the disk is full, the folder cannot be written.
+/// Throws   on all ranks, and nothing is left of the checkpoint. Error on the rank where it happened: a
+/// parameter
+///          is not finite (named), the disk is full, the folder cannot be written. PeerFailure on the others.
 std::filesystem::path save_checkpoint(const std::filesystem::path& run_folder, const model::Decoder& decoder,
                                       const optim::MasterWeights& masters, const TrainingState& state,
-                                      const std::filesystem::path& tokenizer_file, std::int64_t keep_last);
+                                      const std::filesystem::path& tokenizer_file, std::int64_t keep_last,
+                                      const parallel::Groups& groups);
 
 /// What     The newest committed checkpoint of a run folder; uncommitted and temporary folders are passed
 /// over.
@@ -46,10 +56,14 @@ void remove_temporary_folders(const std::filesystem::path& run_folder);
 /// Throws   ConfigError naming the file: missing, other size, other checksum.
 void verify_checkpoint(const std::filesystem::path& checkpoint);
 
-/// What     Loads masters, moments and buffers into `decoder` and `masters`, after verify_checkpoint().
-/// Throws   ConfigError: a tensor is missing or mis-shaped; the weights are not the rounded masters (someone
-/// edited them).
+/// What     Loads masters, moments and buffers, of the experts those held here, into `decoder` and `masters`,
+///          whatever ranks wrote them.
+/// Comm     collective over the world: two barriers. Every rank verifies its share of the files.
+/// Throws   ConfigError on the rank that found it: a file differs from the manifest (verify_checkpoint); a
+/// tensor
+///          is missing or mis-shaped, an expert's is missing or there twice; the weights are not the rounded
+///          masters (someone edited them). The other ranks end in the barrier with PeerFailure.
 TrainingState load_checkpoint(const std::filesystem::path& checkpoint, model::Decoder& decoder,
-                              optim::MasterWeights& masters);
+                              optim::MasterWeights& masters, const parallel::Groups& groups);
 
 }  // namespace collegium::train
