@@ -40,7 +40,10 @@ def wait_for_steps(process: subprocess.Popen, folder: pathlib.Path, count: int) 
 
 def final_tensors(folder: pathlib.Path) -> dict:
     checkpoint = folder / f"run/step-{STEPS:08}"
-    return {**load_file(checkpoint / "model.safetensors"), **load_file(checkpoint / "training/optimizer.safetensors")}
+    return {
+        **load_file(checkpoint / "model.safetensors"),
+        **load_file(checkpoint / "training/optimizer-00000.safetensors"),
+    }
 
 
 def main() -> None:

@@ -200,6 +200,16 @@ TEST(LocalFailure, others_see_a_peer_failure) {
   EXPECT_EQ(peer_failures, 2);
 }
 
+// A rank may tell others of its failure itself; theirs can then be the first to arrive.
+TEST(LocalFailure, a_peer_failure_gives_way_to_the_failure_itself) {
+  const std::string text = failure_of<ConfigError>(2, [](Communicator& comm) {
+    if (comm.rank() == 0) throw PeerFailure("rank 1: the shard is corrupt");
+    std::this_thread::sleep_for(milliseconds(50));
+    throw ConfigError("the shard is corrupt");
+  });
+  EXPECT_EQ(text, "rank 1 of 2: the shard is corrupt");
+}
+
 TEST(LocalFailure, a_rank_that_ends_early_is_an_error_at_once) {
   const auto start = Clock::now();
   const std::string text = failure_of<CommError>(3, [](Communicator& comm) {

@@ -155,7 +155,7 @@ TEST_F(Training, damaged_checkpoints_are_named) {
   trainer.step();
   const fs::path checkpoint = trainer.save(0.0);
   for (const char* name :
-       {"model.safetensors", "config.json", "training/optimizer.safetensors", "training/state.json"}) {
+       {"model.safetensors", "config.json", "training/optimizer-00000.safetensors", "training/state.json"}) {
     const std::string content = read_file(checkpoint / name);
     std::string damaged = content;
     damaged[damaged.size() / 2] = static_cast<char>(damaged[damaged.size() / 2] ^ 1);

@@ -24,6 +24,8 @@ std::exception_ptr with_rank(const std::exception_ptr& error, int rank, int num_
   };
   try {
     std::rethrow_exception(error);
+  } catch (const PeerFailure& e) {
+    return std::make_exception_ptr(PeerFailure(say(e)));
   } catch (const CommError& e) {
     return std::make_exception_ptr(CommError(say(e)));
   } catch (const ConfigError& e) {
