@@ -21,14 +21,18 @@ void collect(const fs::path& path, std::vector<fs::path>& files) {
     files.push_back(path);
     return;
   }
-  for (auto entry = fs::recursive_directory_iterator(path, fs::directory_options::skip_permission_denied);
-       entry != fs::recursive_directory_iterator(); ++entry) {
-    if (is_hidden(entry->path())) {
-      if (entry->is_directory()) entry.disable_recursion_pending();
+  require_config(fs::is_directory(path), "--domain: {} is neither a file nor a folder", path.string());
+  std::error_code code;
+  for (fs::directory_iterator entry(path, code), end; !code && entry != end; entry.increment(code)) {
+    if (is_hidden(entry->path())) continue;
+    // A link to a folder may lead back to where it stands.
+    if (entry->is_directory() && !entry->is_symlink()) {
+      collect(entry->path(), files);
     } else if (entry->is_regular_file()) {
       files.push_back(entry->path());
     }
   }
+  require_config(!code, "--domain: cannot read folder {}: {}", path.string(), code.message());
 }
 
 bool is_text(const fs::path& file) {

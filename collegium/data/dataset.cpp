@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/data/dataset.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "collegium/base/error.h"
@@ -38,6 +39,19 @@ void check_documents(const DatasetIndex& index, const std::string& file) {
                  position, index.num_tokens);
 }
 
+void check_token_ids(const MappedFile& tokens, std::int64_t vocab_size, const std::filesystem::path& folder) {
+  const auto bytes = tokens.bytes();
+  std::uint32_t largest = 0;
+  for (std::size_t offset = 0; offset < bytes.size(); offset += sizeof(largest)) {
+    std::uint32_t id = 0;
+    std::memcpy(&id, bytes.data() + offset, sizeof(id));
+    largest = std::max(largest, id);
+  }
+  require_config(bytes.empty() || std::int64_t{largest} < vocab_size,
+                 "{}: tokens.bin holds token {}, but dataset.json says vocab_size = {}", folder.string(),
+                 largest, vocab_size);
+}
+
 }  // namespace
 
 Dataset::Dataset(const std::filesystem::path& folder) : folder_(folder) {
@@ -56,6 +70,7 @@ Dataset::Dataset(const std::filesystem::path& folder) : folder_(folder) {
   tokens_ = MappedFile(folder / "tokens.bin");
   check_file(folder / "tokens.bin", tokens_, index_.num_tokens * std::int64_t{sizeof(std::uint32_t)},
              index_.tokens_checksum);
+  check_token_ids(tokens_, index_.vocab_size, folder);
   if (index_.has_loss_mask) {
     loss_mask_ = MappedFile(folder / "loss_mask.bin");
     check_file(folder / "loss_mask.bin", loss_mask_, index_.num_tokens, index_.loss_mask_checksum);
@@ -81,6 +96,26 @@ std::int64_t Dataset::token(std::int64_t position) const {
   std::uint32_t id = 0;
   std::memcpy(&id, tokens_.bytes().data() + static_cast<std::size_t>(position) * sizeof(id), sizeof(id));
   return id;
+}
+
+void require_same_tokenizer(const Dataset& dataset, const std::filesystem::path& model_folder,
+                            const std::string& way_out) {
+  if (!dataset.has_tokenizer()) return;
+  const auto model_file = model_folder / "tokenizer.model";
+  if (std::filesystem::exists(model_file)) {
+    const std::string sum = checksum_file(model_file);
+    require_config(
+        sum == dataset.index().tokenizer_checksum,
+        "{}: the model's tokenizer.model (checksum {}) did not make the tokens of {} (checksum {}); "
+        "prepare the data with --tokenizer {}, or pass {}",
+        model_folder.string(), sum, dataset.folder().string(), dataset.index().tokenizer_checksum,
+        model_file.string(), way_out);
+    return;
+  }
+  require_config(!std::filesystem::exists(model_folder / "tokenizer.json"),
+                 "{}: the model's tokenizer.json is not the SentencePiece model that made the tokens of {}; "
+                 "prepare the data from token ids (--tokens), or pass {}",
+                 model_folder.string(), dataset.folder().string(), way_out);
 }
 
 bool Dataset::is_target(std::int64_t position) const {

@@ -140,6 +140,22 @@ void split_documents(DatasetIndex& index, double fraction) {
   }
 }
 
+void require_tokens(const DatasetIndex& index) {
+  std::vector<std::int64_t> num_documents(index.domains.size(), 0);
+  std::int64_t train = 0;
+  std::int64_t validation = 0;
+  for (const Document& document : index.documents) {
+    ++num_documents[static_cast<std::size_t>(document.domain)];
+    (document.split == Split::kTrain ? train : validation) += document.end - document.begin;
+  }
+  for (std::size_t domain = 0; domain < index.domains.size(); ++domain) {
+    require_config(num_documents[domain] > 0, "domain {}: its files hold no document", index.domains[domain]);
+  }
+  require_config(train > 0 && validation > 0,
+                 "the corpus has {} training and {} validation tokens; both splits need some", train,
+                 validation);
+}
+
 // Cross-entropy of the validation tokens under the train tokens' frequencies, one count added to each.
 double unigram_entropy(const Tokens& tokens) {
   std::vector<double> counts(static_cast<std::size_t>(tokens.index.vocab_size), 1.0);
@@ -227,6 +243,7 @@ PrepareSummary prepare(const PrepareOptions& options,
         files.insert(files.end(), domain.files.begin(), domain.files.end());
       train_tokenizer(files, options.vocab_size, model_file);
     } else {
+      Tokenizer::load(options.tokenizer);  // an error names the user's file, not its copy
       write_file_atomically(model_file, read_file(options.tokenizer));
     }
     const Tokenizer tokenizer = Tokenizer::load(model_file);
@@ -238,6 +255,7 @@ PrepareSummary prepare(const PrepareOptions& options,
     for (const DomainPath& entry : options.token_files) read_token_file(entry, options.vocab_size, tokens);
   }
   split_documents(tokens.index, options.validation_fraction);
+  require_tokens(tokens.index);
   tokens.index.unigram_entropy = unigram_entropy(tokens);
   write_folder(folder.path(), tokens);
   folder.move_to_final();

@@ -36,7 +36,8 @@ struct PrepareSummary {
 /// Order    A function of the files' paths and contents: reruns give the same bytes. A document's split
 /// follows from the hash
 ///          of its name; a domain with one document gives its tail to validation.
-/// Throws   ConfigError for wrong options, empty corpora and existing folders; Error when the disk is full.
+/// Throws   ConfigError for wrong options, domains without a document, splits without a token and existing
+///          folders; Error when the disk is full.
 PrepareSummary prepare(const PrepareOptions& options,
                        const std::function<void(const std::string&)>& progress);
 

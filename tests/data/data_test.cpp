@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <fstream>
 #include <set>
 
 #include "collegium/base/error.h"
+#include "collegium/base/safetensors.h"
 #include "collegium/data/prepare.h"
 #include "collegium/data/tokenizer.h"
 
@@ -134,6 +136,74 @@ TEST_F(Corpus, binary_and_invalid_files_are_skipped_and_counted) {
   EXPECT_EQ(prepare().num_skipped, 3);
 }
 
+TEST_F(Corpus, nothing_to_train_or_validate_on_is_refused) {
+  std::ofstream(folder_ / "blank.jsonl") << "\n\n\n";
+  options_.texts.push_back({"blank", folder_ / "blank.jsonl"});
+  EXPECT_EQ(refusal(), "domain blank: its files hold no document");
+  options_.texts.clear();
+  for (const std::int64_t length : {0, 1}) {
+    write_safetensors(
+        folder_ / "ids.safetensors",
+        {{.name = "input_ids", .dtype = "I64", .shape = {length}, .bytes = [length] {
+            return std::vector<std::byte>(static_cast<std::size_t>(length) * sizeof(std::int64_t));
+          }}});
+    options_.token_files = {{"ids", folder_ / "ids.safetensors"}};
+    EXPECT_EQ(
+        refusal(),
+        fmt::format("the corpus has 0 training and {} validation tokens; both splits need some", length));
+  }
+  EXPECT_FALSE(fs::exists(options_.out));
+}
+
+TEST_F(Corpus, paths_that_are_no_text_are_named) {
+  options_.texts = {{"zero", "/dev/zero"}};
+  EXPECT_EQ(refusal(), "--domain: /dev/zero is neither a file nor a folder");
+  std::ofstream(folder_ / "junk.model") << "junk";
+  options_.texts = {{"prose", folder_ / "prose.txt"}};
+  options_.tokenizer = folder_ / "junk.model";
+  EXPECT_THAT(refusal(),
+              testing::StartsWith((folder_ / "junk.model").string() + ": not a SentencePiece model"));
+  options_.tokenizer.clear();
+  fs::create_directories(folder_ / "closed/inner");
+  std::ofstream(folder_ / "closed/a.txt") << prose();
+  fs::permissions(folder_ / "closed/inner", fs::perms::none);
+  options_.texts = {{"closed", folder_ / "closed"}};
+  constexpr uid_t kNobody = 65534;
+  const bool root = ::geteuid() == 0;  // who may read everything
+  if (root) {
+    ASSERT_EQ(::seteuid(kNobody), 0);
+  }
+  const std::string message = refusal();
+  if (root) {
+    ASSERT_EQ(::seteuid(0), 0);
+  }
+  fs::permissions(folder_ / "closed/inner", fs::perms::owner_all);
+  EXPECT_EQ(message, fmt::format("--domain: cannot read folder {}: Permission denied",
+                                 (folder_ / "closed/inner").string()));
+}
+
+TEST_F(Corpus, tokenizer_of_a_model_is_compared) {
+  prepare();
+  const data::Dataset dataset(folder_ / "out");
+  const auto refused = [&] {
+    try {
+      data::require_same_tokenizer(dataset, folder_ / "model", "--any-tokenizer");
+    } catch (const ConfigError& error) {
+      return std::string(error.what());
+    }
+    return std::string("accepted");
+  };
+  fs::create_directories(folder_ / "model");
+  EXPECT_EQ(refused(), "accepted");
+  write_file_atomically(folder_ / "model/tokenizer.json", "{}");
+  EXPECT_THAT(refused(), testing::HasSubstr("tokenizer.json is not the SentencePiece model that made"));
+  fs::copy_file(folder_ / "out/tokenizer.model", folder_ / "model/tokenizer.model");
+  EXPECT_EQ(refused(), "accepted");
+  write_file_atomically(folder_ / "model/tokenizer.model", "another");
+  EXPECT_THAT(refused(), testing::AllOf(testing::HasSubstr("did not make the tokens of"),
+                                        testing::HasSubstr("or pass --any-tokenizer")));
+}
+
 TEST_F(Corpus, damaged_folders_are_named) {
   EXPECT_THAT(loading_refusal(), testing::HasSubstr("no prepared data here"));
   prepare();
@@ -150,6 +220,10 @@ TEST_F(Corpus, damaged_folders_are_named) {
   EXPECT_THAT(loading_refusal(), testing::HasSubstr("not the tokenizer that made these tokens"));
   write_file_atomically(folder_ / "out/tokenizer.model", tokenizer);
   EXPECT_EQ(loading_refusal(), "accepted");
+  data::DatasetIndex index = data::Dataset(folder_ / "out").index();
+  index.vocab_size = 10;
+  write_file_atomically(folder_ / "out/dataset.json", write_fields(index).dump());
+  EXPECT_THAT(loading_refusal(), testing::HasSubstr("but dataset.json says vocab_size = 10"));
   write_file_atomically(folder_ / "out/dataset.json", "{");
   EXPECT_THAT(loading_refusal(), testing::HasSubstr("not valid JSON"));
 }
