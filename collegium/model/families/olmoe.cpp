@@ -17,6 +17,7 @@ ModelConfig parse_olmoe(const HfReader& reader) {
   defaults.moe.top_k = 8;
   ModelConfig c = parse_common(reader, defaults);
   c.head_dim = 0;  // the family has no such key: hidden_size / num_heads
+  if (!reader.json().contains("pad_token_id")) c.padding_id = 1;  // null means none
   c.moe.ffn_size = reader.get<std::int64_t>("intermediate_size", 2048);
   c.clip_qkv = reader.get("clip_qkv", 0.0);
   c.qk_norm = QkNorm::kProjection;

@@ -13,7 +13,6 @@ ModelConfig parse_qwen3_moe(const HfReader& reader) {
   defaults.num_heads = 32;
   defaults.num_kv_heads = 4;
   defaults.max_positions = 32768;
-  defaults.rope_theta = 1e6;
   defaults.norm_eps = 1e-6;
   defaults.moe.num_experts = 128;
   defaults.moe.top_k = 8;
