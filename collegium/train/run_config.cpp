@@ -195,4 +195,16 @@ Json run_config_json(const RunConfig& config) {
   return json;
 }
 
+std::string first_difference(const Json& ours, const Json& theirs, const std::string& path) {
+  if (ours == theirs) return "";
+  if (!ours.is_object() || !theirs.is_object())
+    return fmt::format("{} = {}, not {}", path, ours.dump(), theirs.dump());
+  for (const auto& [key, value] : ours.items()) {
+    const std::string difference =
+        first_difference(value, theirs.value(key, Json()), path.empty() ? key : path + "." + key);
+    if (!difference.empty()) return difference;
+  }
+  return fmt::format("{}: a key is missing", path);
+}
+
 }  // namespace collegium::train

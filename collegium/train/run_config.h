@@ -124,6 +124,10 @@ std::vector<FieldDoc> document_run_config();
 /// compared with.
 Json run_config_json(const RunConfig& config);
 
+/// What     The first key in which two configurations (run_config_json) differ, as "train.seed = 3, not 4";
+///          empty when they are equal.
+std::string first_difference(const Json& ours, const Json& theirs, const std::string& path = "");
+
 /// What     TOML text as JSON. `origin` names it in messages.
 Json parse_toml(std::string_view text, const std::string& origin);
 

@@ -13,6 +13,7 @@
 #include "collegium/optim/adamw.h"
 #include "collegium/parallel/shares.h"
 #include "collegium/train/freeze.h"
+#include "collegium/train/on_all_ranks.h"
 #include "collegium/train/validation.h"
 
 namespace collegium::train {
@@ -33,6 +34,15 @@ RunConfig with_vocabulary(RunConfig config, const data::Dataset& dataset) {
   model::validate(config.model, /*training=*/true);
   check_vocabulary(dataset, config.model);
   return config;
+}
+
+// Ranks that read different files, or were given different --set, would train different models.
+void require_same_config(comm::Communicator& world, const RunConfig& config) {
+  const std::vector<Json> configs = on_all_ranks(world, [&] { return run_config_json(config); });
+  for (std::size_t rank = 1; rank < configs.size(); ++rank) {
+    const std::string difference = first_difference(configs[rank], configs[0]);
+    require_config(difference.empty(), "rank {} was given another run than rank 0: {}", rank, difference);
+  }
 }
 
 StepShape step_shape(const RunConfig& config) {
@@ -60,6 +70,7 @@ Trainer::Trainer(const RunConfig& config, const std::shared_ptr<comm::Communicat
       dataset_(config.data.path),
       sampler_(dataset_, data::Split::kTrain, config.data.sequence_length, config.train.seed) {
   config_ = with_vocabulary(config_, dataset_);
+  require_same_config(*groups_.world, config_);
   const at::ScalarType dtype = model::parse_dtype(config_.train.dtype, "train.dtype");
   const model::ExpertRange held = groups_.held_experts();
   std::vector<model::Parameter> parameters;

@@ -38,17 +38,15 @@ struct VerifyRequest {
 /// float64, norm-wise: what layouts may differ by.
 inline constexpr double kExactBound = 1e-11;
 
-/// What     By how much gradients and losses of two runs in a low precision may differ that only add in
-/// another
-///          order, routing being equal.
-/// Math     4 eps sqrt(n steps), n roundings on the longest path through forward and backward: 30 per layer
-/// and
-///          4 of the head; roundings are independent, so their root counts, and 4 standard deviations are
+/// What     By how much loss and gradients of one step in a low precision may differ between two runs that
+///          only add in another order, routing being equal.
+/// Math     4 eps sqrt(n), n roundings on the longest path through forward and backward: 30 per layer and 4
+///          of the head; roundings are independent, so their root counts, and 4 standard deviations are
 ///          allowed. eps is half the distance of neighbouring numbers: 2^-8 in bf16, 2^-24 in fp32.
-double low_precision_bound(at::ScalarType dtype, std::int64_t num_layers, std::int64_t steps);
+double low_precision_bound(at::ScalarType dtype, std::int64_t num_layers);
 
-/// What     Runs all comparisons. float64: every layout, then option sets; then the run's own dtype with the
-///          one-rank run's routing replayed.
+/// What     Runs all comparisons. float64: every layout, then option sets; then one step in the run's own
+///          dtype with the one-rank run's routing replayed.
 /// Comm     collective over `world`.
 /// Returns  whether all passed, the same on all ranks.
 bool verify(const VerifyRequest& request, const std::shared_ptr<comm::Communicator>& world);
