@@ -36,9 +36,8 @@ struct Corpus {
 
 /// What     Finds every text file: regular, not empty, valid UTF-8 without NUL bytes; hidden files and
 /// folders are left out.
-/// Throws   ConfigError: a path that does not exist, is no file or folder or cannot be read; a domain without
-/// any
-///          text.
+/// Throws   ConfigError: a path that does not exist, is no file or folder or cannot be read; a domain
+///          without any text.
 Corpus find_texts(const std::vector<DomainPath>& paths);
 
 /// What     The texts of a file: itself, or for .jsonl one per line ({"text": …} or {"prompt": …,

@@ -98,9 +98,8 @@ class Dataset {
   MappedFile loss_mask_;
 };
 
-/// What     Compares the tokenizer in a model's folder with the one that made the tokens. Nothing is compared
-/// where
-///          the tokens came from elsewhere, or the folder has no tokenizer.
+/// What     Compares the tokenizer in a model's folder with the one that made the tokens. Nothing is
+///          compared where the tokens came from elsewhere, or the folder has no tokenizer.
 /// Throws   ConfigError naming both and `way_out`, the option that skips this check.
 void require_same_tokenizer(const Dataset& dataset, const std::filesystem::path& model_folder,
                             const std::string& way_out);
