@@ -9,9 +9,10 @@
 //   }
 //
 // `describe` is found by argument-dependent lookup. Values may be bool, integers, floating point,
-// std::string, enums with EnumNames, std::optional and std::vector of those, std::map from string, and nested
-// structs with their own `describe`.
+// std::string, DecimalText, enums with EnumNames, std::optional and std::vector of those, std::map from
+// string, and nested structs with their own `describe`.
 
+#include <cmath>
 #include <concepts>
 #include <cstdint>
 #include <map>
@@ -48,6 +49,14 @@ std::string enum_name(E value) {
 
 /// What     The candidate nearest to `word` by edit distance, or nothing when none is similar.
 std::optional<std::string> nearest_name(std::string_view word, std::span<const std::string> candidates);
+
+/// A decimal number as it was written, for exact arithmetic: users may write 1.25 or "1.25".
+struct DecimalText {
+  DecimalText() = default;
+  DecimalText(std::string value) : text(std::move(value)) {}  // NOLINT(google-explicit-constructor)
+  DecimalText(const char* value) : text(value) {}             // NOLINT(google-explicit-constructor)
+  std::string text;
+};
 
 /// One documented key, as `collegium train --help-config` and docs/ list it.
 struct FieldDoc {
@@ -176,9 +185,13 @@ void read_value(const Json& json, const std::string& path, T& value) {
   } else if constexpr (std::floating_point<T>) {
     if (!json.is_number()) throw_wrong_type(path, json, "a number");
     value = json.get<T>();
+    require_config(std::isfinite(value), "{} = {}: must be finite", path, value);
   } else if constexpr (std::same_as<T, std::string>) {
     if (!json.is_string()) throw_wrong_type(path, json, "a text in quotes");
     value = json.get<std::string>();
+  } else if constexpr (std::same_as<T, DecimalText>) {
+    if (!json.is_string() && !json.is_number()) throw_wrong_type(path, json, "a decimal number");
+    value = json.is_string() ? json.get<std::string>() : json.dump();
   } else if constexpr (NamedEnum<T>) {
     read_enum(json, path, value);
   } else if constexpr (IsOptional<T>::value) {
@@ -211,6 +224,8 @@ template <typename T>
 Json write_value(T& value) {
   if constexpr (NamedEnum<T>) {
     return enum_name(value);
+  } else if constexpr (std::same_as<T, DecimalText>) {
+    return Json(value.text);
   } else if constexpr (IsOptional<T>::value) {
     return value ? write_value(*value) : Json();
   } else if constexpr (IsVector<T>::value) {

@@ -67,7 +67,7 @@ Decimal parse_decimal(const std::string& text, const std::string& path) {
 }
 
 std::int64_t expert_capacity(const MoeOptions& options, std::int64_t tokens_per_group) {
-  const Decimal factor = parse_decimal(options.capacity.factor, "capacity.factor");
+  const Decimal factor = parse_decimal(options.capacity.factor.text, "capacity.factor");
   // 128 bits: S K can reach 2^40, the numerator 2^30.
   const auto numerator = static_cast<__int128>(tokens_per_group) * options.top_k * factor.numerator;
   const auto denominator = static_cast<__int128>(options.num_experts) * factor.denominator;

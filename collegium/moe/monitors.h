@@ -21,7 +21,7 @@ struct LayerMonitors {
   double normalized_balance = 0.0;  ///< E sum f P; 1 = balanced
   double max_violation = 0.0;       ///< (max load - mean) / mean: MaxVio of [Wang2024]
   double router_entropy = 0.0;    ///< mean entropy of the probabilities over log E; 0 = certain, 1 = uniform
-  double drop_rate = 0.0;         ///< dropped over wanted slots
+  double drop_rate = 0.0;         ///< slots dropped over capacity, over chosen slots
   std::int64_t dead_experts = 0;  ///< experts that nobody chose
   double max_abs_logit = 0.0;
 };
@@ -33,7 +33,7 @@ void describe(Fields& fields, LayerMonitors& m) {
   fields("normalized_balance", m.normalized_balance, "E sum f P; 1 = balanced");
   fields("max_violation", m.max_violation, "(max load - mean) / mean");
   fields("router_entropy", m.router_entropy, "mean entropy of the probabilities / log E");
-  fields("drop_rate", m.drop_rate, "dropped / wanted slots");
+  fields("drop_rate", m.drop_rate, "slots dropped over capacity / chosen slots");
   fields("dead_experts", m.dead_experts, "experts without a choice");
   fields("max_abs_logit", m.max_abs_logit, "largest |logit|");
 }

@@ -42,6 +42,11 @@ void validate_router(const MoeOptions& o, const std::string& path, bool causal, 
                  r.sinkhorn_iterations);
   require_config(r.forced_skew >= 1.0, "{}.router.forced_skew = {}: must be at least 1 (1 = balanced)", path,
                  r.forced_skew);
+  // One expert takes a token at most once, so its share of the choices is at most 1 / K.
+  const double largest_skew = static_cast<double>(o.num_experts) / static_cast<double>(o.top_k);
+  require_config(r.selection != Selection::kForcedSkew || r.forced_skew <= largest_skew,
+                 "{}.router.forced_skew = {}: must be at most num_experts / top_k = {}", path, r.forced_skew,
+                 largest_skew);
   require_config(r.bias_update_rate >= 0.0, "{}.router.bias_update_rate = {}: must not be negative", path,
                  r.bias_update_rate);
   require_config(r.noise != Noise::kRandomSecondExpert || o.top_k == 2,
@@ -101,7 +106,7 @@ void validate(const MoeOptions& options, const std::string& path, bool causal, b
   validate_router(options, path, causal, training);
   validate_losses(options, path);
   const CapacityOptions& capacity = options.capacity;
-  parse_decimal(capacity.factor, path + ".capacity.factor");
+  parse_decimal(capacity.factor.text, path + ".capacity.factor");
   require_config(capacity.min_capacity >= 0, "{}.capacity.min_capacity = {}: must not be negative", path,
                  capacity.min_capacity);
   require_config(capacity.group_sequences >= 1, "{}.capacity.group_sequences = {}: must be at least 1", path,

@@ -76,7 +76,8 @@ void describe(Fields& fields, RouterOptions& o) {
   fields("expert_choice_factor", o.expert_choice_factor, "mean experts per token of expert choice");
   fields("allow_non_causal", o.allow_non_causal,
          "permit expert choice in a causal model (it looks at future tokens)");
-  fields("forced_skew", o.forced_skew, "forced_skew: load of the hottest expert over the mean load");
+  fields("forced_skew", o.forced_skew,
+         "forced_skew: load of the hottest expert over the mean load, at most num_experts / top_k");
   fields("bias_balancing", o.bias_balancing,
          "loss-free balancing: select by score + bias, bias updated once per step");
   fields("bias_update_rate", o.bias_update_rate, "step of the loss-free bias");
@@ -84,7 +85,7 @@ void describe(Fields& fields, RouterOptions& o) {
 
 struct CapacityOptions {
   DropPolicy drop_policy = DropPolicy::kNone;
-  std::string factor = "1.25";
+  DecimalText factor = "1.25";
   std::int64_t min_capacity = 4;
   std::int64_t group_sequences = 1;
   bool drop_in_evaluation = false;
@@ -95,9 +96,11 @@ void describe(Fields& fields, CapacityOptions& o) {
          "none = dropless; position (all first choices before any second), probability or random: who is "
          "dropped over capacity");
   fields("factor", o.factor,
-         "capacity factor as a decimal text, exact: capacity = max(ceil(S K / E factor), min_capacity)");
+         "capacity factor, taken as an exact decimal number: capacity = max(ceil(S K / E factor), "
+         "min_capacity)");
   fields("min_capacity", o.min_capacity, "smallest capacity of an expert, tokens per group");
-  fields("group_sequences", o.group_sequences, "whole consecutive sequences that share one capacity (or one Sinkhorn or expert-choice assignment)");
+  fields("group_sequences", o.group_sequences,
+         "whole consecutive sequences that share one capacity (or one Sinkhorn or expert-choice assignment)");
   fields("drop_in_evaluation", o.drop_in_evaluation, "apply the capacity in evaluation and generation too");
 }
 
@@ -174,7 +177,8 @@ void describe(Fields& fields, MoeOptions& o) {
 /// Throws   ConfigError naming field (prefixed by `path`), value, rule and the other number.
 void validate(const MoeOptions& options, const std::string& path, bool causal, bool training);
 
-/// What     Whether the tokens of a capacity group influence each other's experts: groups must then stay whole.
+/// What     Whether the tokens of a capacity group influence each other's experts: groups must then stay
+/// whole.
 bool tokens_interact_in_groups(const MoeOptions& options);
 
 }  // namespace collegium::moe

@@ -24,16 +24,17 @@ struct RouterState {
   NoisyLogits noisy;    ///< learned noise, in training
   SmoothLoad load;
 
-  at::Tensor scores_TE;      ///< softmax or sigmoid of the (noisy) logits
-  at::Tensor score_sum_T1;   ///< sigmoid only: the sum that normalises the statistics' probabilities
-  at::Tensor lse_T1;         ///< logsumexp of the clean logits
-  at::Tensor valid_T1;       ///< 1 = a token, 0 = padding; undefined = all tokens
-  at::Tensor slot_ids_TK;    ///< int64, the choices before any drop, 0 where there is none
-  at::Tensor chosen_TK;      ///< router dtype 0/1: there is a choice
-  at::Tensor kept_TK;        ///< router dtype 0/1: it was not dropped
-  at::Tensor raw_TK;         ///< weights before renormalisation
-  at::Tensor normalized_TK;  ///< weights after renormalisation and dropping, before the scaling factor
-  at::Tensor divisor_T1;     ///< what raw was divided by, or undefined
+  at::Tensor scores_TE;          ///< softmax or sigmoid of the (noisy) logits
+  at::Tensor score_sum_T1;       ///< sigmoid only: the sum that normalises the statistics' probabilities
+  at::Tensor lse_T1;             ///< logsumexp of the clean logits
+  at::Tensor valid_T1;           ///< 1 = a token, 0 = padding; undefined = all tokens
+  at::Tensor slot_ids_TK;        ///< int64, the choices before any drop, 0 where there is none
+  at::Tensor chosen_TK;          ///< router dtype 0/1: there is a choice
+  at::Tensor kept_TK;            ///< router dtype 0/1: it was not dropped
+  std::int64_t num_dropped = 0;  ///< by the capacity
+  at::Tensor raw_TK;             ///< weights before renormalisation
+  at::Tensor normalized_TK;      ///< weights after renormalisation and dropping, before the scaling factor
+  at::Tensor divisor_T1;         ///< what raw was divided by, or undefined
 };
 
 /// One forward pass of the weights: raw -> normalised -> dropped -> scaled; its gradient is

@@ -54,7 +54,9 @@ void finish_weights(RouterState& state, RouterOutput& output, const TokenContext
   const CapacityOptions& capacity = state.options.capacity;
   if (capacity.drop_policy != DropPolicy::kNone && (context.training || capacity.drop_in_evaluation)) {
     const at::Tensor ids_TK = routing.chosen_ids_TK.masked_fill(state.kept_TK == 0, -1);
-    state.kept_TK = kept_slots(state.options, ids_TK, weights_TK, context).to(state.kept_TK.scalar_type());
+    const at::Tensor wanted_TK = state.kept_TK;
+    state.kept_TK = kept_slots(state.options, ids_TK, weights_TK, context).to(wanted_TK.scalar_type());
+    state.num_dropped = static_cast<std::int64_t>((wanted_TK - state.kept_TK).sum().item<double>());
   }
   if (options.renormalize == Renormalize::kAfterDrop) {
     const at::Tensor kept_raw_TK = state.raw_TK * state.kept_TK;
@@ -116,7 +118,7 @@ RouterStatistics collect_statistics(const RouterState& state, const TokenContext
   if (state.load.probability_TE.defined()) statistics.load_BE = by_sequence(state.load.probability_TE);
   statistics.squared_lse_B = by_sequence(state.lse_T1 * state.lse_T1).reshape({num_sequences});
   statistics.entropy_B = by_sequence(-at::xlogy(probs_TE, probs_TE).sum(1, true)).reshape({num_sequences});
-  statistics.num_dropped = static_cast<std::int64_t>((state.chosen_TK - state.kept_TK).sum().item<double>());
+  statistics.num_dropped = state.num_dropped;
   if (state.clean_TE.numel() > 0) statistics.max_abs_logit = state.clean_TE.abs().max().item<double>();
   return statistics;
 }

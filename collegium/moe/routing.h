@@ -48,7 +48,7 @@ struct RouterStatistics {
   at::Tensor load_BE;            ///< router dtype: smooth load of noisy top-K; undefined otherwise
   at::Tensor squared_lse_B;      ///< router dtype: sum of logsumexp(logits)^2
   at::Tensor entropy_B;          ///< router dtype: sum over tokens of -sum_e p log p
-  std::int64_t num_dropped = 0;  ///< slots
+  std::int64_t num_dropped = 0;  ///< slots over capacity (not those that random_second_expert leaves out)
   double max_abs_logit = 0.0;
 };
 

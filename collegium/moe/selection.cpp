@@ -52,13 +52,18 @@ at::Tensor sinkhorn(const MoeOptions& options, const at::Tensor& logits_TE, cons
   at::Tensor mass_TE = at::empty_like(logits_TE);
   for (std::int64_t begin = 0; begin < logits_TE.size(0); begin += group_tokens) {
     const std::int64_t size = std::min(group_tokens, logits_TE.size(0) - begin);
+    // One token has nobody to be balanced against: equal columns would leave its choice to rounding.
+    if (size == 1) {
+      mass_TE.narrow(0, begin, 1).copy_(at::softmax(logits_TE.narrow(0, begin, 1), 1));
+      continue;
+    }
     // In logarithms: neither normalisation can overflow or divide by zero.
     at::Tensor mass = logits_TE.narrow(0, begin, size);
     for (std::int64_t i = 0; i < options.router.sinkhorn_iterations; ++i) {
       mass = mass - at::logsumexp(mass, {1}, true) - std::log(static_cast<double>(size));
       mass = mass - at::logsumexp(mass, {0}, true) - std::log(num_experts);
     }
-    mass_TE.narrow(0, begin, size).copy_(mass);
+    mass_TE.narrow(0, begin, size).copy_(at::exp(mass) * size);
   }
   return mass_TE;
 }

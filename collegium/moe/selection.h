@@ -18,6 +18,9 @@ at::Tensor limit_groups(const RouterOptions& options, std::int64_t top_k, const 
 
 /// What     Alternately normalises rows and columns of exp(logits) so that experts get equal mass from each
 ///          group of whole sequences, so that the choice does not depend on how sequences are spread.
+/// Shape    logits_TE [T, E] -> masses [T, E]. A token's sum to about 1, as its probabilities would: scores
+///          of groups add them, and the loss-free bias is added to them. In a group of one token they are its
+///          probabilities.
 /// Ref      [Clark2022, Sec 3.2] arXiv 2202.01169
 at::Tensor sinkhorn(const MoeOptions& options, const at::Tensor& logits_TE, const TokenContext& context);
 

@@ -79,6 +79,34 @@ TEST(Fields, wrong_types_name_field_value_and_rule) {
             "colour = \"gren\": must be one of red, green (did you mean 'green'?)");
 }
 
+TEST(Fields, numbers_are_finite) {
+  Outer outer;
+  try {
+    read_fields(Json{{"rate", std::numeric_limits<double>::infinity()}}, "optimizer", outer);
+    FAIL();
+  } catch (const ConfigError& error) {
+    EXPECT_STREQ(error.what(), "optimizer.rate = inf: must be finite");
+  }
+}
+
+struct Exact {
+  DecimalText factor = "1.25";
+};
+template <class Fields>
+void describe(Fields& fields, Exact& exact) {
+  fields("factor", exact.factor, "an exact number");
+}
+
+TEST(Fields, decimal_text_is_read_from_a_number_or_a_text) {
+  Exact exact;
+  EXPECT_EQ(write_fields(exact).dump(), R"({"factor":"1.25"})");
+  read_fields(Json::parse(R"({"factor": 1.1})"), "", exact);
+  EXPECT_EQ(exact.factor.text, "1.1");
+  read_fields(Json::parse(R"({"factor": "0.70"})"), "", exact);
+  EXPECT_EQ(exact.factor.text, "0.70");
+  EXPECT_THROW(read_fields(Json::parse(R"({"factor": [1]})"), "", exact), ConfigError);
+}
+
 TEST(Fields, documents_every_key_with_its_default) {
   const auto docs = document_fields<Outer>();
   ASSERT_EQ(docs.size(), 6U);

@@ -103,6 +103,31 @@ inline std::vector<MoeCase> moe_cases() {
          o.router.renormalize = Renormalize::kNever;
        }},
       {"forced_balance", [](MoeOptions& o) { o.router.selection = Selection::kForcedBalance; }},
+      {"forced_skew",
+       [](MoeOptions& o) {
+         o.router.selection = Selection::kForcedSkew;
+         o.router.forced_skew = 2.5;
+       }},
+      {"sinkhorn_groups",
+       [](MoeOptions& o) {
+         o.router.selection = Selection::kSinkhorn;
+         o.router.num_groups = 3;
+         o.router.top_groups = 2;
+       }},
+      {"sinkhorn_bias",
+       [](MoeOptions& o) {
+         o.router.selection = Selection::kSinkhorn;
+         o.router.bias_balancing = true;
+         o.capacity.group_sequences = 2;
+       }},
+      {"groups_bias_select_first",
+       [](MoeOptions& o) {
+         o.router.order = ScoreOrder::kSelectFirst;
+         o.router.num_groups = 2;
+         o.router.top_groups = 1;
+         o.router.bias_balancing = true;
+       }},
+      {"width_one", [](MoeOptions& o) { o.ffn_size = 1; }},
       {"drop_position",
        [](MoeOptions& o) {
          o.capacity.drop_policy = DropPolicy::kPosition;
@@ -113,6 +138,21 @@ inline std::vector<MoeCase> moe_cases() {
        [](MoeOptions& o) {
          o.capacity.drop_policy = DropPolicy::kProbability;
          o.capacity.factor = "0.7";
+         o.capacity.min_capacity = 1;
+       }},
+      {"drop_probability_groups",
+       [](MoeOptions& o) {
+         o.router.num_groups = 3;
+         o.router.top_groups = 2;
+         o.capacity.drop_policy = DropPolicy::kProbability;
+         o.capacity.factor = "0.5";
+         o.capacity.min_capacity = 1;
+       }},
+      {"drop_random_second",
+       [](MoeOptions& o) {
+         o.router.noise = Noise::kRandomSecondExpert;
+         o.capacity.drop_policy = DropPolicy::kPosition;
+         o.capacity.factor = "0.5";
          o.capacity.min_capacity = 1;
        }},
       {"drop_random_groups",

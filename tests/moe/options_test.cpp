@@ -6,6 +6,7 @@
 
 #include "collegium/moe/balance.h"
 #include "collegium/moe/capacity.h"
+#include "collegium/moe/selection.h"
 #include "tests/moe/cases.h"
 #include "tests/support/tensors.h"
 
@@ -50,6 +51,11 @@ TEST(MoeOptions, every_mistake_has_its_message) {
       {"moe.balance.load_cv2 = 0.1: the smooth load needs", [](MoeOptions& o) { o.balance.load_cv2 = 0.1; }},
       {"moe.capacity.factor = \"1,5\": must be a positive decimal",
        [](MoeOptions& o) { o.capacity.factor = "1,5"; }},
+      {"moe.router.forced_skew = 4: must be at most num_experts / top_k = 3",
+       [](MoeOptions& o) {
+         o.router.selection = Selection::kForcedSkew;
+         o.router.forced_skew = 4;
+       }},
       {"moe.capacity.group_sequences = 0: must be at least 1",
        [](MoeOptions& o) { o.capacity.group_sequences = 0; }},
       {"moe.router.renormalize = \"after_drop\": nothing is dropped",
@@ -85,6 +91,30 @@ TEST(Capacity, is_exact_rational_arithmetic) {
   EXPECT_EQ(moe::expert_capacity(options, 101), 51);
   options.capacity.min_capacity = 64;
   EXPECT_EQ(moe::expert_capacity(options, 101), 64);
+}
+
+TEST(Capacity, factor_is_exact_whether_a_number_or_a_text) {
+  moe::MoeOptions options = test::base_options();
+  read_fields(Json::parse(R"({"capacity": {"factor": 1.1, "min_capacity": 0}})"), "moe", options);
+  EXPECT_EQ(options.capacity.factor.text, "1.1");
+  options.num_experts = 4;
+  EXPECT_EQ(moe::expert_capacity(options, 100), 55);
+  read_fields(Json::parse(R"({"capacity": {"factor": 2}})"), "moe", options);
+  EXPECT_EQ(options.capacity.factor.text, "2");
+  EXPECT_THROW(read_fields(Json::parse(R"({"capacity": {"factor": true}})"), "moe", options), ConfigError);
+}
+
+TEST(ForcedSkew, the_hottest_expert_has_the_load_that_was_asked_for) {
+  moe::MoeOptions options = test::base_options();
+  options.router.selection = moe::Selection::kForcedSkew;
+  moe::TokenContext context;
+  context.num_sequences = 1;
+  context.sequence_length = 600;
+  for (const double skew : {1.0, 2.0, 3.0}) {
+    options.router.forced_skew = skew;
+    const at::Tensor ids_N = moe::forced_ids(options, context).reshape({-1});
+    EXPECT_EQ((ids_N == 0).sum().item<std::int64_t>(), static_cast<std::int64_t>(skew * 1200 / 6));
+  }
 }
 
 TEST(Capacity, group_that_straddles_ranks_is_refused) {

@@ -126,8 +126,19 @@ Matrix sinkhorn(const MoeOptions& o, const TokenContext& c, const std::vector<Lo
       mass.at(t, e) = std::exp(logits[static_cast<std::size_t>(t)].noisy[static_cast<std::size_t>(e)]);
   }
   const std::int64_t group = o.capacity.group_sequences * c.sequence_length;
-  for (std::int64_t begin = 0; begin < num_tokens; begin += group)
-    balance_group(o.router.sinkhorn_iterations, begin, std::min(begin + group, num_tokens), mass);
+  for (std::int64_t begin = 0; begin < num_tokens; begin += group) {
+    const std::int64_t end = std::min(begin + group, num_tokens);
+    if (end - begin == 1) {
+      const Vector alone = softmax(logits[static_cast<std::size_t>(begin)].noisy);
+      for (std::int64_t e = 0; e < mass.columns; ++e) mass.at(begin, e) = alone[static_cast<std::size_t>(e)];
+      continue;
+    }
+    balance_group(o.router.sinkhorn_iterations, begin, end, mass);
+    // A token's masses sum to about one.
+    for (std::int64_t t = begin; t < end; ++t) {
+      for (std::int64_t e = 0; e < mass.columns; ++e) mass.at(t, e) *= static_cast<double>(end - begin);
+    }
+  }
   return mass;
 }
 
@@ -136,6 +147,20 @@ Vector scores_of(const MoeOptions& o, const Vector& z) {
   Vector s;
   for (const double value : z) s.push_back(1.0 / (1.0 + std::exp(-value)));
   return s;
+}
+
+// Expert 0 is the first choice of one token in E / (skew K), evenly spaced; all other choices go round the
+// others.
+std::vector<int> skewed_choice(const MoeOptions& o, std::uint64_t global) {
+  const double share =
+      o.router.forced_skew * static_cast<double>(o.top_k) / static_cast<double>(o.num_experts);
+  const double before = std::floor(static_cast<double>(global) * share);
+  const bool hot = std::floor(static_cast<double>(global + 1) * share) > before;
+  std::vector<int> chosen;
+  for (std::uint64_t k = 0; k < unsign(o.top_k); ++k)
+    chosen.push_back(static_cast<int>(1 + (global * unsign(o.top_k) + k) % (unsign(o.num_experts) - 1)));
+  if (hot) chosen[0] = 0;
+  return chosen;
 }
 
 std::vector<int> choose(const MoeOptions& o, const RouterInputs& in, const TokenContext& c,
@@ -148,6 +173,7 @@ std::vector<int> choose(const MoeOptions& o, const RouterInputs& in, const Token
       chosen.push_back(static_cast<int>((global * unsign(o.top_k) + k) % unsign(o.num_experts)));
     return chosen;
   }
+  if (o.router.selection == Selection::kForcedSkew) return skewed_choice(o, global);
   Vector preference = o.router.order == ScoreOrder::kSelectFirst ? z.noisy : scores_of(o, z.noisy);
   if (balanced.rows > 0) preference = row(balanced, token);
   if (c.training && o.router.noise == Noise::kGumbel) {
@@ -204,7 +230,7 @@ void choose_by_experts(const MoeOptions& o, const TokenContext& c, std::vector<T
 void drop(const MoeOptions& o, const TokenContext& c, std::vector<TokenRouting>& tokens) {
   const std::int64_t group = o.capacity.group_sequences * c.sequence_length;
   const double exact = static_cast<double>(group * o.top_k) / static_cast<double>(o.num_experts) *
-                       std::stod(o.capacity.factor);
+                       std::stod(o.capacity.factor.text);
   const auto capacity = std::max(static_cast<std::int64_t>(std::ceil(exact - 1e-9)), o.capacity.min_capacity);
   const RandomStream random = stream(c, "capacity/random");
   const auto before = [&](std::int64_t ta, std::int64_t ka, std::int64_t tb, std::int64_t kb) {
@@ -239,6 +265,7 @@ void drop(const MoeOptions& o, const TokenContext& c, std::vector<TokenRouting>&
         }
       }
       result[static_cast<std::size_t>(t)].kept[static_cast<std::size_t>(k)] = ahead < capacity;
+      result[static_cast<std::size_t>(t)].over_capacity[static_cast<std::size_t>(k)] = ahead >= capacity;
     }
   }
   tokens = result;
@@ -250,6 +277,7 @@ void finish(const MoeOptions& o, const TokenContext& c, const std::vector<Vector
     TokenRouting& token = tokens[t];
     token.importance = o.router.renormalize == Renormalize::kBeforeDrop ? over_sum(raw[t]) : raw[t];
     for (const int e : token.chosen) token.kept.push_back(e >= 0);
+    token.over_capacity.assign(token.chosen.size(), false);
     if (o.router.noise == Noise::kRandomSecondExpert && c.training) {
       const double draw = stream(c, "router/second_expert").uniform(unsign(c.first_token()) + t, 0);
       token.kept[1] = draw < 2.0 * over_sum(raw[t])[1];

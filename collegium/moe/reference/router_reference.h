@@ -21,6 +21,7 @@ using ops::reference::Matrix;
 struct TokenRouting {
   std::vector<int> chosen;            ///< K experts in order of preference, -1 = none
   std::vector<bool> kept;             ///< K
+  std::vector<bool> over_capacity;    ///< K, not kept for want of a place
   std::vector<double> weights;        ///< K, 0 where dropped
   std::vector<double> importance;     ///< K, before any drop and the scaling factor
   std::vector<double> probabilities;  ///< E, summing to 1
