@@ -94,6 +94,7 @@ void validate(const LaunchOptions& o) {
   require_config(o.timeout_s > 0.0, "--timeout {}: must be positive", o.timeout_s);
   require_config(o.ranks_per_node >= 0, "--ranks-per-node {}: must not be negative (0 = machines)",
                  o.ranks_per_node);
+  if (!o.emulate.empty()) comm::parse_network(o.emulate);
   require_config(o.threads >= 0, "threads = {}: must not be negative (0 = a share of the cores)", o.threads);
 }
 

@@ -25,13 +25,20 @@ int launched_rank() {
   return claim ? claim->rank : 0;
 }
 
+// Of the ranks of a launcher the first reports, and its end ends the others before it is their turn:
+// processes start up to half a second apart, and mpirun takes as long again to end them.
+void wait_for_turn() {
+  constexpr std::chrono::milliseconds kHeadStart{1000};
+  constexpr std::chrono::milliseconds kDistance{20};
+  if (const int rank = launched_rank(); rank > 0)
+    std::this_thread::sleep_for(kHeadStart + kDistance * std::min(rank, 50));
+}
+
 // Shows what went wrong and ends the program, and with it the ranks that would wait for it: at once, because
-// ranks that are threads may still be running. Of several ranks of a launcher the lowest comes first, and the
-// others are ended before it is their turn.
+// ranks that are threads may still be running.
 [[noreturn]] void fail(const std::string& message, int exit_code) {
   if (!collegium::cli::report_to_starter(message, exit_code)) {
-    std::this_thread::sleep_for(
-        std::chrono::milliseconds(launched_rank() > 0 ? 200 + 20 * std::min(launched_rank(), 40) : 0));
+    wait_for_turn();
     fmt::print(stderr, "collegium: {}\n", message);
   }
   std::fflush(nullptr);
@@ -52,6 +59,7 @@ int run(int argc, char** argv) {
   collegium::cli::add_doctor(app);
   collegium::cli::add_plan(app);
   collegium::cli::add_simulate(app);
+  collegium::cli::add_verify(app);
   try {
     std::vector<std::string> arguments = collegium::cli::program_arguments(argc, argv);
     // CLI11 takes them without the name, the last first.
@@ -60,7 +68,7 @@ int run(int argc, char** argv) {
     app.parse(std::move(arguments));
     return 0;
   } catch (const CLI::ParseError& error) {
-    if (launched_rank() > 0) return error.get_exit_code() == 0 ? 0 : kWrongUsage;
+    wait_for_turn();
     return app.exit(error) == 0 ? 0 : kWrongUsage;
   } catch (const collegium::cli::RanksFailed& error) {
     fail(error.what(), error.exit_code());

@@ -55,6 +55,9 @@ std::vector<std::string> ranks_environment(int report_file) {
       outer = outer || variable.starts_with(prefix);
     if (!outer || settings) environment.emplace_back(variable);
   }
+  // Not a stack trace of numbers from every rank that a signal ends.
+  if (std::getenv("OMPI_MCA_opal_signal") == nullptr)  // NOLINT(concurrency-mt-unsafe): nothing changes it
+    environment.emplace_back("OMPI_MCA_opal_signal=");
   environment.push_back(fmt::format("{}=/proc/{}", kStarter, ::getpid()));
   environment.push_back(fmt::format("{}=/proc/{}/fd/{}", kReport, ::getpid(), report_file));
   return environment;
