@@ -65,7 +65,8 @@ WeightFiles open_weights(const fs::path& directory) {
 // `first_row`: which row of the file's tensor the first one here is.
 void check_finite(const at::Tensor& tensor, const std::string& where, std::int64_t first_row) {
   if (!tensor.is_floating_point() || at::isfinite(tensor).all().item<bool>()) return;
-  const auto index = at::nonzero(at::isfinite(tensor).logical_not())[0];
+  // nonzero's rows are not contiguous.
+  const auto index = at::nonzero(at::isfinite(tensor).logical_not())[0].contiguous();
   std::vector<std::int64_t> position(index.const_data_ptr<std::int64_t>(),
                                      index.const_data_ptr<std::int64_t>() + index.numel());
   position[0] += first_row;
@@ -133,13 +134,15 @@ std::string fused_name(const Parameter& parameter) {
          (gate_up ? ".mlp.experts.gate_up_proj" : ".mlp.experts.down_proj");
 }
 
+bool is_expert(const Parameter& parameter) { return parameter.kind == ParameterKind::kExpert; }
+
 // Copies the fused tensors that are there, and says which parameters they filled.
 std::set<std::size_t> copy_fused(Loader& loader, const ModelConfig& config,
                                  std::vector<Parameter>& parameters) {
   std::set<std::size_t> fused;
   for (std::size_t i = 0; i < parameters.size(); ++i) {
     const Parameter& parameter = parameters[i];
-    if (parameter.kind != ParameterKind::kExpert || !loader.has(fused_name(parameter))) continue;
+    if (!is_expert(parameter) || !loader.has(fused_name(parameter))) continue;
     std::vector<std::int64_t> shape = parameter.shape;
     shape[0] = config.moe.num_experts;
     loader.copy_rows(fused_name(parameter), shape, parameter.first_expert, parameter.shape[0],
@@ -148,8 +151,6 @@ std::set<std::size_t> copy_fused(Loader& loader, const ModelConfig& config,
   }
   return fused;
 }
-
-bool is_expert(const Parameter& parameter) { return parameter.kind == ParameterKind::kExpert; }
 
 std::string shard_name(std::int64_t number, std::int64_t total) {
   return total == 1 ? "model.safetensors" : fmt::format("model-{:05}-of-{:05}.safetensors", number, total);
