@@ -43,6 +43,14 @@ CopyExchange::CopyExchange(std::shared_ptr<comm::Communicator> group, std::vecto
 
 std::vector<CopyPlan> CopyExchange::plan(std::span<const at::Tensor> chunk_ids_TK) const {
   std::vector<CopyPlan> plans(chunk_ids_TK.size());
+  if (group_->size() == 1) {
+    for (std::size_t chunk = 0; chunk < plans.size(); ++chunk) {
+      plans[chunk].direct = true;
+      plans[chunk].num_tokens = chunk_ids_TK[chunk].size(0);
+      plans[chunk].received_ids_UK = chunk_ids_TK[chunk];
+    }
+    return plans;
+  }
   for (std::size_t chunk = 0; chunk < plans.size(); ++chunk)
     choose_copies(chunk_ids_TK[chunk].contiguous(), plans[chunk]);
   exchange_counts(plans);
@@ -133,30 +141,36 @@ void CopyExchange::exchange_ids(std::span<const at::Tensor> chunk_ids_TK, std::s
 }
 
 Exchange CopyExchange::send_rows(const at::Tensor& x_TD, const CopyPlan& plan) const {
+  if (plan.direct) return {.received = x_TD, .work = {}};
   return start_exchange(*group_, ops::gather_rows(x_TD, plan.copy_token_C), plan.copies);
 }
 
 Exchange CopyExchange::send_weights(const at::Tensor& weights_TK, const CopyPlan& plan) const {
+  if (plan.direct) return {.received = weights_TK, .work = {}};
   return start_exchange(*group_, rows_of_slots(weights_TK, plan.pair_slot_N), plan.pairs);
 }
 
 at::Tensor CopyExchange::arrived_weights(const at::Tensor& weights_N, const CopyPlan& plan) {
+  if (plan.direct) return weights_N;
   return slots_of_rows(weights_N, plan.received_slot_N, plan.received_ids_UK.sizes());
 }
 
 Exchange CopyExchange::return_rows(const at::Tensor& rows_UD, const CopyPlan& plan) const {
+  if (plan.direct) return {.received = rows_UD, .work = {}};
   return start_exchange(*group_, rows_UD, plan.copies.reversed());
 }
 
 at::Tensor CopyExchange::summed_rows(const at::Tensor& rows_CD, const CopyPlan& plan) {
-  return ops::combine_rows(rows_CD, plan.slot_copy_TM);
+  return plan.direct ? rows_CD : ops::combine_rows(rows_CD, plan.slot_copy_TM);
 }
 
 Exchange CopyExchange::return_weights(const at::Tensor& values_UK, const CopyPlan& plan) const {
+  if (plan.direct) return {.received = values_UK, .work = {}};
   return start_exchange(*group_, rows_of_slots(values_UK, plan.received_slot_N), plan.pairs.reversed());
 }
 
 at::Tensor CopyExchange::returned_weights(const at::Tensor& values_N, const CopyPlan& plan) {
+  if (plan.direct) return values_N;
   return slots_of_rows(values_N, plan.pair_slot_N, {plan.num_tokens, plan.received_ids_UK.size(1)});
 }
 

@@ -19,7 +19,9 @@
 namespace collegium::moe {
 
 /// Where the copies of one chunk of tokens go. Copies lie by rank on both sides, in token order within one.
+/// A direct plan holds ids and num_tokens only.
 struct CopyPlan {
+  bool direct = false;          ///< a group of one rank: the tokens themselves stand for their copies
   at::Tensor copy_token_C;      ///< int32: token of each copy
   at::Tensor slot_copy_TM;      ///< int32: copy of each (token, rank), -1 = none
   RowCounts copies;             ///< of the way out
@@ -48,7 +50,7 @@ class CopyExchange {
   /// Shape    weights_TK [T, K] -> received [N].
   /// Dtype    any.
   Exchange send_weights(const at::Tensor& weights_TK, const CopyPlan& plan) const;
-  /// Shape    [N] -> [U, K], zero at experts that do not live here.
+  /// Shape    [N] -> [U, K], zero at experts that do not live here. Direct: [T, K] as it is.
   /// Dtype    any.
   static at::Tensor arrived_weights(const at::Tensor& weights_N, const CopyPlan& plan);
 

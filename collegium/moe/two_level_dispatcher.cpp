@@ -195,7 +195,7 @@ class TwoLevelDispatcher final : public Dispatcher {
     const comm::WhereScope scope(*where_, at_phase(h->where, phase));
     Transfers first{.rows = rail_.send_rows(x_TD, h->rail), .weights = {}};
     if (weights_TK.defined()) first.weights = rail_.send_weights(weights_TK, h->rail);
-    return std::make_shared<Relay>([this, h, first, phase]() mutable {
+    auto relay = std::make_shared<Relay>([this, h, first, phase]() mutable {
       first.wait();
       const comm::WhereScope here(*where_, at_phase(h->where, phase));
       Transfers second{.rows = node_.send_rows(first.rows.received, h->node), .weights = {}};
@@ -205,6 +205,8 @@ class TwoLevelDispatcher final : public Dispatcher {
       }
       return second;
     });
+    if (h->rail.direct) relay->start();
+    return relay;
   }
 
   // The way home of rows, of values of rows, or of both: summed per copy, sent within the node, summed per
@@ -233,6 +235,7 @@ class TwoLevelDispatcher final : public Dispatcher {
       }
       return second;
     });
+    if (h->node.direct) relay->start();
     returning_.push_back(relay);
     return relay;
   }
