@@ -60,6 +60,13 @@ struct Saved {
   at::Tensor expert_bias_E;
 };
 
+void begin_stages(const LayerRun& run) {
+  if (run.stage_times != nullptr) run.stage_times->begin();
+}
+void end_stage(const LayerRun& run, Stage stage) {
+  if (run.stage_times != nullptr) run.stage_times->end(stage);
+}
+
 SharedExpertWeights shared_weights(const Inputs& inputs) {
   return {.gate_up_GD = inputs[kSharedGateUp],
           .down_DF = inputs[kSharedDown],
@@ -111,41 +118,54 @@ at::Tensor run_experts(const Inputs& inputs, const Routing& routing, Saved& save
         dispatcher.dispatch(chunk.of(saved.expert_input_TD), chunk.of(routing.weights_TK), chunk.handle));
   };
   start(0);
+  end_stage(*saved.run, Stage::kDispatch);
   if (meanwhile) meanwhile();
   for (std::size_t i = 0; i < saved.chunks.size(); ++i) {
     const DispatchedRows dispatched = arriving[i].wait();
     if (i + 1 < saved.chunks.size()) start(i + 1);
+    end_stage(*saved.run, Stage::kDispatch);
     Chunk& chunk = saved.chunks[i];
     const at::Tensor rows_RD =
         experts_forward(dispatched.rows_RD, dispatched.weights_R, chunk.handle->row_counts_L, inputs[kGateUp],
                         inputs[kDown], chunk.experts);
+    end_stage(*saved.run, Stage::kExperts);
     leaving.push_back(dispatcher.combine(rows_RD, chunk.handle));
+    end_stage(*saved.run, Stage::kCombine);
   }
   std::vector<at::Tensor> y;
   for (Pending<at::Tensor>& part : leaving) y.push_back(part.wait());
-  return y.size() == 1 ? y[0] : at::cat(y);
+  at::Tensor y_TD = y.size() == 1 ? y[0] : at::cat(y);
+  end_stage(*saved.run, Stage::kCombine);
+  return y_TD;
 }
 
 at::Tensor forward_layer(const Inputs& inputs, Saved& saved) {
   const MoeOptions& options = saved.options;
   LayerRun& run = *saved.run;
+  begin_stages(run);
   const RouterWeights router{
       .gate_ED = inputs[kGate], .noise_ED = inputs[kNoise], .expert_bias_E = saved.expert_bias_E};
   RouterOutput routed = route(options, router, inputs[kX], run.context, run.replayed_ids_TK);
   saved.router = routed.state;
   saved.expert_input_TD = routed.expert_input_TD;
+  end_stage(run, Stage::kRouter);
   plan_chunks(routed.routing, saved);
+  end_stage(run, Stage::kPlan);
 
   const SharedExpert shared_kind = options.shared_expert.kind;
   const auto run_shared = [&] {
     shared_expert_forward(shared_kind, shared_weights(inputs), saved.expert_input_TD, saved.shared);
+    end_stage(run, Stage::kSharedExpert);
   };
   const bool has_shared = shared_kind != SharedExpert::kNone;
   const bool during_dispatch = has_shared && saved.transport.overlap.shared_expert;
   at::Tensor y_TD = run_experts(inputs, routed.routing, saved,
                                 during_dispatch ? std::function<void()>(run_shared) : nullptr);
   if (has_shared && !during_dispatch) run_shared();
-  if (has_shared) y_TD = join_shared_expert(shared_kind, y_TD, saved.shared);
+  if (has_shared) {
+    y_TD = join_shared_expert(shared_kind, y_TD, saved.shared);
+    end_stage(run, Stage::kSharedExpert);
+  }
   // Under recomputation the run is filled already, and what was read from it must not change under its
   // readers.
   if (!run.routing.expert_ids_TK.defined()) {
@@ -184,23 +204,29 @@ DispatchGradients run_experts_backward(const Inputs& inputs, const ExpertsNeeds&
     arriving.push_back(dispatcher.combine_backward(chunk.of(grad_routed_TD), chunk.handle));
   };
   start(0);
+  end_stage(*saved.run, Stage::kCombineBackward);
   if (meanwhile) meanwhile();
   for (std::size_t i = 0; i < saved.chunks.size(); ++i) {
     const Chunk& chunk = saved.chunks[i];
     ExpertsBackward backward(chunk.experts, arriving[i].wait(), needs);
     if (i + 1 < saved.chunks.size()) start(i + 1);
+    end_stage(*saved.run, Stage::kCombineBackward);
     const RowGradients rows = backward.rows(inputs[kGateUp], inputs[kDown]);
+    end_stage(*saved.run, Stage::kExpertRowsBackward);
     if (leaving) parts.push_back(leaving->wait());
     leaving.emplace(dispatcher.dispatch_backward(rows.rows_RD, rows.weights_R, chunk.handle));
     if (!overlapped) {
       parts.push_back(leaving->wait());
       leaving.reset();
     }
+    end_stage(*saved.run, Stage::kDispatchBackward);
     const ExpertWeightGradients weights = backward.weights();
     add_share(weights.gate_up_LGD, one_chunk, gradients[kGateUp]);
     add_share(weights.down_LDF, one_chunk, gradients[kDown]);
+    end_stage(*saved.run, Stage::kExpertWeightsBackward);
   }
   if (leaving) parts.push_back(leaving->wait());
+  end_stage(*saved.run, Stage::kDispatchBackward);
   if (one_chunk) return parts[0];
   std::vector<at::Tensor> x;
   std::vector<at::Tensor> weights;
@@ -214,6 +240,7 @@ DispatchGradients run_experts_backward(const Inputs& inputs, const ExpertsNeeds&
 variable_list backward_layer(const Inputs& inputs, const std::array<bool, kCount>& needs, const Saved& saved,
                              const at::Tensor& grad_y_TD) {
   const at::NoGradGuard no_grad;
+  begin_stages(*saved.run);
   variable_list gradients(kCount);
   const auto dtype = inputs[kX].scalar_type();
   const SharedExpert shared_kind = saved.options.shared_expert.kind;
@@ -222,6 +249,7 @@ variable_list backward_layer(const Inputs& inputs, const std::array<bool, kCount
   const auto run_shared = [&] {
     shared = shared_expert_backward(shared_kind, shared_weights(inputs), saved.expert_input_TD, saved.shared,
                                     grad_y_TD);
+    end_stage(*saved.run, Stage::kSharedExpertBackward);
   };
   const bool during_combine = has_shared && saved.transport.overlap.shared_expert;
   if (has_shared && !during_combine) run_shared();
@@ -247,6 +275,7 @@ variable_list backward_layer(const Inputs& inputs, const std::array<bool, kCount
     if (jitter_TD.defined()) grad_expert_input_TD = grad_expert_input_TD * jitter_TD;
     gradients[kX] = (grad_expert_input_TD + router.x_TD).to(dtype);
   }
+  end_stage(*saved.run, Stage::kRouterBackward);
   return gradients;
 }
 

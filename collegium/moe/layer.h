@@ -12,6 +12,7 @@
 #include "collegium/moe/options.h"
 #include "collegium/moe/router.h"
 #include "collegium/moe/routing.h"
+#include "collegium/moe/stage_times.h"
 
 namespace collegium::moe {
 
@@ -35,6 +36,7 @@ struct LayerRun {
   Routing routing;                               ///< out
   RouterStatistics statistics;                   ///< out
   RouterStatisticsGradient statistics_gradient;  ///< in, before backward(): from balance_loss()
+  StageTimes* stage_times = nullptr;             ///< in: both passes add to it, or null
 };
 
 /// What     y = sum_k w_k expert_{e_k}(x) (+ shared expert); the caller adds the residual.
