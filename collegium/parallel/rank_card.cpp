@@ -78,7 +78,9 @@ std::string rank_cards_text(const std::vector<RankCard>& cards, const model::Mod
                   "rank", "dp", "edp", "ep", "rows to/from", "same experts", "experts", "dense", "expert",
                   "weights", "gradients", "optimizer", "seqs");
   for (const RankCard& c : cards) {
-    const std::string experts = fmt::format("{}-{}", c.first_expert, c.first_expert + c.num_experts - 1);
+    const std::string experts =
+        c.num_experts == 1 ? fmt::format("{}", c.first_expert)
+                           : fmt::format("{}-{}", c.first_expert, c.first_expert + c.num_experts - 1);
     text += fmt::format(
         "{:>4} {:>4} {:>4} {:>4}  {:<16} {:<14} {:<12} {:>9} {:>9} {:>11} {:>11} {:>11} {:>5}\n", c.rank,
         c.dp, c.edp, c.ep, fmt::format("{}", fmt::join(c.ep_group, ",")),
