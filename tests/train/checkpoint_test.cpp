@@ -220,12 +220,12 @@ class FailedSave : public TemporaryFolder {
   // Four ranks save step 8 beside step 7; `change` may spoil a rank first. Step 7 must stay all there is.
   template <typename E>
   void expect_failed(const std::string& text, const std::function<void(Rank&)>& change,
-                     const fs::path& tokenizer = {}) const {
+                     const std::vector<fs::path>& companions = {}) const {
     save(folder(), {4, 2}, 6, at::kBFloat16, 7);
     expect_failure<E>(4, text, [&](comm::Communicator& world) {
       Rank rank(world, 2, 6, at::kBFloat16, 8);
       change(rank);
-      train::save_checkpoint(folder(), rank.decoder, rank.masters, state_of(8), tokenizer, 2, rank.groups);
+      train::save_checkpoint(folder(), rank.decoder, rank.masters, state_of(8), companions, 2, rank.groups);
     });
     EXPECT_EQ(folders(folder()), std::set<std::string>{"step-00000007"});
     load_and_compare(folder() / "step-00000007", {2, 2}, 6, at::kBFloat16, 7);
@@ -249,7 +249,7 @@ TEST_F(FailedSave, rank_that_cannot_write_its_part) {
 }
 
 TEST_F(FailedSave, root_that_cannot_commit) {
-  expect_failed<Error>("rank 0 of 4: cannot read", [](Rank&) {}, folder() / "no_such_tokenizer");
+  expect_failed<Error>("rank 0 of 4: cannot read", [](Rank&) {}, {folder() / "no_such_tokenizer"});
 }
 
 TEST_F(FailedSave, file_in_place_of_the_run_folder) {
@@ -325,22 +325,39 @@ class KilledSave : public TemporaryFolder {
   }
 };
 
+// Files of checkpoints that are being written; 0 when the folder changes under our eyes.
+std::size_t files_under_way(const fs::path& run) {
+  std::size_t count = 0;
+  try {
+    for (const std::string& name : file_names(run)) count += name.find(".tmp-") != std::string::npos ? 1 : 0;
+  } catch (const fs::filesystem_error&) {
+    return 0;
+  }
+  return count;
+}
+
+// Killed when 1, 2, ... files of a later checkpoint are there, so at different places of a save.
 TEST_F(KilledSave, leaves_checkpoints_that_load) {
-  for (int kill = 1; kill <= 8; ++kill) {
+  int interrupted = 0;
+  for (std::size_t kill = 1; kill <= 8; ++kill) {
     const auto before = train::find_latest_checkpoint(folder());
     const ::pid_t child = start_child();
-    while (train::find_latest_checkpoint(folder()) == before && ::waitpid(child, nullptr, WNOHANG) == 0)
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    std::this_thread::sleep_for(std::chrono::milliseconds(7 * kill));  // into another save, ever elsewhere
+    const auto too_early = [&] {
+      return train::find_latest_checkpoint(folder()) == before || files_under_way(folder()) < kill;
+    };
+    while (too_early() && ::waitpid(child, nullptr, WNOHANG) == 0)
+      std::this_thread::sleep_for(std::chrono::microseconds(100));
     ::kill(child, SIGKILL);
     int status = 0;
     ASSERT_EQ(::waitpid(child, &status, 0), child);
     EXPECT_TRUE(WIFSIGNALED(status));
+    if (files_under_way(folder()) > 0) ++interrupted;
     const auto latest = train::find_latest_checkpoint(folder());
     ASSERT_TRUE(latest.has_value());
     EXPECT_NE(latest, before);
     load_and_compare(*latest, {3, 3}, 6, at::kBFloat16, std::stoll(latest->filename().string().substr(5)));
   }
+  EXPECT_GT(interrupted, 0);
 }
 
 }  // namespace
