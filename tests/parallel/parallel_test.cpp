@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "collegium/base/error.h"
+#include "collegium/comm/local/local.h"
+#include "collegium/parallel/gradient_sync.h"
+#include "collegium/parallel/groups.h"
+#include "collegium/parallel/rank_card.h"
+#include "collegium/parallel/shares.h"
+
+namespace collegium {
+namespace {
+
+using testing::HasSubstr;
+
+parallel::ParallelOptions with_ep(std::int64_t ep) {
+  parallel::ParallelOptions options;
+  options.ep = ep;
+  return options;
+}
+
+TEST(Shares, cover_every_sequence_once_in_whole_groups) {
+  for (const std::int64_t group : {1, 2, 3}) {
+    for (const int num_ranks : {1, 2, 3, 4, 7}) {
+      for (std::int64_t groups = 0; groups <= 9; ++groups) {
+        const std::int64_t total = groups * group;
+        std::int64_t next = 0;
+        for (int rank = 0; rank < num_ranks; ++rank) {
+          const parallel::Share share = parallel::share_of(total, group, num_ranks, rank);
+          EXPECT_EQ(share.first, next);
+          EXPECT_EQ(share.count % group, 0);
+          next += share.count;
+        }
+        EXPECT_EQ(next, total);
+        EXPECT_EQ(parallel::share_rows(total, group, num_ranks, 5).size(),
+                  static_cast<std::size_t>(num_ranks));
+      }
+    }
+  }
+  EXPECT_EQ(parallel::share_of(3, 1, 7, 6).count, 0);  // more ranks than sequences
+}
+
+TEST(Placement, spreads_what_does_not_divide) {
+  const moe::ExpertPlacement six_on_four{.num_experts = 6, .num_ranks = 4};
+  EXPECT_EQ(six_on_four.count(0), 2);
+  EXPECT_EQ(six_on_four.count(1), 2);
+  EXPECT_EQ(six_on_four.count(3), 1);
+  for (std::int64_t expert = 0; expert < 6; ++expert) {
+    const int rank = six_on_four.rank_of(expert);
+    EXPECT_LE(six_on_four.first(rank), expert);
+    EXPECT_GT(six_on_four.first(rank + 1), expert);
+  }
+}
+
+TEST(ExpertParallelism, is_chosen_or_checked) {
+  EXPECT_EQ(parallel::resolve_ep(with_ep(0), 8, 6), 4);
+  EXPECT_EQ(parallel::resolve_ep(with_ep(0), 7, 6), 1);
+  EXPECT_EQ(parallel::resolve_ep(with_ep(2), 4, 6), 2);
+  const auto message = [](std::int64_t ep, int ranks, std::int64_t experts) {
+    try {
+      parallel::resolve_ep(with_ep(ep), ranks, experts);
+    } catch (const ConfigError& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  EXPECT_EQ(message(3, 4, 6), "parallel.ep = 3: must divide the number of ranks, 4");
+  EXPECT_EQ(message(8, 8, 6), "parallel.ep = 8: must not exceed model.moe.num_experts = 6");
+}
+
+// 6 experts with two replicas of two ranks, as docs/parallel.md draws it.
+TEST(RankCards, worked_example) {
+  model::ModelConfig config;
+  config.vocab_size = 32;
+  config.hidden_size = 8;
+  config.num_layers = 1;
+  config.num_heads = 1;
+  config.moe.num_experts = 6;
+  config.moe.top_k = 2;
+  config.moe.ffn_size = 4;
+  model::complete(config);
+  const auto cards = parallel::make_rank_cards(config, with_ep(2), 4, 8, /*bytes_per_value=*/2);
+  ASSERT_EQ(cards.size(), 4U);
+  EXPECT_THAT(cards[2].ep_group, testing::ElementsAre(2, 3));
+  EXPECT_THAT(cards[2].edp_group, testing::ElementsAre(0, 2));
+  EXPECT_EQ(cards[3].first_expert, 3);
+  EXPECT_EQ(cards[3].num_experts, 3);
+  EXPECT_EQ(cards[3].expert_parameters, 3 * 3 * 8 * 4);
+  EXPECT_EQ(cards[3].value_bytes, 2 * (cards[3].expert_parameters + cards[3].dense_parameters));
+  EXPECT_EQ(cards[3].optimizer_bytes, 12 * (cards[3].expert_parameters + cards[3].dense_parameters));
+  EXPECT_EQ(cards[1].sequences, 2);
+  EXPECT_THAT(parallel::rank_cards_text(cards, config, with_ep(2)), HasSubstr("edp = dp / ep = 2 copies"));
+}
+
+// Gradients of rank r are r + 1 in every element, so sums over 4 ranks are 10, over {0, 2} 4 and over {1,
+// 3} 6.
+void sum_gradients(comm::Communicator& world, bool overlap) {
+  parallel::ParallelOptions options = with_ep(2);
+  options.overlap_gradients = overlap;
+  options.bucket_mib = 1e-4;
+  const parallel::Groups groups = parallel::make_groups(world.shared_from_this(), options, 6);
+  const at::Tensor dense = at::zeros({70}, at::kDouble);
+  const at::Tensor experts = at::zeros({40}, at::kDouble);
+  std::vector<parallel::GradientSlot> slots;
+  for (const auto& [begin, size, expert] : std::vector<std::tuple<int, int, bool>>{
+           {0, 30, false}, {0, 15, true}, {30, 40, false}, {15, 25, true}}) {
+    slots.push_back({.leaf = at::ones({size}, at::kDouble).requires_grad_(true),
+                     .sum = (expert ? experts : dense).narrow(0, begin, size),
+                     .expert = expert});
+  }
+  const auto parameters = slots;
+  parallel::GradientSync sync(groups, options, std::move(slots), dense, experts);
+  const double value = world.rank() + 1;
+  for (int step = 1; step <= 2; ++step) {
+    dense.zero_();
+    experts.zero_();
+    at::Tensor loss = at::zeros({}, at::kDouble);
+    for (const auto& slot : parameters) loss = loss + value * slot.leaf.sum();
+    sync.begin_last_backward();
+    loss.backward();
+    for (const auto& slot : parameters) {  // what the hooks have not taken
+      const at::NoGradGuard no_grad;
+      if (!slot.leaf.grad().defined()) continue;
+      slot.sum.add_(slot.leaf.grad());
+      slot.leaf.mutable_grad().reset();
+    }
+    sync.finish(step);
+    EXPECT_TRUE((dense == 10.0).all().item<bool>());
+    EXPECT_TRUE((experts == (world.rank() % 2 == 0 ? 4.0 : 6.0)).all().item<bool>());
+  }
+  const auto is_sum = [](const comm::LedgerKey& key) { return key.phase == "gradients"; };
+  // 1e-4 MiB hold 13 doubles, so with overlap every parameter is a bucket; without, each kind is one.
+  EXPECT_EQ(groups.ledger->sum(is_sum).calls, 2 * (overlap ? 4 : 2));
+}
+
+TEST(GradientSync, sums_dense_over_all_and_experts_over_their_copies) {
+  for (const bool overlap : {false, true})
+    comm::run_ranks(4, [&](comm::Communicator& world) { sum_gradients(world, overlap); });
+}
+
+}  // namespace
+}  // namespace collegium
