@@ -13,8 +13,10 @@ void add_train(CLI::App& app);
 void add_eval(CLI::App& app);
 void add_generate(CLI::App& app);
 void add_inspect(CLI::App& app);
+void add_bench(CLI::App& app);
 void add_doctor(CLI::App& app);
 void add_plan(CLI::App& app);
 void add_simulate(CLI::App& app);
+void add_verify(CLI::App& app);
 
 }  // namespace collegium::cli

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/cli/bench.h"
+
+#include <ATen/ops/empty.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "collegium/base/error.h"
+#include "collegium/cli/verb.h"
+#include "collegium/ops/gemm_peak.h"
+
+namespace collegium::cli {
+
+namespace {
+
+std::vector<double> reduce(comm::Communicator& world, const std::vector<double>& values, comm::ReduceOp op) {
+  const at::Tensor all = at::empty({static_cast<std::int64_t>(values.size())}, at::kDouble);
+  std::copy(values.begin(), values.end(), all.mutable_data_ptr<double>());
+  world.all_reduce(all, op).wait();
+  const auto* reduced = all.const_data_ptr<double>();
+  return {reduced, reduced + values.size()};
+}
+
+}  // namespace
+
+Spread spread_of(std::vector<double> values) {
+  COLLEGIUM_CHECK(!values.empty(), "no values");
+  std::sort(values.begin(), values.end());
+  const std::size_t middle = values.size() / 2;
+  const double median = values.size() % 2 == 1 ? values[middle] : 0.5 * (values[middle - 1] + values[middle]);
+  return {.min = values.front(), .median = median, .max = values.back()};
+}
+
+double mean_of(const std::vector<double>& values) {
+  return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
+}
+
+std::vector<double> max_over_ranks(comm::Communicator& world, const std::vector<double>& values) {
+  return reduce(world, values, comm::ReduceOp::kMax);
+}
+
+std::vector<double> sum_over_ranks(comm::Communicator& world, const std::vector<double>& values) {
+  return reduce(world, values, comm::ReduceOp::kSum);
+}
+
+std::int64_t agree_on_runs(comm::Communicator& world, double once_s, double budget_s, std::int64_t least) {
+  constexpr double kMost = 10000.0;
+  const double wanted = std::min(kMost, budget_s / std::max(once_s, 1e-9));
+  const double own = world.rank() == 0 ? wanted : 0.0;
+  return std::max<std::int64_t>(least, std::lround(max_over_ranks(world, {own})[0]));
+}
+
+double gemm_peak_of_all_ranks(comm::Communicator& world, at::ScalarType dtype) {
+  world.barrier();
+  return sum_over_ranks(world, {ops::measure_gemm_peak(dtype)})[0];
+}
+
+void add_layout_options(CLI::App& verb, LayoutFlags& flags) {
+  const auto group = [](CLI::Option* option) { option->group("Layout"); };
+  group(verb.add_option("--ep", flags.ep,
+                        "ranks that share the experts; 0 = the largest divisor of the ranks that does not "
+                        "exceed the experts"));
+  group(
+      verb.add_option("--dispatcher", flags.dispatcher, "uneven (default), padded, allgather or two_level"));
+  group(verb.add_flag("--combine-fp32", flags.combine_fp32,
+                      "two_level, allgather: partial sums travel in fp32"));
+  group(verb.add_option("--chunks", flags.chunks,
+                        "cut the tokens into this many chunks; one travels while another is computed"));
+  group(verb.add_flag("--overlap", flags.overlap,
+                      "overlap all that can be: two chunks (or --chunks), weight and dense gradients"));
+}
+
+void apply_layout(const LayoutFlags& flags, parallel::ParallelOptions& options) {
+  require_config(flags.ep >= 0, "--ep {}: must not be negative (0 = chosen)", flags.ep);
+  require_config(flags.chunks >= 0, "--chunks {}: must be at least 1", flags.chunks);
+  if (flags.ep > 0) options.ep = flags.ep;
+  if (!flags.dispatcher.empty()) read_fields(Json(flags.dispatcher), "--dispatcher", options.dispatcher.kind);
+  options.dispatcher.combine_fp32 = options.dispatcher.combine_fp32 || flags.combine_fp32;
+  if (flags.overlap) {
+    constexpr std::int64_t kChunks = 2;
+    options.overlap = {
+        .chunks = std::max(kChunks, options.overlap.chunks), .shared_expert = true, .weight_gradients = true};
+    options.overlap_gradients = true;
+  }
+  if (flags.chunks > 0) options.overlap.chunks = flags.chunks;
+}
+
+std::string describe_layout(const parallel::ParallelOptions& options) {
+  std::string text = enum_name(options.dispatcher.kind);
+  if (options.dispatcher.combine_fp32) text += ", partial sums in fp32";
+  if (options.overlap.chunks > 1) text += fmt::format(", {} chunks", options.overlap.chunks);
+  if (options.overlap.weight_gradients) text += ", overlapped";
+  return text;
+}
+
+std::string format_seconds(double seconds) {
+  constexpr double kMilli = 1e-3;
+  constexpr double kMicro = 1e-6;
+  const auto [value, unit] = seconds >= 1.0      ? std::pair{seconds, "s"}
+                             : seconds >= kMilli ? std::pair{seconds / kMilli, "ms"}
+                                                 : std::pair{seconds / kMicro, "us"};
+  return fmt::format("{:.{}f} {}", value, value >= 100.0 ? 0 : value >= 10.0 ? 1 : 2, unit);
+}
+
+std::string format_gflops(double flops_per_s) { return fmt::format("{:.1f} GFLOP/s", flops_per_s / 1e9); }
+
+void add_bench(CLI::App& app) {
+  CLI::App* verb = app.add_subcommand(
+      "bench", "Measure an MoE layer, a whole training step or the collectives, on one rank or many");
+  verb->require_subcommand(1);
+  add_bench_layer(*verb);
+  add_bench_step(*verb);
+  add_bench_comm(*verb);
+}
+
+}  // namespace collegium::cli

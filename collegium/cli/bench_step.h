@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// A whole training step through train::Trainer, on random tokens.
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "collegium/cli/bench.h"
+#include "collegium/cli/launch.h"
+#include "collegium/train/run_config.h"
+
+namespace collegium::cli {
+
+struct StepBenchOptions {
+  std::string run_file;
+  std::vector<std::string> overrides;
+  std::int64_t layers = 4;
+  std::int64_t hidden = 512;
+  std::int64_t ffn = 896;
+  std::int64_t experts = 8;
+  std::int64_t top_k = 2;
+  std::int64_t heads = 8;
+  std::int64_t vocab = 8192;
+  std::int64_t sequences = 8;
+  std::int64_t micro = 0;
+  std::int64_t length = 512;
+  std::string dtype = "bfloat16";
+  bool recompute = false;
+  std::string routing = "learned";
+  double seconds = 10.0;
+  LayoutFlags layout;
+  LaunchOptions launch;
+  bool json = false;
+};
+
+/// One phase of a step: bytes of all ranks, times of the mean rank.
+struct PhaseSums {
+  std::string name;
+  double within_nodes = 0.0;
+  double between_nodes = 0.0;
+  double transfer_s = 0.0;
+  double skew_s = 0.0;
+  double waiting_s = 0.0;
+};
+
+/// Bytes and times of communication are means over steps; times also over ranks, bytes are of all ranks.
+struct StepBenchResult {
+  int ranks = 1;
+  int ep = 1;
+  int threads_per_rank = 1;
+  std::int64_t parameters = 0;
+  std::int64_t runs = 0;
+  Spread seconds;  ///< of the slowest rank, step by step
+  double mean_seconds = 0.0;
+  double tokens = 0.0;  ///< of a step
+  double flops = 0.0;   ///< useful ones of a step
+  double gemm_peak_flops_per_s = 0.0;
+  double bytes_within_nodes = 0.0;
+  double bytes_between_nodes = 0.0;
+  double all_to_all_s = 0.0;
+  double all_to_all_exposed_s = 0.0;
+  double hidden_share = 0.0;  ///< of all communication
+  std::vector<PhaseSums> phases;
+  double peak_rss_bytes = 0.0;  ///< of all processes
+};
+
+/// What     Writes a corpus of random tokens, and times steps for about `seconds`. The folder is removed.
+/// Comm     collective over `world`.
+/// Returns  complete on rank 0.
+StepBenchResult run_step_bench(train::RunConfig config, double seconds,
+                               const std::shared_ptr<comm::Communicator>& world);
+
+}  // namespace collegium::cli

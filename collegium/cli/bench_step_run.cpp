@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <ATen/Parallel.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <fmt/format.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <span>
+
+#include "collegium/base/rng.h"
+#include "collegium/base/safetensors.h"
+#include "collegium/cli/bench_step.h"
+#include "collegium/cli/progress.h"
+#include "collegium/data/prepare.h"
+#include "collegium/model/account.h"
+#include "collegium/model/tensor_io.h"
+#include "collegium/train/trainer.h"
+
+namespace collegium::cli {
+
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr std::int64_t kWarmUps = 1;
+constexpr std::int64_t kLeastRuns = 3;
+constexpr std::array kPhases = {"plan",   "dispatch", "combine", "combine backward", "dispatch backward",
+                                "losses", "gradients"};
+
+// Enough for some steps; an epoch after the other if there are more.
+void write_random_corpus(const fs::path& folder, const train::RunConfig& config) {
+  constexpr std::int64_t kSteps = 4;
+  const std::int64_t count = kSteps * config.batch.global_batch * (config.data.sequence_length + 1);
+  const RandomStream random(1, "bench/tokens");
+  std::vector<std::int64_t> ids;
+  ids.reserve(static_cast<std::size_t>(count));
+  for (std::int64_t i = 0; i < count; ++i) {
+    ids.push_back(static_cast<std::int64_t>(random.bits(static_cast<std::uint64_t>(i)) %
+                                            static_cast<std::uint64_t>(config.model.vocab_size)));
+  }
+  const fs::path file = folder / "random.safetensors";
+  write_safetensors(file, {{.name = "input_ids", .dtype = "I64", .shape = {count}, .bytes = [&] {
+                              const auto bytes = std::as_bytes(std::span(ids));
+                              return std::vector<std::byte>(bytes.begin(), bytes.end());
+                            }}});
+  data::prepare({.out = folder / "data",
+                 .texts = {},
+                 .token_files = {{.domain = "random", .path = file}},
+                 .tokenizer = {},
+                 .vocab_size = config.model.vocab_size,
+                 .validation_fraction = 0.05,
+                 .force = true},
+                [](const std::string&) {});
+}
+
+// A folder that rank 0 fills and removes, and all ranks read.
+class CorpusFolder {
+ public:
+  CorpusFolder(const train::RunConfig& config, const std::shared_ptr<comm::Communicator>& world)
+      : world_(world) {
+    const at::Tensor pid = at::scalar_tensor(static_cast<std::int64_t>(::getpid()), at::kLong);
+    world_->broadcast(pid, 0).wait();
+    path_ = fs::temp_directory_path() / fmt::format("collegium-bench-{}", pid.item<std::int64_t>());
+    if (world_->rank() == 0) {
+      fs::create_directories(path_);
+      write_random_corpus(path_, config);
+    }
+    world_->barrier();
+  }
+  ~CorpusFolder() {
+    std::error_code ignored;
+    if (world_->rank() == 0) fs::remove_all(path_, ignored);
+  }
+  CorpusFolder(const CorpusFolder&) = delete;
+  CorpusFolder& operator=(const CorpusFolder&) = delete;
+
+  fs::path data() const { return path_ / "data"; }
+
+ private:
+  std::shared_ptr<comm::Communicator> world_;
+  fs::path path_;
+};
+
+double peak_rss_of_all_ranks(comm::Communicator& world) {
+  constexpr double kKib = 1024.0;
+  rusage usage{};
+  ::getrusage(RUSAGE_SELF, &usage);
+  const double own = static_cast<double>(usage.ru_maxrss) * kKib;
+  // Ranks that are threads share one process.
+  const auto pid = static_cast<double>(::getpid());
+  const std::vector<double> extremes = max_over_ranks(world, {pid, -pid, own});
+  const bool one_process = extremes[0] == -extremes[1];
+  const double sum = sum_over_ranks(world, {own})[0];
+  return one_process ? extremes[2] : sum;
+}
+
+class StepBench {
+ public:
+  StepBench(const train::RunConfig& config, const std::shared_ptr<comm::Communicator>& world)
+      : world_(world), config_(config), trainer_(config, world) {}
+
+  StepBenchResult measure(double seconds) {
+    const model::ModelConfig& model = trainer_.decoder().config();
+    StepBenchResult r;
+    r.ranks = world_->size();
+    r.ep = trainer_.groups().ep->size();
+    r.threads_per_rank = at::get_num_threads();
+    r.parameters = model::count_parameters(model).total;
+    r.tokens = static_cast<double>(config_.batch.global_batch * config_.data.sequence_length);
+    r.flops = r.tokens * model::training_flops_per_token(model, config_.data.sequence_length);
+    r.gemm_peak_flops_per_s =
+        gemm_peak_of_all_ranks(*world_, model::parse_dtype(config_.train.dtype, "train.dtype"));
+    const auto start = BenchClock::now();
+    for (std::int64_t i = 0; i < kWarmUps; ++i) one_step();
+    r.runs =
+        agree_on_runs(*world_, seconds_since(start) / static_cast<double>(kWarmUps), seconds, kLeastRuns);
+    seconds_.clear();
+    sums_.fill(0.0);
+    phase_sums_.clear();
+    Progress progress;
+    for (std::int64_t i = 0; i < r.runs; ++i) {
+      if (world_->rank() == 0) progress.show(fmt::format("step {} of {}", i + 1, r.runs));
+      one_step();
+    }
+    progress.finish();
+    summarize(r);
+    return r;
+  }
+
+ private:
+  void one_step() {
+    world_->barrier();
+    const auto start = BenchClock::now();
+    const train::StepReport report = trainer_.step();
+    seconds_.push_back(seconds_since(start));
+    const train::CommReport& c = report.communication;
+    const std::array<double, kSums> values = {static_cast<double>(c.bytes_within_nodes),
+                                              static_cast<double>(c.bytes_between_nodes), c.all_to_all_s,
+                                              c.all_to_all_exposed_s, c.hidden_share};
+    for (std::size_t i = 0; i < kSums; ++i) sums_[i] += values[i];
+    phase_sums_.resize(kPhases.size());
+    for (std::size_t i = 0; i < kPhases.size(); ++i) {
+      phase_sums_[i].name = kPhases[i];
+      const comm::LedgerEntry entry =
+          trainer_.groups().ledger->sum([&](const comm::LedgerKey& key) { return key.phase == kPhases[i]; });
+      phase_sums_[i].within_nodes += static_cast<double>(entry.bytes_within_nodes);
+      phase_sums_[i].between_nodes += static_cast<double>(entry.bytes_between_nodes);
+      phase_sums_[i].transfer_s += entry.transfer_s;
+      phase_sums_[i].skew_s += entry.skew_s;
+      phase_sums_[i].waiting_s += entry.waiting_s;
+    }
+  }
+
+  void summarize(StepBenchResult& r) {
+    const std::vector<double> seconds = max_over_ranks(*world_, seconds_);
+    r.seconds = spread_of(seconds);
+    r.mean_seconds = mean_of(seconds);
+    const auto runs = static_cast<double>(r.runs);
+    const double parts = runs * static_cast<double>(r.ranks);
+    const std::vector<double> sums = sum_over_ranks(*world_, {sums_.begin(), sums_.end()});
+    r.bytes_within_nodes = sums[0] / runs;
+    r.bytes_between_nodes = sums[1] / runs;
+    r.all_to_all_s = sums[2] / parts;
+    r.all_to_all_exposed_s = sums[3] / parts;
+    r.hidden_share = sums[4] / parts;
+    for (const PhaseSums& own : phase_sums_) {
+      const std::vector<double> all = sum_over_ranks(
+          *world_, {own.within_nodes, own.between_nodes, own.transfer_s, own.skew_s, own.waiting_s});
+      r.phases.push_back({.name = own.name,
+                          .within_nodes = all[0] / runs,
+                          .between_nodes = all[1] / runs,
+                          .transfer_s = all[2] / parts,
+                          .skew_s = all[3] / parts,
+                          .waiting_s = all[4] / parts});
+    }
+    r.peak_rss_bytes = peak_rss_of_all_ranks(*world_);
+  }
+
+  static constexpr std::size_t kSums = 5;
+
+  std::shared_ptr<comm::Communicator> world_;
+  const train::RunConfig& config_;
+  train::Trainer trainer_;
+  std::vector<double> seconds_;
+  std::array<double, kSums> sums_{};
+  std::vector<PhaseSums> phase_sums_;
+};
+
+}  // namespace
+
+StepBenchResult run_step_bench(train::RunConfig config, double seconds,
+                               const std::shared_ptr<comm::Communicator>& world) {
+  const CorpusFolder folder(config, world);
+  config.data.path = folder.data().string();
+  return StepBench(config, world).measure(seconds);
+}
+
+}  // namespace collegium::cli

@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""`collegium bench`: fields of its JSON, bytes against the closed form under every skew, messages of bad flags.
+
+bench itself compares each run's bytes with what the routing asks for and fails when they differ; here its formula is
+held against one of this file for the balanced routing, and the rest is looked at in the JSON.
+"""
+
+import json
+import math
+import sys
+
+from small_run import collegium
+
+BINARY = sys.argv[1]
+LAYER = ["--tokens", "96", "--hidden", "32", "--ffn", "24", "--experts", "8", "--top-k", "2", "--seconds", "0.01"]
+SKEWS = [f"W{i}" for i in range(8)]
+DISPATCHERS = ["uneven", "padded", "allgather", "two_level"]
+ARROWS = ["dispatch", "combine", "combine backward", "dispatch backward"]
+STAGES = ["router", "plan", "dispatch", "experts", "combine", "combine_backward", "expert_rows_backward"]
+
+
+def bench(*arguments: str) -> dict:
+    done = collegium(BINARY, "bench", *arguments, "--json")
+    assert done.returncode == 0, f"{arguments}: {done.stderr}"
+    return json.loads(done.stdout)
+
+
+def local(ranks: int) -> list[str]:
+    return ["--ranks", str(ranks), "--backend", "local"]
+
+
+def refuses(message: str, *arguments: str) -> None:
+    done = collegium(BINARY, "bench", *arguments)
+    assert done.returncode == 2, f"{arguments}: exit code {done.returncode}: {done.stderr}"
+    assert message in done.stderr, f"{arguments}: '{message}' is not in: {done.stderr}"
+
+
+def total(result: dict, arrow: str, which: str) -> int:
+    return result["bytes"][arrow][f"{which}within_nodes"] + result["bytes"][arrow][f"{which}between_nodes"]
+
+
+def check_layer() -> None:
+    for dtype in ["bfloat16", "float32", "float64"]:
+        result = bench("layer", *LAYER, "--dtype", dtype, "--threads", "1")
+        assert 0.0 < result["seconds_min"] <= result["seconds_median"] <= result["seconds_max"], result
+        assert result["runs"] >= 3 and result["gemm_floor_seconds"] > 0.0 and result["gemm_peak_gflops"] > 0.0
+        flops = 18 * 96 * 2 * 32 * 24
+        assert math.isclose(result["gflops"], flops / result["seconds_min"] / 1e9, rel_tol=1e-6), result
+        assert all(result["stage_seconds"][stage] > 0.0 for stage in STAGES), result["stage_seconds"]
+        assert sum(result["stage_seconds"].values()) < 2.0 * result["seconds_max"], result
+        assert all(total(result, arrow, "") == 0 for arrow in ARROWS), result["bytes"]
+    learned = bench("layer", *LAYER, "--routing", "learned", "--ranks", "1")
+    assert learned["skew"] is None and learned["routing"] == "learned"
+
+
+def check_skews() -> None:
+    for ranks in [2, 4]:
+        for skew in SKEWS:
+            for dispatcher in ["uneven", "padded"]:
+                result = bench("layer", *LAYER, *local(ranks), "--skew", skew, "--dispatcher", dispatcher)
+                for arrow in ARROWS:
+                    assert total(result, arrow, "") == total(result, arrow, "expected_") > 0, (skew, result)
+        balanced = bench("layer", *LAYER, *local(ranks))
+        rows = 96 * 2 * (ranks - 1) // ranks
+        assert total(balanced, "combine", "") == rows * 32 * 2, balanced["bytes"]
+        assert total(balanced, "dispatch", "") == rows * (32 * 2 + 4), balanced["bytes"]
+    hot = bench("layer", *LAYER, *local(2), "--skew", "W5")
+    assert hot["rows_max_over_mean"] == 2.0, hot  # one of two ranks has all rows
+
+
+def check_layouts() -> None:
+    for dispatcher in DISPATCHERS:
+        for overlap in [[], ["--overlap", "--chunks", "3"]]:
+            nodes = ["--ranks-per-node", "2", "--routing", "random"]
+            result = bench("layer", *LAYER, *local(4), *nodes, *overlap, "--dispatcher", dispatcher, "--combine-fp32")
+            assert result["nodes"] == 2 and result["chunks"] == (3 if overlap else 1), result
+            for arrow in ARROWS:
+                assert total(result, arrow, "") == total(result, arrow, "expected_") > 0, (dispatcher, result)
+            if dispatcher == "two_level":
+                between = result["bytes"]["combine backward"]["between_nodes"]
+                assert between == result["remote_copies"] * 32 * 2, result
+    emulated = ["--backend", "local", "--emulate", "nodes=2x1,intra=1GB/s:1us,inter=10MB/s:10us"]
+    result = bench("layer", *LAYER, *emulated)
+    assert result["ranks"] == 2 and result["all_to_all_seconds"] > 0.0, result
+    replicas = bench("layer", *LAYER, *local(4), "--ep", "2")
+    assert replicas["ep"] == 2 and replicas["ranks"] == 4, replicas
+
+
+def check_step() -> None:
+    shape = ["--layers", "1", "--hidden", "16", "--ffn", "8", "--experts", "4", "--heads", "2", "--vocab", "40"]
+    shape += ["--sequences", "4", "--length", "8", "--seconds", "0.01"]
+    alone = bench("step", *shape, "--micro", "2", "--dtype", "float32", "--recompute")
+    assert alone["tokens_per_s"] > 0.0 and alone["peak_rss_bytes"] > 1e6 and alone["bytes_within_nodes"] == 0, alone
+    many = bench("step", *shape, *local(2), "--overlap", "--dispatcher", "padded", "--routing", "forced")
+    assert many["ranks"] == 2 and many["chunks"] == 2 and many["bytes_within_nodes"] > 0, many
+    assert 0.0 < many["all_to_all_exposed_share"] <= many["all_to_all_share"] < 1.0, many
+    assert many["phases"]["gradients"]["within_nodes_bytes"] > 0, many
+
+
+def check_comm() -> None:
+    result = bench("comm", *local(2), "--max-mib", "0.02", "--seconds", "0.001")
+    verbs = {row["verb"] for row in result["rows"]}
+    assert verbs == {"barrier", "memcpy", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"}
+    for row in result["rows"]:
+        assert row["seconds_min"] > 0.0 and (row["bytes"] == 0 or row["fraction_of_memcpy"] > 0.0), row
+
+
+def check_refusals() -> None:
+    refuses("--top-k 9: must be between 1 and --experts = 8", "layer", "--top-k", "9")
+    refuses("--tokens 0: must be at least 1", "layer", "--tokens", "0")
+    refuses("--dtype", "layer", "--dtype", "float16")
+    refuses('--skew = "W8"', "layer", "--skew", "W8")
+    refuses('--dispatcher = "unevn"', "layer", "--dispatcher", "unevn")
+    refuses("--skew W1: goes with --routing forced, not with learned", "layer", "--skew", "W1", "--routing", "learned")
+    refuses("--seconds -1: must be positive", "layer", "--seconds", "-1")
+    refuses("skew W5: a token chooses 5 of", "layer", "--top-k", "5", "--skew", "W5", *local(2))
+    refuses("parallel.ep = 3: must divide the number of ranks, 2", "layer", *LAYER, "--ep", "3", *local(2))
+    refuses("--ranks 2 or more", "comm")
+    refuses("--max-mib 0: must be positive", "comm", "--max-mib", "0")
+    refuses("--set: needs a run file", "step", "--set", "train.dtype=float32")
+    refuses("--sequences 0: must be at least 1", "step", "--sequences", "0")
+    refuses("num_heads", "step", "--heads", "7")
+    refuses("A subcommand is required")
+
+
+def main() -> None:
+    for check in [check_layer, check_skews, check_layouts, check_step, check_comm, check_refusals]:
+        check()
+    print("bench: fields, bytes and messages are as they should be")
+
+
+if __name__ == "__main__":
+    main()
