@@ -27,9 +27,10 @@ namespace collegium::cli {
 namespace {
 
 // What a rank is told by the program that started it: that program's folder in /proc, whose command line is
-// the rank's too, and the file there for the report of a failure.
+// the rank's too, the file there for the report of a failure, and whether a person is watching.
 constexpr const char* kStarter = "COLLEGIUM_STARTER";
 constexpr const char* kReport = "COLLEGIUM_REPORT";
+constexpr const char* kTerminal = "COLLEGIUM_TERMINAL";
 
 std::string find_program(const std::string& name) {
   const char* path = std::getenv("PATH");  // NOLINT(concurrency-mt-unsafe): nothing changes the environment
@@ -60,11 +61,13 @@ std::vector<std::string> ranks_environment(int report_file) {
     environment.emplace_back("OMPI_MCA_opal_signal=");
   environment.push_back(fmt::format("{}=/proc/{}", kStarter, ::getpid()));
   environment.push_back(fmt::format("{}=/proc/{}/fd/{}", kReport, ::getpid(), report_file));
+  if (stderr_is_terminal()) environment.push_back(fmt::format("{}=1", kTerminal));
   return environment;
 }
 
 std::vector<char*> pointers(std::vector<std::string>& strings) {
   std::vector<char*> result;
+  result.reserve(strings.size() + 1);
   for (std::string& string : strings) result.push_back(string.data());
   result.push_back(nullptr);
   return result;
@@ -185,7 +188,7 @@ std::optional<Report> first_report(int file) {
 }  // namespace
 
 std::string find_mpirun() {
-  const std::string built_with = COLLEGIUM_MPIRUN;
+  std::string built_with = COLLEGIUM_MPIRUN;
   if (!built_with.empty() && ::access(built_with.c_str(), X_OK) == 0) return built_with;
   std::error_code error;
   std::filesystem::path folder = std::filesystem::read_symlink("/proc/self/exe", error).parent_path();
@@ -259,6 +262,11 @@ bool report_to_starter(const std::string& message, int exit_code) {
   const bool written = ::write(file, record.data(), record.size()) == static_cast<ssize_t>(record.size());
   ::close(file);
   return written;
+}
+
+bool stderr_is_terminal() {
+  // NOLINTNEXTLINE(concurrency-mt-unsafe): nothing changes the environment
+  return ::isatty(STDERR_FILENO) == 1 || std::getenv(kTerminal) != nullptr;
 }
 
 }  // namespace collegium::cli

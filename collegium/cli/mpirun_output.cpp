@@ -14,6 +14,9 @@ const std::string& frame() {
   return dashes;
 }
 
+// Ends a live line of progress, which is not followed by a line break.
+constexpr std::string_view kEndOfLiveLine = "\x1b[K";
+
 // Written by the event library when mpirun ends ranks while it still reads their output.
 constexpr std::string_view kWarning = "[warn] Epoll ";
 
@@ -44,7 +47,7 @@ std::string MpirunOutput::pass(std::string_view text) {
     if (c == '\0') continue;
     if (line_shown_) {
       shown.push_back(c);
-      line_shown_ = c != '\n';
+      line_shown_ = c != '\n' && !shown.ends_with(kEndOfLiveLine);
     } else if (c == '\n') {
       end_line(shown);
     } else {

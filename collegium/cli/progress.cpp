@@ -2,9 +2,10 @@
 #include "collegium/cli/progress.h"
 
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <cstdio>
+
+#include "collegium/cli/mpirun.h"
 
 namespace collegium::cli {
 
@@ -15,7 +16,7 @@ constexpr std::chrono::seconds kLogInterval{10};
 }  // namespace
 
 Progress::Progress()
-    : terminal_(::isatty(STDERR_FILENO) == 1), last_(std::chrono::steady_clock::now() - kLogInterval) {}
+    : terminal_(stderr_is_terminal()), last_(std::chrono::steady_clock::now() - kLogInterval) {}
 
 void Progress::show(const std::string& line, bool force) {
   const auto now = std::chrono::steady_clock::now();
