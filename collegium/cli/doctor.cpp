@@ -110,10 +110,12 @@ void print(const Json& j) {
              j["libtorch"].get<std::string>());
   const auto mpirun = j["mpirun"].get<std::string>();
   const bool mpi = j["mpi"].get<bool>();
-  fmt::print("MPI          {}\n", !mpi ? "not in this build: ranks are threads of one process"
-                                  : mpirun.empty()
-                                      ? "in this build, but no mpirun beside the binary or on PATH"
-                                      : mpirun);
+  const bool processes = mpi && !mpirun.empty();
+  fmt::print("MPI          {}\n", processes ? mpirun
+                                  : mpi     ? "in this build, but no mpirun beside the program or on PATH"
+                                            : "not in this build");
+  fmt::print("             --ranks N starts N {}; docs/launch.md has the other ways\n",
+             processes ? "processes with it (with --backend local: threads)" : "threads of one process");
 }
 
 }  // namespace
