@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 NODES, RANKS_PER_NODE = 4, 8
 RANKS = NODES * RANKS_PER_NODE
 PUBLISHED = (44.4, 68.4)  # per cent of an iteration, as the field reports it without overlap
-LENGTH, MICRO_STEPS, LAYERS = 128, 8, 2  # a rank has one sequence of a micro-step
+LENGTH, MICRO_STEPS, LAYERS = 128, 4, 2  # a rank has one sequence of a micro-step
 REAL_TOKENS = 4096  # of a rank in a micro-step
 
 

@@ -120,7 +120,7 @@ def check_refusals() -> None:
     refuses("--max-mib 0: must be positive", "comm", "--max-mib", "0")
     refuses("--set: needs a run file", "step", "--set", "train.dtype=float32")
     refuses("--sequences 0: must be at least 1", "step", "--sequences", "0")
-    refuses("num_heads", "step", "--heads", "7")
+    refuses("head_dim = 73: the rotary embedding needs an even number", "step", "--heads", "7")
     refuses("A subcommand is required")
 
 
