@@ -32,7 +32,8 @@ struct Parameter {
   std::vector<std::int64_t> shape;  ///< kExpert: dim 0 are the experts held here
   std::int64_t first_expert = 0;    ///< kExpert: global id of the first of them
   at::Tensor value;  ///< compute dtype (buffers: the router's dtype); an autograd leaf while it is trained
-  bool trainable = true;  ///< false: frozen, or a buffer
+  bool trainable = true;   ///< false: frozen, or a buffer
+  at::Tensor frozen = {};  ///< bool of the value's shape: what of it stays as it is; undefined = nothing
 };
 
 /// A piece of a parameter under its on-disk name: expert e's gate matrix is rows 0..F-1 of gate_up[e].

@@ -17,9 +17,17 @@ struct Factors {
   T scale, beta1, beta2, epsilon, correction1, correction2, rate, decay;
 };
 
-template <typename T, typename Value>
-void update(const Factors<T>& f, std::int64_t begin, std::int64_t end, T* w, T* g, T* m, T* v, Value* value) {
+// `frozen` is read only when kMasked.
+template <bool kMasked, typename T, typename Value>
+void update(const Factors<T>& f, std::int64_t begin, std::int64_t end, T* w, T* g, T* m, T* v, Value* value,
+            const bool* frozen) {
   for (std::int64_t i = begin; i < end; ++i) {
+    if constexpr (kMasked) {
+      if (frozen[i]) {
+        g[i] = T{0};
+        continue;
+      }
+    }
     const T gradient = f.scale * g[i];
     g[i] = T{0};
     m[i] = f.beta1 * m[i] + (T{1} - f.beta1) * gradient;
@@ -38,8 +46,13 @@ void update_slot(const Factors<T>& factors, Slot& slot) {
   auto* m = slot.first_moment.mutable_data_ptr<T>();
   auto* v = slot.second_moment.mutable_data_ptr<T>();
   auto* value = slot.value.mutable_data_ptr<Value>();
+  const bool* frozen = slot.frozen.defined() ? slot.frozen.const_data_ptr<bool>() : nullptr;
   at::parallel_for(0, slot.master.numel(), kValuesPerTask, [&](std::int64_t begin, std::int64_t end) {
-    update(factors, begin, end, w, g, m, v, value);
+    if (frozen == nullptr) {
+      update<false>(factors, begin, end, w, g, m, v, value, frozen);
+    } else {
+      update<true>(factors, begin, end, w, g, m, v, value, frozen);
+    }
   });
 }
 

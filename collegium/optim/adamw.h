@@ -37,7 +37,7 @@ void validate(const AdamWOptions& options, const std::string& path);
 /// the gradients. Math     g' = scale g; m = b1 m + (1 - b1) g'; v = b2 v + (1 - b2) g'^2;
 ///          w -= rate (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay w); value = round(w).
 ///          An expert without tokens has gradient zero: its moments decay and its weights still move and
-///          shrink.
+///          shrink. What a slot marks as frozen stays as it is, decay included.
 /// Order    Elementwise, so bit-identical for any number of threads.
 /// Ref      [Loshchilov2019, Alg 2] arXiv 1711.05101
 void adamw_step(const AdamWOptions& options, double rate, double gradient_scale, std::int64_t step,

@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <cmath>
+#include <optional>
 
 #include "collegium/base/error.h"
 
@@ -28,7 +29,9 @@ const char* kind_name(model::ParameterKind kind) {
   return "dense";
 }
 
-[[noreturn]] void throw_not_finite(const Slot& slot) {
+std::string explain_non_finite(const Slot& slot) {
+  if (at::isfinite(slot.gradient).all().item<bool>())
+    return fmt::format("the norm of the gradient of {} is not finite: its values are too large", slot.name);
   std::string where = slot.name;
   if (slot.kind == model::ParameterKind::kExpert) {
     for (std::int64_t expert = 0; expert < slot.gradient.size(0); ++expert) {
@@ -37,7 +40,7 @@ const char* kind_name(model::ParameterKind kind) {
       break;
     }
   }
-  throw Error(fmt::format("the gradient of {} is not finite", where));
+  return fmt::format("the gradient of {} is not finite", where);
 }
 
 // One tensor of zeros, of which every (expert's) slot's gradient is a part.
@@ -75,7 +78,8 @@ MasterWeights::MasterWeights(const std::vector<model::Parameter>& parameters) {
               .master = parameter.value.detach().to(dtype),
               .gradient = {},
               .first_moment = {},
-              .second_moment = {}};
+              .second_moment = {},
+              .frozen = parameter.frozen};
     slot.first_moment = at::zeros_like(slot.master);
     slot.second_moment = at::zeros_like(slot.master);
     slots_.push_back(std::move(slot));
@@ -94,6 +98,13 @@ void MasterWeights::accumulate() {
   }
 }
 
+void MasterWeights::clear_frozen_gradients() {
+  const at::NoGradGuard no_grad;
+  for (Slot& slot : slots_) {
+    if (slot.frozen.defined()) slot.gradient.masked_fill_(slot.frozen, 0);
+  }
+}
+
 void MasterWeights::write_values() {
   const at::NoGradGuard no_grad;
   for (Slot& slot : slots_) slot.value.copy_(slot.master);
@@ -101,12 +112,15 @@ void MasterWeights::write_values() {
 
 GradientSquares gradient_squares(const std::vector<Slot>& slots) {
   GradientSquares squares;
-  for (const Slot& slot : slots) {
+  std::optional<std::size_t> not_finite;
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    const Slot& slot = slots[i];
     const double part =
         at::linalg_vector_norm(slot.gradient, 2, std::nullopt, false, at::kDouble).item<double>();
-    if (!std::isfinite(part)) throw_not_finite(slot);
+    if (!std::isfinite(part)) not_finite = i;
     squares[kind_name(slot.kind)] += part * part;
   }
+  if (not_finite) throw NonFiniteGradient(explain_non_finite(slots[*not_finite]), *not_finite);
   return squares;
 }
 

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "collegium/base/error.h"
 #include "collegium/model/parameters.h"
 
 namespace collegium::optim {
@@ -18,11 +19,12 @@ struct Slot {
   std::string name;
   model::ParameterKind kind = model::ParameterKind::kDense;
   std::int64_t first_expert = 0;  ///< kExpert: global id of the first expert held
-  at::Tensor value;          ///< the model's, in the compute dtype
-  at::Tensor master;         ///< fp32 (fp64 for a float64 model); the value itself when the dtypes agree
-  at::Tensor gradient;       ///< master dtype: the sum over the micro-steps of an optimizer step
-  at::Tensor first_moment;   ///< master dtype
-  at::Tensor second_moment;  ///< master dtype
+  at::Tensor value;               ///< the model's, in the compute dtype
+  at::Tensor master;              ///< fp32 (fp64 for a float64 model); the value itself when the dtypes agree
+  at::Tensor gradient;            ///< master dtype: the sum over the micro-steps of an optimizer step
+  at::Tensor first_moment;        ///< master dtype
+  at::Tensor second_moment;       ///< master dtype
+  at::Tensor frozen;              ///< bool, contiguous, the value's shape: what stays as it is; or undefined
 };
 
 class MasterWeights {
@@ -35,6 +37,8 @@ class MasterWeights {
 
   /// Adds every leaf's gradient to its accumulator and clears it.
   void accumulate();
+  /// Sets the gradients of what is frozen to zero, when they are complete.
+  void clear_frozen_gradients();
   /// value = round(master), after the masters were replaced.
   void write_values();
 
@@ -52,8 +56,17 @@ class MasterWeights {
 using GradientSquares = std::map<std::string, double>;
 inline constexpr const char* kExpertKind = "expert";
 
+/// A gradient that is not finite.
+class NonFiniteGradient : public Error {
+ public:
+  NonFiniteGradient(const std::string& message, std::size_t index) : Error(message), slot(index) {}
+  std::size_t slot;
+};
+
 /// What     The slots' sums of squares, in a fixed order in float64.
-/// Throws   Error naming the parameter (and expert) when a gradient is not finite.
+/// Throws   NonFiniteGradient when a gradient is not finite, naming the parameter (and expert) nearest the
+/// output: the
+///          backward pass spreads what is not finite from there to all before it.
 GradientSquares gradient_squares(const std::vector<Slot>& slots);
 
 /// The global norm and what it is made of.

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/train/freeze.h"
 
-#include <algorithm>
+#include <ATen/ops/zeros.h>
+
+#include <set>
 
 #include "collegium/base/error.h"
 
@@ -18,31 +20,36 @@ bool matches(std::string_view pattern, std::string_view text) {
 void freeze_parameters(const model::ModelConfig& config, const std::vector<std::string>& patterns,
                        std::vector<model::Parameter>& held) {
   // Of the whole model, so that every rank says the same of a pattern.
-  std::vector<model::Parameter> parameters = model::list_parameters(config);
+  const std::vector<model::Parameter> parameters = model::list_parameters(config);
   const auto disk_tensors = model::list_disk_tensors(config, parameters);
+  std::set<std::string> frozen;
   for (const std::string& pattern : patterns) {
-    std::vector<std::int64_t> matched(parameters.size(), 0);
-    std::vector<std::int64_t> all(parameters.size(), 0);
-    for (const model::DiskTensor& disk : disk_tensors) {
-      ++all[disk.parameter];
-      if (matches(pattern, disk.name)) ++matched[disk.parameter];
-    }
     bool any = false;
-    for (std::size_t i = 0; i < parameters.size(); ++i) {
-      if (matched[i] == 0) continue;
-      require_config(matched[i] == all[i],
-                     "model.freeze \"{}\": matches {} of the {} tensors of {}, which are trained together",
-                     pattern, matched[i], all[i], parameters[i].name);
-      parameters[i].trainable = false;
+    for (const model::DiskTensor& disk : disk_tensors) {
+      if (!matches(pattern, disk.name)) continue;
+      frozen.insert(disk.name);
       any = true;
     }
     require_config(any, "model.freeze \"{}\": matches no tensor (names are those on disk, such as {})",
                    pattern, disk_tensors.front().name);
   }
-  const bool left =
-      std::any_of(parameters.begin(), parameters.end(), [](const auto& p) { return p.trainable; });
+  std::vector<bool> trained(parameters.size(), false);
+  for (const model::DiskTensor& disk : disk_tensors) {
+    if (!frozen.contains(disk.name)) trained[disk.parameter] = true;
+  }
+  bool left = false;
+  for (std::size_t i = 0; i < held.size(); ++i) {
+    left = left || (trained[i] && parameters[i].trainable);
+    held[i].trainable = held[i].trainable && trained[i];
+  }
   require_config(left, "model.freeze: nothing is left to train");
-  for (std::size_t i = 0; i < held.size(); ++i) held[i].trainable = parameters[i].trainable;
+  for (const model::DiskTensor& disk : model::list_disk_tensors(config, held)) {
+    model::Parameter& parameter = held[disk.parameter];
+    const bool whole = !trained[disk.parameter] && parameter.kind != model::ParameterKind::kBuffer;
+    if (whole || !frozen.contains(disk.name)) continue;
+    if (!parameter.frozen.defined()) parameter.frozen = at::zeros(parameter.shape, at::kBool);
+    model::disk_view(disk, parameter.frozen).fill_(true);
+  }
 }
 
 }  // namespace collegium::train

@@ -82,6 +82,46 @@ TEST(GradientNorm, counts_everything_once_and_names_what_is_not_finite) {
   }
 }
 
+TEST(GradientNorm, what_the_backward_pass_reached_first_is_named) {
+  std::vector<model::Parameter> parameters = {parameter("first", model::ParameterKind::kDense, at::kDouble),
+                                              parameter("second", model::ParameterKind::kExpert, at::kDouble),
+                                              parameter("last", model::ParameterKind::kDense, at::kDouble)};
+  optim::MasterWeights masters(parameters);
+  const auto message = [&] {
+    try {
+      optim::gradient_squares(masters.slots());
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+    return std::string("accepted");
+  };
+  masters.slots()[0].gradient.fill_(std::numeric_limits<double>::quiet_NaN());
+  masters.slots()[1].gradient[2].fill_(std::numeric_limits<double>::infinity());
+  EXPECT_EQ(message(), "the gradient of second (expert 2) is not finite");
+  masters.slots()[2].gradient.fill_(1e200);
+  EXPECT_EQ(message(), "the norm of the gradient of last is not finite: its values are too large");
+}
+
+TEST(AdamW, what_is_frozen_stays) {
+  for (const auto dtype : {at::kDouble, at::kBFloat16}) {
+    std::vector<model::Parameter> parameters = {parameter("matrix", model::ParameterKind::kExpert, dtype)};
+    parameters[0].frozen = at::zeros({3, 5, 7}, at::kBool);
+    parameters[0].frozen[1].narrow(0, 2, 2).fill_(true);
+    const at::Tensor before = parameters[0].value.detach().clone();
+    optim::MasterWeights masters(parameters);
+    parameters[0].value.mutable_grad() = test::random_tensor("g", {3, 5, 7}, dtype);
+    masters.accumulate();
+    masters.clear_frozen_gradients();
+    EXPECT_TRUE(at::equal(masters.slots()[0].gradient == 0, parameters[0].frozen));
+    const at::NoGradGuard no_grad;
+    optim::adamw_step({.weight_decay = 0.5}, 0.1, 1.0, 1, masters.slots());
+    const at::Tensor& frozen = parameters[0].frozen;
+    EXPECT_TRUE(at::equal(parameters[0].value.masked_select(frozen), before.masked_select(frozen)));
+    EXPECT_TRUE(at::equal(masters.slots()[0].master == before.to(masters.slots()[0].master), frozen));
+    EXPECT_TRUE(at::equal(masters.slots()[0].first_moment == 0, parameters[0].frozen));
+  }
+}
+
 TEST(Schedule, known_points) {
   const optim::ScheduleOptions cosine{
       .kind = optim::ScheduleKind::kCosine, .warmup_steps = 10, .final_ratio = 0.1};
