@@ -82,6 +82,17 @@ class Loader {
 
   bool has(const std::string& name) const { return weights_.file_of.contains(name); }
 
+  // The file that holds the tensor, which has this shape.
+  const SafetensorsFile& require(const std::string& name, const std::vector<std::int64_t>& shape) const {
+    const auto found = weights_.file_of.find(name);
+    require_config(found != weights_.file_of.end(), "{}: tensor '{}' is missing", directory_.string(), name);
+    const SafetensorsFile& file = weights_.files[found->second];
+    const TensorInfo& info = file.tensors().at(name);
+    require_config(info.shape == shape, "{}: tensor '{}': has shape [{}], the configuration needs [{}]",
+                   file.path().string(), name, fmt::join(info.shape, ", "), fmt::join(shape, ", "));
+    return file;
+  }
+
   void copy(const std::string& name, const std::vector<std::int64_t>& shape, at::Tensor target) {
     copy_rows(name, shape, 0, shape[0], std::move(target));
   }
@@ -89,15 +100,11 @@ class Loader {
   // Rows [first, first + count) of a tensor of this shape; the others are not read.
   void copy_rows(const std::string& name, const std::vector<std::int64_t>& shape, std::int64_t first,
                  std::int64_t count, at::Tensor target) {
-    const auto found = weights_.file_of.find(name);
-    require_config(found != weights_.file_of.end(), "{}: tensor '{}' is missing", directory_.string(), name);
-    const SafetensorsFile& file = weights_.files[found->second];
+    const SafetensorsFile& file = require(name, shape);
     const std::string where = fmt::format("{}: tensor '{}'", file.path().string(), name);
-    const TensorInfo& info = file.tensors().at(name);
-    require_config(info.shape == shape, "{}: has shape [{}], the configuration needs [{}]", where,
-                   fmt::join(info.shape, ", "), fmt::join(shape, ", "));
     const at::Tensor value = read_rows(file, name, first, count);
-    require_config(value.is_floating_point(), "{}: has dtype {}, needs floating point", where, info.dtype);
+    require_config(value.is_floating_point(), "{}: has dtype {}, needs floating point", where,
+                   file.tensors().at(name).dtype);
     check_finite(value, where, first);
     target.copy_(value);
     unused_.erase(name);
@@ -136,20 +143,21 @@ std::string fused_name(const Parameter& parameter) {
 
 bool is_expert(const Parameter& parameter) { return parameter.kind == ParameterKind::kExpert; }
 
-// Copies the fused tensors that are there, and says which parameters they filled.
-std::set<std::size_t> copy_fused(Loader& loader, const ModelConfig& config,
-                                 std::vector<Parameter>& parameters) {
-  std::set<std::size_t> fused;
-  for (std::size_t i = 0; i < parameters.size(); ++i) {
-    const Parameter& parameter = parameters[i];
-    if (!is_expert(parameter) || !loader.has(fused_name(parameter))) continue;
-    std::vector<std::int64_t> shape = parameter.shape;
-    shape[0] = config.moe.num_experts;
-    loader.copy_rows(fused_name(parameter), shape, parameter.first_expert, parameter.shape[0],
-                     parameter.value);
-    fused.insert(i);
-  }
-  return fused;
+// Of all experts, also where only some are held.
+std::vector<std::int64_t> fused_shape(const Parameter& parameter, const ModelConfig& config) {
+  std::vector<std::int64_t> shape = parameter.shape;
+  shape[0] = config.moe.num_experts;
+  return shape;
+}
+
+// A tensor under its family's name, or under that of transformers 5 in memory, where all families are alike.
+std::string name_in(const Loader& loader, const std::string& disk_name) {
+  constexpr std::string_view kMixtral = ".block_sparse_moe.";
+  const std::size_t place = disk_name.find(kMixtral);
+  if (place == std::string::npos || loader.has(disk_name)) return disk_name;
+  std::string name = disk_name;
+  name.replace(place, kMixtral.size(), ".mlp.");
+  return loader.has(name) ? name : disk_name;
 }
 
 std::string shard_name(std::int64_t number, std::int64_t total) {
@@ -162,15 +170,35 @@ std::vector<Parameter> load_parameters(const fs::path& directory, const ModelCon
                                        at::ScalarType dtype, const ExpertRange& held) {
   Loader loader(directory);
   std::vector<Parameter> parameters = list_parameters(config, held);
+  // All shapes before any memory, and what is not an expert first: a configuration of other sizes may ask for
+  // more memory than there is, or for more experts than can be listed.
+  std::vector<Parameter> others = parameters;
+  std::erase_if(others, is_expert);
+  for (const DiskTensor& disk : list_disk_tensors(config, others))
+    loader.require(name_in(loader, disk.name), disk.shape);
+  const std::vector<DiskTensor> disk_tensors = list_disk_tensors(config, parameters);
+  std::set<std::size_t> fused;
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    if (is_expert(parameters[i]) && loader.has(fused_name(parameters[i]))) fused.insert(i);
+  }
+  for (const std::size_t i : fused)
+    loader.require(fused_name(parameters[i]), fused_shape(parameters[i], config));
+  for (const DiskTensor& disk : disk_tensors) {
+    if (!fused.contains(disk.parameter)) loader.require(name_in(loader, disk.name), disk.shape);
+  }
   const auto buffer_dtype = dtype == at::kDouble ? at::kDouble : at::kFloat;
   for (Parameter& parameter : parameters) {
     parameter.value =
         at::empty(parameter.shape, parameter.kind == ParameterKind::kBuffer ? buffer_dtype : dtype);
   }
-  const std::set<std::size_t> fused = copy_fused(loader, config, parameters);
-  for (const DiskTensor& disk : list_disk_tensors(config, parameters)) {
+  for (const std::size_t i : fused) {
+    const Parameter& parameter = parameters[i];
+    loader.copy_rows(fused_name(parameter), fused_shape(parameter, config), parameter.first_expert,
+                     parameter.shape[0], parameter.value);
+  }
+  for (const DiskTensor& disk : disk_tensors) {
     if (!fused.contains(disk.parameter))
-      loader.copy(disk.name, disk.shape, disk_view(disk, parameters[disk.parameter].value));
+      loader.copy(name_in(loader, disk.name), disk.shape, disk_view(disk, parameters[disk.parameter].value));
   }
   for (const DiskTensor& disk : list_disk_tensors(config, list_parameters(config))) {
     const bool elsewhere =

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/model/config.h"
 
+#include <limits>
+
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
 #include "collegium/model/families/family.h"
@@ -38,7 +40,14 @@ void write_family(const ModelConfig& config, Json& json) {
 
 }  // namespace
 
+void require_listable(const ModelConfig& c) {
+  constexpr std::int64_t kMaxLayers = 10000;
+  require_config(c.num_layers <= kMaxLayers, "model.num_layers = {}: must be at most {}", c.num_layers,
+                 kMaxLayers);
+}
+
 void complete(ModelConfig& config) {
+  require_listable(config);
   if (config.num_kv_heads == 0) config.num_kv_heads = config.num_heads;
   if (config.head_dim == 0 && config.num_heads > 0) config.head_dim = config.hidden_size / config.num_heads;
   if (config.moe_layers.empty() && config.num_layers > 0) {
@@ -115,7 +124,8 @@ void validate(const ModelConfig& c, bool training) {
       {"num_heads", c.num_heads},        {"head_dim", c.head_dim},       {"num_kv_heads", c.num_kv_heads},
       {"max_positions", c.max_positions}};
   for (const auto& [name, value] : sizes)
-    require_config(value >= 1, "model.{} = {}: must be at least 1", name, value);
+    require_config(value >= 1 && value <= std::numeric_limits<std::int32_t>::max(),
+                   "model.{} = {}: must be at least 1 and below 2^31", name, value);
   require_config(c.num_heads % c.num_kv_heads == 0, "model.num_kv_heads = {}: must divide num_heads = {}",
                  c.num_kv_heads, c.num_heads);
   require_config(c.head_dim % 2 == 0, "model.head_dim = {}: the rotary embedding needs an even number",

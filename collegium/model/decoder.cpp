@@ -24,6 +24,19 @@ struct Decoder::Block {
   at::Tensor ffn_down;
 };
 
+/// What a block is run with besides its input.
+struct Decoder::BlockCall {
+  AttentionContext attention;
+  LayerCache* cache = nullptr;
+  std::shared_ptr<moe::LayerRun> run;
+  std::int64_t layer = 0;
+  std::function<void(const std::string&, const at::Tensor&)> observer;
+
+  void observe(const char* what, const at::Tensor& value) const {
+    if (observer) observer(fmt::format("{} of layer {}", what, layer), value);
+  }
+};
+
 Decoder::Decoder(ModelConfig config, std::vector<Parameter> parameters)
     : Decoder(config, std::move(parameters),
               {.dispatcher = moe::make_local_dispatcher(config.moe.num_experts), .overlap = {}}) {}
@@ -65,27 +78,34 @@ Decoder::Decoder(ModelConfig config, std::vector<Parameter> parameters, moe::Exp
   }
 }
 
-const at::Tensor& Decoder::value(const std::string& name) const {
+const Parameter& Decoder::parameter(const std::string& name) const {
   const auto found = index_.find(name);
   COLLEGIUM_CHECK(found != index_.end(), "no parameter '{}'", name);
-  return parameters_[found->second].value;
+  return parameters_[found->second];
 }
 
 std::int64_t Decoder::num_moe_layers() const {
   return std::count(config_.moe_layers.begin(), config_.moe_layers.end(), true);
 }
 
-at::Tensor Decoder::run_block(const Block& block, const at::Tensor& x_BSD, const AttentionContext& context,
-                              LayerCache* cache, const std::shared_ptr<moe::LayerRun>& run) const {
-  const at::Tensor mixed_BSD =
-      x_BSD + attention(config_, block.attention, rms_norm(x_BSD, block.input_norm, config_.norm_eps),
-                        context, cache);
+at::Tensor Decoder::run_block(const Block& block, const at::Tensor& x_BSD, const BlockCall& call) const {
+  const at::Tensor attended_BSD =
+      attention(config_, block.attention, rms_norm(x_BSD, block.input_norm, config_.norm_eps), call.attention,
+                call.cache);
+  call.observe("attention output", attended_BSD);
+  const at::Tensor mixed_BSD = x_BSD + attended_BSD;
   const at::Tensor normed_TD =
       rms_norm(mixed_BSD, block.post_norm, config_.norm_eps).reshape({-1, config_.hidden_size});
+  call.observe("feed-forward input", normed_TD);
   const at::Tensor y_TD = block.has_experts
-                              ? moe::moe_layer(config_.moe, block.moe, transport_, normed_TD, run)
+                              ? moe::moe_layer(config_.moe, block.moe, transport_, normed_TD, call.run)
                               : dense_ffn(normed_TD, block.ffn_gate_up, block.ffn_down);
-  return mixed_BSD + y_TD.view_as(mixed_BSD);
+  if (call.run)
+    call.observe("largest router logit", at::scalar_tensor(call.run->statistics.max_abs_logit, at::kDouble));
+  call.observe("feed-forward output", y_TD);
+  const at::Tensor output_BSD = mixed_BSD + y_TD.view_as(mixed_BSD);
+  call.observe("output", output_BSD);
+  return output_BSD;
 }
 
 ForwardResult Decoder::forward(const at::Tensor& ids_BS, const ForwardOptions& options) const {
@@ -97,6 +117,7 @@ ForwardResult Decoder::forward(const at::Tensor& ids_BS, const ForwardOptions& o
 
   ForwardResult result;
   at::Tensor x_BSD = embed(value("embed_tokens"), ids_BS, config_.padding_id);
+  if (options.observer) options.observer("embedding output", x_BSD);
   const bool recomputed = options.recompute && at::GradMode::is_enabled();
   // With a frozen embedding nothing would require grad, and recompute() hangs the block's gradients on its
   // input.
@@ -114,14 +135,17 @@ ForwardResult Decoder::forward(const at::Tensor& ids_BS, const ForwardOptions& o
       result.layers.push_back(run);
     }
     LayerCache* cache = options.cache != nullptr ? &options.cache->layers[layer] : nullptr;
-    const auto function = [this, block, context, cache, run](const at::Tensor& x) {
-      return run_block(*block, x, context, cache, run);
-    };
+    const BlockCall call{.attention = context,
+                         .cache = cache,
+                         .run = run,
+                         .layer = static_cast<std::int64_t>(layer),
+                         .observer = options.observer};
+    const auto function = [this, block, call](const at::Tensor& x) { return run_block(*block, x, call); };
     x_BSD = recomputed ? recompute(function, x_BSD) : function(x_BSD);
-    if (options.observer) options.observer(static_cast<std::int64_t>(layer), x_BSD);
   }
   if (options.cache != nullptr) options.cache->length += ids_BS.size(1);
   result.hidden_BSD = rms_norm(x_BSD, value("norm"), config_.norm_eps);
+  if (options.observer) options.observer("output of the final norm", result.hidden_BSD);
   return result;
 }
 

@@ -9,6 +9,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "collegium/model/attention.h"
@@ -30,7 +31,8 @@ struct ForwardOptions {
   at::Tensor document_ids_BS;  ///< int64: attention stays within equal ids; undefined = crosses documents
   KvCache* cache = nullptr;    ///< generation: append these tokens and attend to all that are held
   std::vector<at::Tensor> replayed_ids;  ///< per MoE layer int32 [T, K], or empty
-  std::function<void(std::int64_t layer, const at::Tensor& x_BSD)> observer;  ///< sees every block's output
+  /// Sees what the pass computes, in order: ("embedding output"), ("attention output of layer 3"), ...
+  std::function<void(const std::string& what, const at::Tensor& value)> observer;
 };
 
 struct ForwardResult {
@@ -49,7 +51,8 @@ class Decoder {
   const std::vector<Parameter>& parameters() const { return parameters_; }
   std::vector<Parameter>& parameters() { return parameters_; }
   /// Throws InternalError when there is none of this name.
-  const at::Tensor& value(const std::string& name) const;
+  const at::Tensor& value(const std::string& name) const { return parameter(name).value; }
+  const Parameter& parameter(const std::string& name) const;
   at::ScalarType dtype() const { return parameters_[0].value.scalar_type(); }
   std::int64_t num_moe_layers() const;
 
@@ -62,8 +65,8 @@ class Decoder {
 
  private:
   struct Block;
-  at::Tensor run_block(const Block& block, const at::Tensor& x_BSD, const AttentionContext& attention,
-                       LayerCache* cache, const std::shared_ptr<moe::LayerRun>& run) const;
+  struct BlockCall;
+  at::Tensor run_block(const Block& block, const at::Tensor& x_BSD, const BlockCall& call) const;
 
   ModelConfig config_;
   std::vector<Parameter> parameters_;

@@ -9,10 +9,15 @@ namespace collegium::moe {
 namespace {
 
 void validate_sizes(const MoeOptions& o, const std::string& path) {
+  constexpr std::int64_t kMaxExperts = std::int64_t{1} << 20;
   require_config(o.num_experts >= 1, "{}.num_experts = {}: must be at least 1", path, o.num_experts);
+  require_config(o.num_experts <= kMaxExperts, "{}.num_experts = {}: must be at most {}", path, o.num_experts,
+                 kMaxExperts);
   require_config(o.top_k >= 1 && o.top_k <= o.num_experts,
                  "{}.top_k = {}: must lie between 1 and num_experts = {}", path, o.top_k, o.num_experts);
+  constexpr std::int64_t kMaxWidth = std::int64_t{1} << 31;
   require_config(o.ffn_size >= 1, "{}.ffn_size = {}: must be at least 1", path, o.ffn_size);
+  require_config(o.ffn_size < kMaxWidth, "{}.ffn_size = {}: must be below 2^31", path, o.ffn_size);
   const SharedExpertOptions& shared = o.shared_expert;
   require_config(shared.kind == SharedExpert::kNone || shared.ffn_size >= 1,
                  "{}.shared_expert.ffn_size = {}: must be at least 1 for kind = \"{}\"", path,

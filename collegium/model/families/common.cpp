@@ -40,6 +40,7 @@ ModelConfig parse_common(const HfReader& reader, const ModelConfig& defaults) {
   c.vocab_size = reader.get("vocab_size", c.vocab_size);
   c.hidden_size = reader.get("hidden_size", c.hidden_size);
   c.num_layers = reader.get("num_hidden_layers", c.num_layers);
+  require_listable(c);
   c.num_heads = reader.get("num_attention_heads", c.num_heads);
   c.num_kv_heads = reader.get("num_key_value_heads", c.num_kv_heads);
   c.head_dim = reader.get("head_dim", c.head_dim);

@@ -63,6 +63,9 @@ void write_mixtral(const ModelConfig& config, Json& json);
 void write_olmoe(const ModelConfig& config, Json& json);
 void write_qwen3_moe(const ModelConfig& config, Json& json);
 
+/// Throws ConfigError for more layers than can be listed one by one.
+void require_listable(const ModelConfig& config);
+
 /// The keys that all three families share, read and written.
 ModelConfig parse_common(const HfReader& reader, const ModelConfig& defaults);
 void write_common(const ModelConfig& config, Json& json);
