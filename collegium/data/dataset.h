@@ -120,6 +120,7 @@ class Sampler {
   Sampler(const Dataset& dataset, Split split, std::int64_t sequence_length, std::uint64_t seed);
 
   std::int64_t num_windows() const { return static_cast<std::int64_t>(starts_.size()); }  ///< per epoch
+  bool has_loss_mask() const { return dataset_->index().has_loss_mask; }
   Window window(std::int64_t sample_index) const;
   /// The window at a fixed place, without permutation: how validation walks through its split.
   Window window_in_order(std::int64_t window_index) const;

@@ -42,21 +42,54 @@ MicroBatch make_micro_batch(const std::vector<data::Window>& windows, std::int64
   return batch;
 }
 
-std::vector<MicroBatch> make_step(const data::Sampler& sampler, std::int64_t step, const StepShape& shape,
-                                  int num_ranks, int rank) {
-  std::vector<MicroBatch> batches;
-  for (std::int64_t first = 0; first < shape.global_batch; first += shape.micro_sequences) {
-    const std::int64_t all = std::min(shape.micro_sequences, shape.global_batch - first);
-    const parallel::Share share = parallel::share_of(all, shape.group_sequences, num_ranks, rank);
-    std::vector<data::Window> windows;
-    for (std::int64_t i = 0; i < share.count; ++i)
-      windows.push_back(sampler.window((step - 1) * shape.global_batch + first + share.first + i));
-    MicroBatch batch = make_micro_batch(windows, shape.sequence_length, first + share.first);
-    batch.all_sequences = all;
-    batch.offset = share.first;
-    batches.push_back(std::move(batch));
+/// Where this rank's sequences of a micro-step lie.
+struct StepBatches::Part {
+  std::int64_t all = 0;           ///< sequences of the micro-step
+  std::int64_t first = 0;         ///< this rank's first, within the global batch
+  std::int64_t offset = 0;        ///< the same within the micro-step
+  std::int64_t count = 0;         ///< this rank's
+  std::int64_t first_sample = 0;  ///< of the sampler
+};
+
+StepBatches::Part StepBatches::part(std::int64_t index) const {
+  const std::int64_t begin = index * shape_.micro_sequences;
+  const std::int64_t all = std::min(shape_.micro_sequences, shape_.global_batch - begin);
+  const parallel::Share share = parallel::share_of(all, shape_.group_sequences, num_ranks_, rank_);
+  return {.all = all,
+          .first = begin + share.first,
+          .offset = share.first,
+          .count = share.count,
+          .first_sample = (step_ - 1) * shape_.global_batch + begin + share.first};
+}
+
+std::int64_t StepBatches::num_micro_steps() const {
+  return (shape_.global_batch + shape_.micro_sequences - 1) / shape_.micro_sequences;
+}
+
+MicroBatch StepBatches::micro_step(std::int64_t index) const {
+  const Part part = this->part(index);
+  std::vector<data::Window> windows;
+  for (std::int64_t i = 0; i < part.count; ++i) windows.push_back(sampler_.window(part.first_sample + i));
+  MicroBatch batch = make_micro_batch(windows, shape_.sequence_length, part.first);
+  batch.all_sequences = part.all;
+  batch.offset = part.offset;
+  return batch;
+}
+
+std::int64_t StepBatches::count_targets() const {
+  std::int64_t count = 0;
+  for (std::int64_t index = 0; index < num_micro_steps(); ++index) {
+    const Part part = this->part(index);
+    if (!sampler_.has_loss_mask()) {
+      count += part.count * shape_.sequence_length;
+      continue;
+    }
+    for (std::int64_t i = 0; i < part.count; ++i) {
+      const std::vector<bool> is_target = sampler_.window(part.first_sample + i).is_target;
+      count += std::count(is_target.begin() + 1, is_target.end(), true);
+    }
   }
-  return batches;
+  return count;
 }
 
 }  // namespace collegium::train

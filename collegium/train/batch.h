@@ -35,10 +35,31 @@ struct StepShape {
   std::int64_t group_sequences = 1;  ///< whole groups of so many go to one rank
 };
 
-/// What     Rank `rank`'s part of the micro-steps of optimizer step `step` (1, 2, …).
-/// Order    A function of (sampler, step): which sequences a micro-step holds does not depend on the number
-///          of ranks.
-std::vector<MicroBatch> make_step(const data::Sampler& sampler, std::int64_t step, const StepShape& shape,
-                                  int num_ranks, int rank);
+/// One rank's part of an optimizer step. Micro-steps are made when they are asked for: only one need be in
+/// memory.
+class StepBatches {
+ public:
+  /// Of step `step` (1, 2, …); `sampler` must outlive this.
+  StepBatches(const data::Sampler& sampler, std::int64_t step, const StepShape& shape, int num_ranks,
+              int rank)
+      : sampler_(sampler), step_(step), shape_(shape), num_ranks_(num_ranks), rank_(rank) {}
+
+  std::int64_t num_micro_steps() const;
+  /// What     Micro-step `index` (0, 1, …).
+  /// Order    A function of (sampler, step): which sequences it holds does not depend on the number of ranks.
+  MicroBatch micro_step(std::int64_t index) const;
+  /// Targets of all of this rank's micro-steps.
+  std::int64_t count_targets() const;
+
+ private:
+  struct Part;
+  Part part(std::int64_t index) const;
+
+  const data::Sampler& sampler_;
+  std::int64_t step_;
+  StepShape shape_;
+  int num_ranks_;
+  int rank_;
+};
 
 }  // namespace collegium::train

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <charconv>
 
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
@@ -23,24 +24,38 @@ constexpr const char* kManifest = "training/manifest.json";
 constexpr const char* kState = "training/state.json";
 constexpr const char* kOptimizerPrefix = "training/optimizer";
 
-bool is_checkpoint_name(const std::string& name) {
-  return name.starts_with("step-") && name.size() > 5 &&
-         std::all_of(name.begin() + 5, name.end(), [](char c) { return c >= '0' && c <= '9'; });
+// The step of a folder called step-N; nothing for other names, and for numbers that no step has.
+std::optional<std::int64_t> step_of(const std::string& name) {
+  if (!name.starts_with("step-") || name.size() == 5) return std::nullopt;
+  std::int64_t step = 0;
+  const auto [end, error] = std::from_chars(name.data() + 5, name.data() + name.size(), step);
+  if (error != std::errc() || end != name.data() + name.size() || name[5] == '-') return std::nullopt;
+  return step;
+}
+
+// What is in a folder; nothing when there is none.
+std::vector<fs::path> list_folder(const fs::path& folder) {
+  std::vector<fs::path> paths;
+  std::error_code code;
+  if (!fs::is_directory(folder, code)) return paths;
+  for (fs::directory_iterator entry(folder, code), end; !code && entry != end; entry.increment(code))
+    paths.push_back(entry->path());
+  require_config(!code, "cannot read run folder {}: {}", folder.string(), code.message());
+  return paths;
 }
 
 // Committed checkpoints, oldest first.
 std::vector<fs::path> list_checkpoints(const fs::path& run_folder) {
-  std::vector<fs::path> found;
-  if (!fs::is_directory(run_folder)) return found;
-  for (const auto& entry : fs::directory_iterator(run_folder)) {
-    if (is_checkpoint_name(entry.path().filename().string()) && fs::exists(entry.path() / kManifest)) {
-      found.push_back(entry.path());
-    }
+  std::vector<std::pair<std::int64_t, fs::path>> found;
+  for (const fs::path& path : list_folder(run_folder)) {
+    const auto step = step_of(path.filename().string());
+    std::error_code unreadable;
+    if (step && fs::exists(path / kManifest, unreadable)) found.emplace_back(*step, path);
   }
-  std::sort(found.begin(), found.end(), [](const fs::path& a, const fs::path& b) {
-    return std::stoll(a.filename().string().substr(5)) < std::stoll(b.filename().string().substr(5));
-  });
-  return found;
+  std::sort(found.begin(), found.end());
+  std::vector<fs::path> checkpoints;
+  for (auto& [step, path] : found) checkpoints.push_back(std::move(path));
+  return checkpoints;
 }
 
 Json parse_json_file(const fs::path& file) {
@@ -150,13 +165,13 @@ class CheckpointWriter {
   }
 
   // The rest, by rank 0, when all parts are there. The manifest is last.
-  void commit(const fs::path& tokenizer_file, std::int64_t keep_last) {
+  void commit(const std::vector<fs::path>& companions, std::int64_t keep_last) {
     together([&] {
       if (!groups_.is_root()) return Json();
       const std::vector<std::string> description =
           model::write_model_description(temporary_, decoder_.config(), decoder_.dtype(), index_);
       for (const std::string& name : description) list_file(temporary_, name, files_);
-      if (!tokenizer_file.empty()) add_file("tokenizer.model", read_file(tokenizer_file));
+      for (const fs::path& file : companions) add_file(file.filename().string(), read_file(file));
       add_file(kState, state_json().dump(1));
       write_file_atomically(temporary_ / kManifest, Json{{"version", 1}, {"files", files_}}.dump(1));
       publish();
@@ -218,22 +233,29 @@ class CheckpointWriter {
   model::WeightIndex index_;
 };
 
+void verify_file(const fs::path& checkpoint, const std::string& name, const Json& entry) {
+  const fs::path path = checkpoint / name;
+  require_config(fs::exists(path), "{}: {} is missing", checkpoint.string(), name);
+  const bool whole = entry.is_object() && entry.contains("bytes") && entry["bytes"].is_number_unsigned() &&
+                     entry.contains("xxh3") && entry["xxh3"].is_string();
+  require_config(whole, "{}: {} has no size and checksum of {}", checkpoint.string(), kManifest, name);
+  const auto bytes = entry["bytes"].get<std::uintmax_t>();
+  require_config(fs::file_size(path) == bytes, "{}: {} has {} bytes, the manifest says {}",
+                 checkpoint.string(), name, fs::file_size(path), bytes);
+  const std::string sum = checksum_file(path);
+  const auto expected = entry["xxh3"].get<std::string>();
+  require_config(sum == expected,
+                 "{}: {} is damaged or was changed: checksum {}, the manifest says {}; "
+                 "start from its weights alone with --weights-only",
+                 checkpoint.string(), name, sum, expected);
+}
+
 // Files number `first`, first + stride, ... of the manifest against what is there.
 void verify_files(const fs::path& checkpoint, std::size_t first, std::size_t stride) {
   const Json files = manifest_files(checkpoint);
   std::size_t number = 0;
   for (const auto& [name, entry] : files.items()) {
-    if (number++ % stride != first) continue;
-    const fs::path path = checkpoint / name;
-    require_config(fs::exists(path), "{}: {} is missing", checkpoint.string(), name);
-    const auto bytes = entry.value("bytes", std::uintmax_t{0});
-    require_config(fs::file_size(path) == bytes, "{}: {} has {} bytes, the manifest says {}",
-                   checkpoint.string(), name, fs::file_size(path), bytes);
-    const std::string sum = checksum_file(path);
-    require_config(sum == entry.value("xxh3", ""),
-                   "{}: {} is damaged or was changed: checksum {}, the manifest says {}; "
-                   "start from its weights alone with --weights-only",
-                   checkpoint.string(), name, sum, entry.value("xxh3", ""));
+    if (number++ % stride == first) verify_file(checkpoint, name, entry);
   }
 }
 
@@ -255,7 +277,8 @@ TrainingState read_state(const fs::path& checkpoint) {
             .elapsed_seconds = json.at("elapsed_seconds").get<double>(),
             .run_config = json.at("run_config")};
   } catch (const Json::exception& error) {
-    throw ConfigError(fmt::format("{}: {}: {}", checkpoint.string(), kState, error.what()));
+    throw ConfigError(fmt::format("{}: {} lacks a part, or one is of another type: {}", checkpoint.string(),
+                                  kState, error.what()));
   }
 }
 
@@ -263,7 +286,7 @@ TrainingState read_state(const fs::path& checkpoint) {
 
 fs::path save_checkpoint(const fs::path& run_folder, const model::Decoder& decoder,
                          const optim::MasterWeights& masters, const TrainingState& state,
-                         const fs::path& tokenizer_file, std::int64_t keep_last,
+                         const std::vector<fs::path>& companions, std::int64_t keep_last,
                          const parallel::Groups& groups) {
   const comm::WhereScope where(groups.world->where(),
                                {.step = state.step, .layer = -1, .phase = "checkpoint"});
@@ -271,7 +294,7 @@ fs::path save_checkpoint(const fs::path& run_folder, const model::Decoder& decod
   try {
     writer.prepare();
     writer.write_parts();
-    writer.commit(tokenizer_file, keep_last);
+    writer.commit(companions, keep_last);
   } catch (...) {
     writer.discard();
     throw;
@@ -285,16 +308,21 @@ std::optional<fs::path> find_latest_checkpoint(const fs::path& run_folder) {
 }
 
 void remove_temporary_folders(const fs::path& run_folder) {
-  if (!fs::is_directory(run_folder)) return;
-  std::vector<fs::path> stale;
-  for (const auto& entry : fs::directory_iterator(run_folder)) {
-    const std::string name = entry.path().filename().string();
-    if (name.starts_with("step-") && name.find(".tmp-") != std::string::npos) stale.push_back(entry.path());
+  for (const fs::path& path : list_folder(run_folder)) {
+    const std::string name = path.filename().string();
+    if (name.starts_with("step-") && name.find(".tmp-") != std::string::npos) fs::remove_all(path);
   }
-  for (const fs::path& path : stale) fs::remove_all(path);
 }
 
 void verify_checkpoint(const fs::path& checkpoint) { verify_files(checkpoint, 0, 1); }
+
+Json saved_run_config(const fs::path& checkpoint) {
+  const Json files = manifest_files(checkpoint);
+  verify_file(checkpoint, kState, files.value(kState, Json()));
+  Json config = read_state(checkpoint).run_config;
+  require_config(config.is_object(), "{}: {} holds no run configuration", checkpoint.string(), kState);
+  return config;
+}
 
 TrainingState load_checkpoint(const fs::path& checkpoint, model::Decoder& decoder,
                               optim::MasterWeights& masters, const parallel::Groups& groups) {

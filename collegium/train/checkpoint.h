@@ -34,6 +34,7 @@ struct TrainingState {
 /// What     Writes RUN/step-N and removes checkpoints beyond the newest `keep_last` (0 = keep all). World
 /// rank 0
 ///          writes what all ranks have; the experts are written by the ranks of their first copy (edp = 0).
+///          `companions` (tokenizer and the like) are copied under their names.
 /// Comm     collective over the world: three gathers of a few bytes per tensor; nobody commits before every
 ///          rank has written.
 /// Returns  its folder.
@@ -42,8 +43,8 @@ struct TrainingState {
 ///          is not finite (named), the disk is full, the folder cannot be written. PeerFailure on the others.
 std::filesystem::path save_checkpoint(const std::filesystem::path& run_folder, const model::Decoder& decoder,
                                       const optim::MasterWeights& masters, const TrainingState& state,
-                                      const std::filesystem::path& tokenizer_file, std::int64_t keep_last,
-                                      const parallel::Groups& groups);
+                                      const std::vector<std::filesystem::path>& companions,
+                                      std::int64_t keep_last, const parallel::Groups& groups);
 
 /// What     The newest committed checkpoint of a run folder; uncommitted and temporary folders are passed
 /// over.
@@ -55,6 +56,10 @@ void remove_temporary_folders(const std::filesystem::path& run_folder);
 /// What     Checks every file against the manifest.
 /// Throws   ConfigError naming the file: missing, other size, other checksum.
 void verify_checkpoint(const std::filesystem::path& checkpoint);
+
+/// What     The run configuration that a checkpoint was made with, after its file was verified.
+/// Throws   ConfigError naming the file: missing, damaged, or without a part.
+Json saved_run_config(const std::filesystem::path& checkpoint);
 
 /// What     Loads masters, moments and buffers, of the experts those held here, into `decoder` and `masters`,
 ///          whatever ranks wrote them.

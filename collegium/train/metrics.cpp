@@ -27,9 +27,10 @@ std::string MetricsWriter::records_until(std::int64_t last_step) {
   std::string line;
   while (std::getline(lines, line)) {
     const Json record = Json::parse(line, nullptr, /*allow_exceptions=*/false);
-    if (record.is_discarded() || !record.contains("step") || record["step"].get<std::int64_t>() > last_step)
-      break;
-    if (record.value("kind", "") == "validation") last_validation_ = record["step"].get<std::int64_t>();
+    const bool whole = record.is_object() && record.contains("step") && record["step"].is_number_integer() &&
+                       record.contains("kind") && record["kind"].is_string();
+    if (!whole || record["step"].get<std::int64_t>() > last_step) break;
+    if (record["kind"] == "validation") last_validation_ = record["step"].get<std::int64_t>();
     kept += line;
     kept += '\n';
   }

@@ -3,6 +3,7 @@
 
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
+#include "collegium/base/machine.h"
 #include "collegium/model/tensor_io.h"
 #include "collegium/moe/capacity.h"
 
@@ -43,7 +44,8 @@ void describe(Fields& fields, ModelSourceKeys& s) {
   fields("config", s.options.config, "a Hugging Face config.json (file or folder) instead of inline keys");
   fields("init", s.options.init,
          "a Hugging Face model folder to start from: continued training, fine-tuning");
-  fields("freeze", s.options.freeze, "on-disk tensor names that are not trained; * stands for any text");
+  fields("freeze", s.options.freeze,
+         "on-disk names of tensors that are not trained, such as *.experts.0.*; * stands for any text");
 }
 
 // "a.b=value": the value is TOML; a bare word that is no TOML value is taken as text.
@@ -122,6 +124,12 @@ void validate_batch(const RunConfig& c) {
   require_config(b.micro_sequences >= 1 && b.micro_sequences <= b.global_batch,
                  "batch.micro_sequences = {}: must lie between 1 and batch.global_batch = {}",
                  b.micro_sequences, b.global_batch);
+  // 2^32: a thousand times the largest steps that were ever published.
+  constexpr std::int64_t kMaxStepTokens = std::int64_t{1} << 32;
+  require_config(
+      b.global_batch <= kMaxStepTokens / c.data.sequence_length,
+      "batch.global_batch = {}: with data.sequence_length = {} a step would have more than {} tokens",
+      b.global_batch, c.data.sequence_length, kMaxStepTokens);
   const std::int64_t group = c.model.moe.capacity.group_sequences;
   const bool grouped = moe::tokens_interact_in_groups(c.model.moe);
   require_config(!grouped || (b.micro_sequences % group == 0 && b.global_batch % group == 0),
@@ -138,8 +146,13 @@ void validate(const RunConfig& c) {
   require_config(c.train.steps >= 1, "train.steps = {}: must be at least 1", c.train.steps);
   require_config(c.train.max_minutes >= 0.0, "train.max_minutes = {}: must not be negative",
                  c.train.max_minutes);
+  constexpr int kMaxThreadsPerCore = 8;
+  const int most_threads = kMaxThreadsPerCore * machine_cores();
   require_config(c.train.threads >= 0, "train.threads = {}: must not be negative (0 = all cores)",
                  c.train.threads);
+  require_config(c.train.threads <= most_threads,
+                 "train.threads = {}: must be at most {}, {} for each of this machine's {} cores",
+                 c.train.threads, most_threads, kMaxThreadsPerCore, machine_cores());
   model::parse_dtype(c.train.dtype, "train.dtype");
   optim::validate(c.optimizer, "optimizer");
   optim::validate(c.schedule, c.train.steps, "schedule");

@@ -20,12 +20,15 @@ struct DataOptions {
   std::string path;
   std::int64_t sequence_length = 512;
   bool mask_documents = false;
+  bool any_tokenizer = false;
 };
 template <class Fields>
 void describe(Fields& fields, DataOptions& o) {
   fields("path", o.path, "folder made by 'collegium prepare', relative to the working directory");
   fields("sequence_length", o.sequence_length, "tokens per sequence (S)");
   fields("mask_documents", o.mask_documents, "attention stays within a document");
+  fields("any_tokenizer", o.any_tokenizer,
+         "accept tokens that another tokenizer made than that of model.init");
 }
 
 struct ModelOptions {
@@ -57,7 +60,10 @@ struct LoopOptions {
 template <class Fields>
 void describe(Fields& fields, LoopOptions& o) {
   fields("steps", o.steps, "optimizer steps of the whole run");
-  fields("max_minutes", o.max_minutes, "stop with a checkpoint after this time; 0 = no limit");
+  fields("max_minutes", o.max_minutes,
+         "end after this time as after the last step (the learning rate follows the steps, not the time); 0 "
+         "= no "
+         "limit");
   fields("dtype", o.dtype, "compute dtype: bfloat16 (fp32 masters), float32 or float64");
   fields("seed", o.seed, "of weights, noise and data order");
   fields("recompute", o.recompute, "recompute every block's activations in the backward pass");

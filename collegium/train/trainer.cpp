@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <cmath>
+#include <optional>
 
 #include "collegium/base/error.h"
 #include "collegium/comm/local/local.h"
@@ -11,8 +12,10 @@
 #include "collegium/model/tensor_io.h"
 #include "collegium/moe/balance.h"
 #include "collegium/optim/adamw.h"
+#include "collegium/parallel/memory_check.h"
 #include "collegium/parallel/shares.h"
 #include "collegium/train/freeze.h"
+#include "collegium/train/non_finite.h"
 #include "collegium/train/on_all_ranks.h"
 #include "collegium/train/validation.h"
 
@@ -72,8 +75,12 @@ Trainer::Trainer(const RunConfig& config, const std::shared_ptr<comm::Communicat
   config_ = with_vocabulary(config_, dataset_);
   require_same_config(*groups_.world, config_);
   const at::ScalarType dtype = model::parse_dtype(config_.train.dtype, "train.dtype");
+  parallel::require_memory(config_.model, groups_, static_cast<std::int64_t>(c10::elementSize(dtype)),
+                           config_.batch.micro_sequences * config_.data.sequence_length);
   const model::ExpertRange held = groups_.held_experts();
   std::vector<model::Parameter> parameters;
+  if (!config_.model_source.init.empty() && !config_.data.any_tokenizer)
+    data::require_same_tokenizer(dataset_, config_.model_source.init, "--set data.any_tokenizer=true");
   if (config_.model_source.init.empty()) {
     parameters = model::list_parameters(config_.model, held);
     model::initialize_parameters(config_.model, config_.train.seed, dtype, parameters);
@@ -98,10 +105,8 @@ void Trainer::build_optimizer_state() {
       groups_, config_.parallel, std::move(slots), masters_->dense_gradients(), masters_->expert_gradients());
 }
 
-std::int64_t Trainer::sum_targets(const std::vector<MicroBatch>& batches) {
-  std::int64_t count = 0;
-  for (const MicroBatch& batch : batches) count += batch.num_targets;
-  const at::Tensor sum = at::scalar_tensor(count, at::kLong);
+std::int64_t Trainer::sum_targets(const StepBatches& batches) {
+  const at::Tensor sum = at::scalar_tensor(batches.count_targets(), at::kLong);
   groups_.dp->all_reduce(sum).wait();
   return sum.item<std::int64_t>();
 }
@@ -121,8 +126,8 @@ model::ForwardOptions Trainer::forward_options(const MicroBatch& batch, std::int
   const moe::MoeOptions& moe = config_.model.moe;
   const std::int64_t length = config_.data.sequence_length;
   for (std::int64_t layer = 0; layer < decoder_->num_moe_layers(); ++layer) {
-    const at::Tensor all_ids_TK =
-        replay_->ids_TK({step, micro_step, layer}, batch.all_sequences * length, moe.top_k, moe.num_experts);
+    const at::Tensor all_ids_TK = replay_->ids_TK({step, micro_step, layer}, batch.all_sequences * length,
+                                                  moe::record_width(moe), moe.num_experts);
     options.replayed_ids.push_back(
         all_ids_TK.narrow(0, batch.offset * length, batch.ids_BS.size(0) * length));
   }
@@ -172,8 +177,14 @@ double Trainer::run_micro_step(const MicroBatch& batch, std::int64_t micro_step,
   for (std::size_t i = 0; i < forward.layers.size(); ++i)
     layers.push_back({.local = forward.layers[i]->statistics, .totals = sums.totals[i]});
   const moe::BalanceLoss balance = moe::balance_loss(config_.model.moe, layers);
-  if (!std::isfinite(sums.loss_sum) || !std::isfinite(balance.total))
-    explain_non_finite(batch, options, loss.item<double>(), sums.loss_sum);
+  if (!std::isfinite(sums.loss_sum) || !std::isfinite(balance.total)) {
+    explain_non_finite({.step = report.step,
+                        .local_cross_entropy = loss.item<double>(),
+                        .cross_entropy = sums.loss_sum,
+                        .balance = balance,
+                        .layers = layers},
+                       *decoder_, batch, options, groups_);
+  }
   const double share =
       static_cast<double>(batch.all_sequences) / static_cast<double>(config_.batch.global_batch);
   for (std::size_t i = 0; i < layers.size(); ++i) {
@@ -200,17 +211,18 @@ StepReport Trainer::compute_gradients() {
   report.step = state_.step + 1;
   const comm::WhereScope scope(groups_.world->where(), {.step = report.step, .layer = -1, .phase = "step"});
   groups_.ledger->clear();
-  const auto batches =
-      make_step(sampler_, report.step, step_shape(config_), groups_.dp->size(), groups_.dp->rank());
+  const StepBatches batches(sampler_, report.step, step_shape(config_), groups_.dp->size(),
+                            groups_.dp->rank());
   report.num_targets = sum_targets(batches);
   monitors_.assign(static_cast<std::size_t>(decoder_->num_moe_layers()),
                    moe::MonitorSums(config_.model.moe.num_experts));
   double loss_sum = 0.0;
-  for (std::size_t i = 0; i < batches.size(); ++i) {
-    loss_sum += run_micro_step(batches[i], static_cast<std::int64_t>(i), i + 1 == batches.size(), report);
-  }
+  const std::int64_t num_micro_steps = batches.num_micro_steps();
+  for (std::int64_t i = 0; i < num_micro_steps; ++i)
+    loss_sum += run_micro_step(batches.micro_step(i), i, i + 1 == num_micro_steps, report);
   report.loss = report.num_targets > 0 ? loss_sum / static_cast<double>(report.num_targets) : 0.0;
   gradient_sync_->finish(report.step);
+  masters_->clear_frozen_gradients();
   reduce_norm_and_monitors(report);
   const double clip = config_.optimizer.clip_norm;
   report.clip_factor = clip > 0.0 && report.gradient.total > clip ? clip / report.gradient.total : 1.0;
@@ -228,10 +240,25 @@ void Trainer::reduce_norm_and_monitors(StepReport& report) {
   const comm::WhereScope scope(groups_.world->where(),
                                {.step = report.step, .layer = -1, .phase = "norm and monitors"});
   optim::GradientSquares squares;
+  std::optional<optim::NonFiniteGradient> failure;
   try {
     squares = optim::gradient_squares(masters_->slots());
-  } catch (const Error& error) {
-    throw Error(fmt::format("step {}: {}", report.step, error.what()));
+  } catch (const optim::NonFiniteGradient& error) {
+    failure = error;
+  }
+  const auto num_layers = static_cast<std::int64_t>(monitors_.size());
+  const at::Tensor largest = at::zeros({num_layers + 1}, at::kDouble);
+  for (std::int64_t i = 0; i < num_layers; ++i)
+    largest[i] = monitors_[static_cast<std::size_t>(i)].max_abs_logit();
+  largest[num_layers] = failure ? static_cast<double>(failure->slot) : -1.0;
+  groups_.dp->all_reduce(largest, comm::ReduceOp::kMax).wait();
+  const double worst_slot = largest[num_layers].item<double>();
+  if (worst_slot >= 0.0) {
+    // An expert's gradient is known to the ranks that hold it: who saw what is nearest the output reports.
+    const bool reports = failure && static_cast<double>(failure->slot) == worst_slot;
+    if (!reports) groups_.world->barrier();
+    throw Error(
+        fmt::format("step {}: {}", report.step, failure ? failure->what() : "a gradient is not finite"));
   }
   if (squares.contains(optim::kExpertKind)) {
     const at::Tensor sum = at::scalar_tensor(squares[optim::kExpertKind], at::kDouble);
@@ -239,13 +266,8 @@ void Trainer::reduce_norm_and_monitors(StepReport& report) {
     squares[optim::kExpertKind] = sum.item<double>();
   }
   report.gradient = optim::gradient_norm(squares);
-  const auto num_layers = static_cast<std::int64_t>(monitors_.size());
-  const at::Tensor logits = at::zeros({num_layers}, at::kDouble);
   for (std::int64_t i = 0; i < num_layers; ++i)
-    logits[i] = monitors_[static_cast<std::size_t>(i)].max_abs_logit();
-  groups_.dp->all_reduce(logits, comm::ReduceOp::kMax).wait();
-  for (std::int64_t i = 0; i < num_layers; ++i)
-    monitors_[static_cast<std::size_t>(i)].raise_max_abs_logit(logits[i].item<double>());
+    monitors_[static_cast<std::size_t>(i)].raise_max_abs_logit(largest[i].item<double>());
 }
 
 void Trainer::update_weights(StepReport& report) {
@@ -268,8 +290,11 @@ void Trainer::update_biases() {
   std::size_t moe_layer = 0;
   for (std::int64_t layer = 0; layer < config_.model.num_layers; ++layer) {
     if (!config_.model.moe_layers[static_cast<std::size_t>(layer)]) continue;
-    at::Tensor bias = decoder_->value(fmt::format("layers.{}.moe.expert_bias", layer));
-    moe::update_expert_bias(bias, monitors_[moe_layer++].totals().choice_counts_E().to(at::kLong),
+    const std::size_t index = moe_layer++;
+    const model::Parameter& bias = decoder_->parameter(fmt::format("layers.{}.moe.expert_bias", layer));
+    if (bias.frozen.defined()) continue;
+    at::Tensor value = bias.value;
+    moe::update_expert_bias(value, monitors_[index].totals().choice_counts_E().to(at::kLong),
                             config_.model.moe.router.bias_update_rate);
   }
 }
@@ -284,30 +309,9 @@ CommReport Trainer::report_communication() {
           .hidden_share = groups_.ledger->overlap().hidden_share()};
 }
 
-// The rank that saw it reports; the others only take part in the collectives until they are stopped.
-void Trainer::explain_non_finite(const MicroBatch& batch, const model::ForwardOptions& options,
-                                 double local_loss, double loss) const {
-  const at::NoGradGuard no_grad;
-  const std::string head =
-      fmt::format("step {}: the loss is {}", state_.step + 1, std::isnan(loss) ? "nan" : "infinite");
-  for (const model::Parameter& parameter : decoder_->parameters()) {
-    if (!at::isfinite(parameter.value).all().item<bool>())
-      throw Error(fmt::format("{}: parameter {} is not finite", head, parameter.name));
-  }
-  groups_.world->barrier();
-  model::ForwardOptions watched = options;
-  watched.observer = [&](std::int64_t layer, const at::Tensor& x_BSD) {
-    if (!at::isfinite(x_BSD).all().item<bool>())
-      throw Error(fmt::format("{}: the output of layer {} is the first that is not finite", head, layer));
-  };
-  decoder_->forward(batch.ids_BS, watched);
-  if (std::isfinite(local_loss) && groups_.world->size() > 1) groups_.world->barrier();
-  throw Error(fmt::format("{}: every layer's output is finite, the logits are not", head));
-}
-
 void Trainer::record_routing(const std::filesystem::path& file) {
   recording_ = true;
-  if (groups_.is_root()) recorder_ = std::make_unique<moe::RoutingRecorder>(file);
+  if (groups_.is_root()) recorder_ = std::make_unique<moe::RoutingRecorder>(file, state_.step);
 }
 void Trainer::replay_routing(const std::filesystem::path& file) {
   replay_ = std::make_unique<moe::RoutingReplay>(file);
@@ -327,10 +331,29 @@ void Trainer::resume(const std::filesystem::path& checkpoint, bool weights_only)
   build_optimizer_state();
 }
 
+// The tokenizer that made the tokens, and what else came with the model that the run started from. Files of
+// another tokenizer stay behind.
+std::vector<std::filesystem::path> Trainer::companions() const {
+  std::vector<std::filesystem::path> files;
+  if (dataset_.has_tokenizer()) files.push_back(dataset_.tokenizer_file());
+  const std::filesystem::path init = config_.model_source.init;
+  if (init.empty()) return files;
+  std::vector<const char*> names = {"generation_config.json", "chat_template.jinja"};
+  if (!config_.data.any_tokenizer) {
+    for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                             "added_tokens.json", "vocab.json", "merges.txt"})
+      names.push_back(name);
+    if (!dataset_.has_tokenizer()) names.push_back("tokenizer.model");
+  }
+  for (const char* name : names) {
+    if (std::filesystem::exists(init / name)) files.push_back(init / name);
+  }
+  return files;
+}
+
 std::filesystem::path Trainer::save(double elapsed_seconds) {
   state_.elapsed_seconds = elapsed_seconds;
-  const auto tokenizer = dataset_.has_tokenizer() ? dataset_.tokenizer_file() : std::filesystem::path();
-  return save_checkpoint(config_.run_folder, *decoder_, *masters_, state_, tokenizer,
+  return save_checkpoint(config_.run_folder, *decoder_, *masters_, state_, companions(),
                          config_.checkpoint.keep_last, groups_);
 }
 

@@ -74,6 +74,7 @@ class Trainer {
   /// The second part, on what compute_gradients() gave.
   void update_weights(StepReport& report);
 
+  /// Writes the steps from here on; records of earlier steps in the file stay.
   void record_routing(const std::filesystem::path& file);
   void replay_routing(const std::filesystem::path& file);
   /// Continues from a checkpoint; with `weights_only` from its weights alone, at step 0.
@@ -90,7 +91,7 @@ class Trainer {
   struct MicroSums;
 
   void build_optimizer_state();
-  std::int64_t sum_targets(const std::vector<MicroBatch>& batches);
+  std::int64_t sum_targets(const StepBatches& batches);
   model::ForwardOptions forward_options(const MicroBatch& batch, std::int64_t micro_step,
                                         std::int64_t step) const;
   double run_micro_step(const MicroBatch& batch, std::int64_t micro_step, bool last, StepReport& report);
@@ -98,9 +99,8 @@ class Trainer {
   void record(const MicroBatch& batch, const moe::RoutingKey& key, const at::Tensor& ids_TK);
   void reduce_norm_and_monitors(StepReport& report);
   void update_biases();
+  std::vector<std::filesystem::path> companions() const;
   CommReport report_communication();
-  [[noreturn]] void explain_non_finite(const MicroBatch& batch, const model::ForwardOptions& options,
-                                       double local_loss, double loss) const;
 
   RunConfig config_;
   parallel::Groups groups_;

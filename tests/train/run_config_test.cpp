@@ -60,6 +60,13 @@ TEST_F(RunConfig, every_mistake_has_its_message) {
       {"model.config=nowhere", "cannot read nowhere"},
       {"optimizer.learning_rate=0", "optimizer.learning_rate = 0: must be positive"},
       {"optimizer.beta2=1", "optimizer.beta2 = 1: must lie in [0, 1)"},
+      {"optimizer.weight_decay=inf", "optimizer.weight_decay = inf: must be finite"},
+      {"model.norm_eps=nan", "model.norm_eps = nan: must be finite"},
+      {"train.threads=100000", "train.threads = 100000: must be at most "},
+      {"batch.global_batch=10000000000000",
+       "batch.global_batch = 10000000000000: with data.sequence_length = 12 a step would have more than"},
+      {"model.num_layers=1000000000000", "model.num_layers = 1000000000000: must be at most 10000"},
+      {"model.moe.capacity.factor=true", "model.moe.capacity.factor = true: expected a decimal number"},
       {"optimizer.clip_norm=-1", "optimizer.clip_norm = -1: must not be negative"},
       {"schedule.kind=linear", "schedule.kind = \"linear\": must be one of constant, cosine, wsd"},
       {"schedule.warmup_steps=7", "schedule.warmup_steps = 7: must lie between 0 and train.steps = 6"},
@@ -104,7 +111,6 @@ TEST(Freeze, mistakes_are_named) {
   model::complete(config);
   auto parameters = model::list_parameters(config);
   EXPECT_THROW(train::freeze_parameters(config, {"nothing.like.this"}, parameters), ConfigError);
-  EXPECT_THROW(train::freeze_parameters(config, {"*.experts.0.*"}, parameters), ConfigError);
   EXPECT_THROW(train::freeze_parameters(config, {"*"}, parameters), ConfigError);
 }
 

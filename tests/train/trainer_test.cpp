@@ -100,6 +100,83 @@ TEST_F(Training, replayed_routing_gives_the_recorded_run) {
   EXPECT_TRUE(at::equal(all_masters(replayed), all_masters(recorded)));
 }
 
+TEST_F(Training, expert_choice_is_recorded_with_every_expert) {
+  const std::vector<std::string> overrides = {
+      "model.moe.router.selection=expert_choice", "model.moe.router.allow_non_causal=true",
+      "model.moe.router.renormalize=never", "model.moe.capacity.drop_policy=none"};
+  train::Trainer recorded(config(overrides));
+  recorded.record_routing(folder_ / "routing");
+  train::Trainer replayed(config(overrides));
+  recorded.step();
+  replayed.replay_routing(folder_ / "routing");
+  replayed.step();
+  EXPECT_TRUE(at::equal(all_masters(replayed), all_masters(recorded)));
+}
+
+TEST_F(Training, record_of_a_resumed_run_is_that_of_the_whole_run) {
+  fs::create_directories(folder_ / "run");
+  {
+    train::Trainer whole(config());
+    whole.record_routing(folder_ / "whole");
+    train::Trainer first(config());
+    first.record_routing(folder_ / "parts");
+    for (int i = 0; i < 4; ++i) whole.step();
+    for (int i = 0; i < 2; ++i) first.step();
+    first.save(0.0);
+    first.step();  // lost: the run is killed before its next checkpoint
+  }
+  train::Trainer second(config());
+  second.resume(folder_ / "run/step-00000002", /*weights_only=*/false);
+  second.record_routing(folder_ / "parts");
+  for (int i = 2; i < 4; ++i) second.step();
+  train::Trainer replayed(config());
+  replayed.replay_routing(folder_ / "parts");
+  for (int i = 0; i < 4; ++i) replayed.step();
+  EXPECT_EQ(read_file(folder_ / "parts"), read_file(folder_ / "whole"));
+}
+
+TEST_F(Training, run_that_exceeds_the_memory_is_refused) {
+  const std::vector<std::vector<std::string>> sizes = {
+      {"model.hidden_size=1000000000", "model.head_dim=8"},
+      {"model.moe.num_experts=1000000", "model.moe.ffn_size=100000"},
+      {"model.moe.ffn_size=2000000000", "model.hidden_size=10000", "model.head_dim=8"},
+      {"batch.global_batch=300000000", "batch.micro_sequences=300000000", "model.hidden_size=4096"}};
+  for (const auto& overrides : sizes) {
+    try {
+      const train::Trainer trainer(config(overrides));
+      ADD_FAILURE() << overrides[0];
+    } catch (const ConfigError& error) {
+      EXPECT_THAT(
+          error.what(),
+          testing::AllOf(testing::StartsWith("the run needs "),
+                         testing::HasSubstr("for activations of the rank on this machine, which has ")));
+    }
+  }
+}
+
+TEST_F(Training, what_belongs_to_the_tokenizer_is_carried_over) {
+  fs::create_directories(folder_ / "run");
+  train::Trainer first(config());
+  const fs::path start = first.save(0.0);
+  const std::vector<std::string> names = {"tokenizer.json", "tokenizer_config.json",
+                                          "special_tokens_map.json", "generation_config.json",
+                                          "tokenizer.model"};
+  for (const std::string& name : names) write_file_atomically(start / name, "of the model: " + name);
+  write_file_atomically(folder_ / "tune.toml", "run_folder = \"" + (folder_ / "tuned").string() +
+                                                   "\"\n[data]\npath = \"" + (folder_ / "data").string() +
+                                                   "\"\nsequence_length = 12\n[model]\ninit = \"" +
+                                                   start.string() + "\"\n");
+  fs::create_directories(folder_ / "tuned");
+  train::Trainer tuned(train::read_run_config(folder_ / "tune.toml", {"train.dtype=float64"}));
+  const fs::path checkpoint = tuned.save(0.0);
+  for (const std::string& name : names) EXPECT_EQ(read_file(checkpoint / name), "of the model: " + name);
+  train::verify_checkpoint(checkpoint);
+  // Tokens of another tokenizer: only what does not belong to one.
+  train::Trainer other(
+      train::read_run_config(folder_ / "tune.toml", {"train.dtype=float64", "data.any_tokenizer=true"}));
+  EXPECT_FALSE(fs::exists(other.save(0.0) / "tokenizer.json"));
+}
+
 TEST_F(Training, frozen_parameters_stay_and_starting_from_a_folder_works) {
   fs::create_directories(folder_ / "run");
   train::Trainer first(config());
@@ -183,6 +260,10 @@ TEST_F(Training, keeps_the_last_checkpoints_and_passes_over_uncommitted_ones) {
     trainer.save(0.0);
   }
   fs::create_directories(folder_ / "run/step-00000009");
+  for (const char* name : {"step-99999999999999999999999", "step--1", "step-1x"}) {
+    fs::create_directories(folder_ / "run" / name / "training");
+    write_file_atomically(folder_ / "run" / name / "training/manifest.json", "{}");
+  }
   fs::create_directories(folder_ / "run/step-00000010.tmp-1/training");
   EXPECT_EQ(train::find_latest_checkpoint(folder_ / "run")->filename(), "step-00000004");
   EXPECT_TRUE(fs::exists(folder_ / "run/step-00000003"));

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// What this process may use of the machine it runs on.
+
+namespace collegium {
+
+/// What     Memory that this machine has, or that a control group (a container) leaves to this process.
+double machine_memory_bytes();
+
+/// What     Logical cores of the machine, at least 1.
+int machine_cores();
+
+}  // namespace collegium
