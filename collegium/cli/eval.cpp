@@ -2,14 +2,17 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
+#include <cmath>
 #include <memory>
 #include <numeric>
 
 #include "collegium/base/error.h"
+#include "collegium/base/file.h"
 #include "collegium/cli/launch.h"
 #include "collegium/cli/load_model.h"
 #include "collegium/cli/verb.h"
 #include "collegium/data/dataset.h"
+#include "collegium/data/tokenizer.h"
 #include "collegium/model/tensor_io.h"
 #include "collegium/moe/balance.h"
 #include "collegium/parallel/shares.h"
@@ -22,7 +25,10 @@ namespace {
 struct EvalArguments {
   std::string model;
   std::string input;
+  std::string text;
+  std::string file;
   std::string data;
+  bool any_tokenizer = false;
   std::int64_t sequence_length = 512;
   std::int64_t max_sequences = 64;
   std::string dtype = "float32";
@@ -49,6 +55,16 @@ at::Tensor read_input_ids(const std::string& path, std::int64_t vocab_size) {
                                   ids[b][s].item<std::int64_t>(), vocab_size));
   }
   return ids;
+}
+
+at::Tensor tokenize(const EvalArguments& arguments, std::int64_t vocab_size) {
+  const data::Tokenizer tokenizer = data::Tokenizer::load(std::filesystem::path(arguments.model));
+  const std::vector<std::int64_t> ids =
+      tokenizer.encode(arguments.file.empty() ? arguments.text : read_file(arguments.file), /*add_bos=*/true);
+  require_config(ids.size() >= 2, "eval: the text has {} tokens, needs at least two", ids.size());
+  for (const std::int64_t id : ids)
+    require_config(id < vocab_size, "token {}: must lie in [0, vocab_size = {})", id, vocab_size);
+  return at::tensor(ids, at::kLong).unsqueeze(0);
 }
 
 // The rows of all ranks, in rank order, on the group's rank 0 (undefined on the others).
@@ -179,10 +195,19 @@ EvalResult evaluate_ids(const EvalArguments& arguments, const LoadedModel& loade
   return result;
 }
 
+void require_positions(std::int64_t length, const model::ModelConfig& config) {
+  require_config(length <= config.max_positions,
+                 "eval: sequences of {} tokens: more than the model's "
+                 "max_positions = {}",
+                 length, config.max_positions);
+}
+
 EvalResult evaluate_data(const EvalArguments& arguments, const LoadedModel& loaded) {
   const data::Dataset dataset(arguments.data);
   const model::ModelConfig& config = loaded.decoder.config();
   train::check_vocabulary(dataset, config);
+  if (!arguments.any_tokenizer) data::require_same_tokenizer(dataset, arguments.model, "--any-tokenizer");
+  require_positions(arguments.sequence_length, config);
   const train::ValidationShape shape{.sequence_length = arguments.sequence_length,
                                      .max_sequences = arguments.max_sequences,
                                      .mask_documents = false};
@@ -211,19 +236,32 @@ void print(const EvalArguments& arguments, const EvalResult& result) {
              result.total_loss);
 }
 
+// Weights are finite, or they would not have been loaded.
+void require_finite(const EvalArguments& arguments, const EvalResult& result) {
+  if (std::isfinite(result.total_loss)) return;
+  throw Error(fmt::format("eval: the loss is {}: an activation exceeds what {} can hold",
+                          std::isnan(result.total_loss) ? "nan" : "infinite", arguments.dtype));
+}
+
 void run(const EvalArguments& arguments) {
-  require_config(arguments.input.empty() != arguments.data.empty(), "eval: give either --input or --data");
-  require_config(!arguments.input.empty() || (arguments.logits_file.empty() && arguments.grads_file.empty()),
-                 "eval: --logits and --grads need --input");
+  int given = 0;
+  for (const std::string* way : {&arguments.input, &arguments.text, &arguments.file, &arguments.data})
+    given += way->empty() ? 0 : 1;
+  require_config(given == 1, "eval: give either --input or --data, or a text by --text or --file");
+  require_config(arguments.data.empty() || (arguments.logits_file.empty() && arguments.grads_file.empty()),
+                 "eval: --logits and --grads need --input, --text or --file");
   const at::ScalarType dtype = model::parse_dtype(arguments.dtype, "--dtype");
   const model::ModelConfig config = model::read_model_config(arguments.model);
   model::validate(config, /*training=*/false);
   at::Tensor ids_BS;
   if (!arguments.input.empty()) ids_BS = read_input_ids(arguments.input, config.vocab_size);
+  if (!arguments.text.empty() || !arguments.file.empty()) ids_BS = tokenize(arguments, config.vocab_size);
+  if (ids_BS.defined()) require_positions(ids_BS.size(1), config);
   launch(arguments.launch, [&](const std::shared_ptr<comm::Communicator>& world) {
     const LoadedModel loaded = load_model(arguments.model, config, dtype, world);
     const EvalResult result =
         ids_BS.defined() ? evaluate_ids(arguments, loaded, ids_BS) : evaluate_data(arguments, loaded);
+    require_finite(arguments, result);
     if (world->rank() == 0) print(arguments, result);
   });
 }
@@ -237,6 +275,10 @@ void add_eval(CLI::App& app) {
                    "Hugging Face model directory (mixtral, olmoe, qwen3_moe) or checkpoint")
       ->required();
   verb->add_option("--input", arguments->input, "safetensors file with input_ids, int64 [B, S]");
+  verb->add_option("--text", arguments->text, "text to evaluate, by the model's tokenizer.model");
+  verb->add_option("--file", arguments->file, "file with the text");
+  verb->add_flag("--any-tokenizer", arguments->any_tokenizer,
+                 "with --data: accept tokens that another tokenizer made than the model's");
   verb->add_option("--data", arguments->data, "prepared data folder: evaluates its validation documents");
   verb->add_option("--sequence-length", arguments->sequence_length, "with --data: tokens per sequence")
       ->check(CLI::PositiveNumber)
@@ -252,8 +294,9 @@ void add_eval(CLI::App& app) {
   add_launch_options(*verb, arguments->launch);
   verb->footer(
       "Examples:\n"
-      "  collegium eval --model runs/demo/step-00000600 --data data/demo\n"
-      "  collegium eval --model runs/demo/step-00000600 --data data/demo --ranks 2\n"
+      "  collegium eval --model runs/demo/step-00000450 --data data/demo\n"
+      "  collegium eval --model runs/demo/step-00000450 --data data/demo --ranks 2\n"
+      "  collegium eval --model runs/demo/step-00000450 --text \"To be, or not to be\"\n"
       "  collegium eval --model DIR --input ids.safetensors --dtype float64 --grads grads.safetensors "
       "--json");
   verb->callback([arguments] { run(*arguments); });

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <charconv>
 #include <memory>
 #include <optional>
 
@@ -21,12 +22,26 @@ namespace {
 struct GenerateArguments {
   std::string model;
   std::string prompt;
-  std::vector<std::int64_t> ids;
+  std::optional<std::string> ids;
   std::string dtype = "float32";
   model::SamplingOptions sampling;
   LaunchOptions launch;
   bool json = false;
 };
+
+std::vector<std::int64_t> parse_ids(const std::string& text) {
+  std::vector<std::int64_t> ids;
+  for (const char* place = text.data(); place <= text.data() + text.size();) {
+    std::int64_t id = 0;
+    const auto [end, error] = std::from_chars(place, text.data() + text.size(), id);
+    const bool last = end == text.data() + text.size();
+    require_config(error == std::errc() && (last || *end == ','),
+                   "--ids \"{}\": must be token ids, such as 1,17,42", text);
+    ids.push_back(id);
+    place = end + 1;
+  }
+  return ids;
+}
 
 // On all ranks; rank 0 shows the text.
 void continue_prompt(const GenerateArguments& arguments, const LoadedModel& model,
@@ -63,14 +78,16 @@ void continue_prompt(const GenerateArguments& arguments, const LoadedModel& mode
 
 void run(GenerateArguments& arguments) {
   model::validate(arguments.sampling);
-  require_config(arguments.prompt.empty() != arguments.ids.empty(),
+  require_config(arguments.prompt.empty() == arguments.ids.has_value(),
                  "generate: give either --prompt or --ids");
   const at::ScalarType dtype = model::parse_dtype(arguments.dtype, "--dtype");
   const model::ModelConfig config = model::read_model_config(arguments.model);
   model::validate(config, /*training=*/false);
   std::optional<data::Tokenizer> tokenizer;
-  std::vector<std::int64_t> prompt = arguments.ids;
-  if (arguments.ids.empty()) {
+  std::vector<std::int64_t> prompt;
+  if (arguments.ids) {
+    prompt = parse_ids(*arguments.ids);
+  } else {
     tokenizer = data::Tokenizer::load(std::filesystem::path(arguments.model));
     prompt = tokenizer->encode(arguments.prompt, /*add_bos=*/true);
     arguments.sampling.eos_id = tokenizer->eos_id();
@@ -88,8 +105,7 @@ void add_generate(CLI::App& app) {
   verb->add_option("--model", arguments->model, "model directory or checkpoint")->required();
   verb->add_option("--prompt", arguments->prompt, "text to continue");
   verb->add_option("--ids", arguments->ids,
-                   "token ids to continue, for models whose tokenizer is not SentencePiece")
-      ->delimiter(',');
+                   "token ids to continue (1,17,42), for models whose tokenizer is not SentencePiece");
   verb->add_option("--max-tokens", arguments->sampling.max_tokens, "tokens to add")->capture_default_str();
   verb->add_option("--temperature", arguments->sampling.temperature, "0 = always the likeliest token")
       ->capture_default_str();
@@ -103,7 +119,7 @@ void add_generate(CLI::App& app) {
   add_launch_options(*verb, arguments->launch);
   verb->footer(
       "Examples:\n"
-      "  collegium generate --model runs/demo/step-00000600 --prompt \"KING. \" --temperature 0.8 --top-p "
+      "  collegium generate --model runs/demo/step-00000450 --prompt \"KING. \" --temperature 0.8 --top-p "
       "0.95\n"
       "  collegium generate --model DIR --ids 1,17,42 --temperature 0 --json --ranks 2");
   verb->callback([arguments] { run(*arguments); });

@@ -159,7 +159,7 @@ void add_inspect(CLI::App& app) {
   add_launch_options(*verb, arguments->launch);
   verb->footer(
       "Examples:\n"
-      "  collegium inspect --model runs/demo/step-00000600 --text \"def main(): To be, or not to be\"\n"
+      "  collegium inspect --model runs/demo/step-00000450 --text \"def main(): To be, or not to be\"\n"
       "  collegium inspect --model DIR --input ids.safetensors --json --ranks 4");
   verb->callback([arguments] { run(*arguments); });
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <c10/util/Exception.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <chrono>
@@ -8,6 +9,7 @@
 #include <thread>
 
 #include "collegium/base/error.h"
+#include "collegium/base/fields.h"
 #include "collegium/base/log.h"
 #include "collegium/cli/mpirun.h"
 #include "collegium/cli/verb.h"
@@ -45,6 +47,18 @@ void wait_for_turn() {
   collegium::comm::abort_mpi_world(exit_code);
 }
 
+// CLI11 would only say that an argument was not expected.
+void require_known_verb(const CLI::App& app, const std::vector<std::string>& arguments) {
+  if (arguments.size() < 2 || arguments[1].starts_with('-')) return;
+  std::vector<std::string> verbs;
+  for (const CLI::App* verb : app.get_subcommands({})) verbs.push_back(verb->get_name());
+  if (std::find(verbs.begin(), verbs.end(), arguments[1]) != verbs.end()) return;
+  const auto nearest = collegium::nearest_name(arguments[1], verbs);
+  throw collegium::ConfigError(fmt::format("no verb '{}'; {}", arguments[1],
+                                           nearest ? fmt::format("did you mean '{}'?", *nearest)
+                                                   : fmt::format("there are: {}", fmt::join(verbs, ", "))));
+}
+
 int run(int argc, char** argv) {
   CLI::App app("Collegium trains Mixture-of-Experts language models and shows what every expert did.",
                "collegium");
@@ -56,12 +70,14 @@ int run(int argc, char** argv) {
   collegium::cli::add_eval(app);
   collegium::cli::add_generate(app);
   collegium::cli::add_inspect(app);
+  collegium::cli::add_bench(app);
   collegium::cli::add_doctor(app);
   collegium::cli::add_plan(app);
   collegium::cli::add_simulate(app);
   collegium::cli::add_verify(app);
   try {
     std::vector<std::string> arguments = collegium::cli::program_arguments(argc, argv);
+    require_known_verb(app, arguments);
     // CLI11 takes them without the name, the last first.
     std::reverse(arguments.begin(), arguments.end());
     arguments.pop_back();

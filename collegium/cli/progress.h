@@ -10,6 +10,9 @@ namespace collegium::cli {
 class Progress {
  public:
   Progress();
+  ~Progress() { finish(); }
+  Progress(const Progress&) = delete;
+  Progress& operator=(const Progress&) = delete;
   /// Shows the line now (terminal) or if the last was long enough ago (log); `force` shows it in a log
   /// always.
   void show(const std::string& line, bool force = false);

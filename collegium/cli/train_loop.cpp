@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 
 #include "collegium/base/error.h"
 #include "collegium/base/log.h"
@@ -40,11 +41,13 @@ void require_same_run(const Json& saved, const Json& wanted, const std::filesyst
                    "weights with --weights-only {}",
                    checkpoint.string(), section, checkpoint.string());
   }
+  const Json saved_train = saved.value("train", Json::object());
   for (const char* key : {"seed", "dtype", "steps"}) {
+    const Json value = saved_train.is_object() ? saved_train.value(key, Json()) : Json();
     require_config(
-        saved["train"][key] == wanted["train"][key],
+        value == wanted["train"][key],
         "{} was made with train.{} = {}, this run has {}; continue with the same, or start over with --fresh",
-        checkpoint.string(), key, saved["train"][key].dump(), wanted["train"][key].dump());
+        checkpoint.string(), key, value.dump(), wanted["train"][key].dump());
   }
 }
 
@@ -58,11 +61,7 @@ void start_or_resume(const train::RunConfig& config, const TrainRequest& request
     if (trainer.groups().is_root())
       log_info(fmt::format("starting from the weights of {}", request.weights_only));
   } else if (latest && !request.fresh) {
-    const Json wanted = trainer.state().run_config;
-    const Json saved = Json::parse(read_file(*latest / "training/state.json"), nullptr, false);
-    require_config(!saved.is_discarded() && saved.contains("run_config"),
-                   "{}: training/state.json is damaged", latest->string());
-    require_same_run(saved["run_config"], wanted, *latest);
+    require_same_run(train::saved_run_config(*latest), trainer.state().run_config, *latest);
     trainer.resume(*latest, /*weights_only=*/false);
     if (trainer.groups().is_root()) log_info(fmt::format("continuing from {}", latest->string()));
   }
@@ -97,15 +96,15 @@ class Loop {
   TrainSummary run() {
     TrainSummary summary;
     const std::int64_t num_steps = config_.train.steps;
-    while (trainer_.state().step < num_steps && !should_stop()) {
+    while (trainer_.state().step < num_steps && summary.stop == Stop::kNot) {
       one_step();
       const std::int64_t step = trainer_.state().step;
       if (step < num_steps && due(config_.validation.every_steps, step)) validate();
       if (step < num_steps && due(config_.checkpoint.every_steps, step)) save();
+      if (step < num_steps) summary.stop = should_stop();
     }
     progress_.finish();
     summary.steps = trainer_.state().step;
-    summary.stopped_early = summary.steps < num_steps;
     summary.seconds = seconds_since(start_);
     if (step_seconds_ > 0.0) {
       summary.tokens_per_s = tokens_ / step_seconds_;
@@ -146,9 +145,18 @@ class Loop {
     return flag.item<std::int64_t>() != 0;
   }
 
-  bool should_stop() const {
-    const double limit = config_.train.max_minutes * 60.0;
-    return any_rank(stop_requested() || (limit > 0.0 && seconds_since(start_) >= limit));
+  // The same answer on all ranks: a signal to any of them, else that any of them sees the time as up.
+  Stop should_stop() const {
+    const at::Tensor reasons =
+        at::tensor({stop_requested() ? 1 : 0, seconds_left() <= 0.0 ? 1 : 0}, at::kLong);
+    trainer_.groups().world->all_reduce(reasons, comm::ReduceOp::kMax).wait();
+    if (reasons[0].item<std::int64_t>() != 0) return Stop::kSignal;
+    return reasons[1].item<std::int64_t>() != 0 ? Stop::kTime : Stop::kNot;
+  }
+
+  double seconds_left() const {
+    if (config_.train.max_minutes == 0.0) return std::numeric_limits<double>::infinity();
+    return config_.train.max_minutes * 60.0 - seconds_since(start_);
   }
 
   // All ranks measure at the same time, since they share the machine's cores.
@@ -183,7 +191,8 @@ class Loop {
       violation = std::max(violation, layer.max_violation);
     const auto done = static_cast<double>(report.step - first_step_);
     const double remaining =
-        seconds_since(start_) / done * static_cast<double>(config_.train.steps - report.step);
+        std::min(seconds_left(),
+                 seconds_since(start_) / done * static_cast<double>(config_.train.steps - report.step));
     progress_.show(
         fmt::format(
             "step {}/{}  loss {:.3f} nats/token  {:.0f} tokens/s  {:.0f} % of GEMM peak  busiest expert "
@@ -244,6 +253,8 @@ TrainSummary run_training(const train::RunConfig& config, const TrainRequest& re
                           const std::shared_ptr<comm::Communicator>& world) {
   train::Trainer trainer(config, world);
   if (trainer.groups().is_root()) log_info(describe_run(trainer));
+  if (!request.record_routing.empty() && !request.replay_routing.empty())
+    moe::require_different_files(request.record_routing, request.replay_routing);
   if (!request.replay_routing.empty()) trainer.replay_routing(request.replay_routing);
   start_or_resume(config, request, trainer);
   if (!request.record_routing.empty()) trainer.record_routing(request.record_routing);
@@ -253,7 +264,7 @@ TrainSummary run_training(const train::RunConfig& config, const TrainRequest& re
   summary.metrics = std::filesystem::path(config.run_folder) / "metrics.jsonl";
   summary.unigram_entropy = trainer.dataset().index().unigram_entropy;
   summary.domains = trainer.dataset().index().domains;
-  if (summary.stopped_early) return summary;
+  if (summary.stop == Stop::kSignal) return summary;
   summary.validation = loop.validate();
   summary.sample = make_sample(config, trainer);
   return summary;

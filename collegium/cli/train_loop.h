@@ -22,9 +22,13 @@ struct TrainRequest {
   std::string weights_only;  ///< start from the weights of this checkpoint or model folder
 };
 
+/// Why a run ended before its last step: a signal asks for a quick end, so nothing but a checkpoint follows;
+/// when train.max_minutes are up the summary is made as at the last step.
+enum class Stop { kNot, kSignal, kTime };
+
 struct TrainSummary {
   std::int64_t steps = 0;
-  bool stopped_early = false;
+  Stop stop = Stop::kNot;
   double seconds = 0.0;
   double tokens_per_s = 0.0;
   double share_of_gemm_peak = 0.0;

@@ -33,10 +33,15 @@ void print_specialization(const TrainSummary& summary) {
 }  // namespace
 
 void print_summary(const train::RunConfig& config, const TrainSummary& summary) {
-  if (summary.stopped_early) {
-    fmt::print("stopped after step {} of {}; run the same command to continue\n", summary.steps,
+  if (summary.stop != Stop::kNot) {
+    const std::string reason =
+        summary.stop == Stop::kTime
+            ? fmt::format("the time of train.max_minutes = {:g} is up", config.train.max_minutes)
+            : "stopped";
+    fmt::print("{} after step {} of {}; run the same command to continue\n", reason, summary.steps,
                config.train.steps);
-  } else {
+  }
+  if (summary.stop != Stop::kSignal) {
     fmt::print("validation loss {:.4f} nats/token over {} tokens (unigram entropy {:.4f})\n",
                summary.validation.loss, summary.validation.num_targets, summary.unigram_entropy);
     for (std::size_t d = 0; d < summary.domains.size(); ++d) {
@@ -53,11 +58,20 @@ void print_summary(const train::RunConfig& config, const TrainSummary& summary) 
 }
 
 Json summary_json(const TrainSummary& summary) {
+  const bool validated = summary.stop != Stop::kSignal;
+  Json stopped_by;
+  if (summary.stop != Stop::kNot) stopped_by = summary.stop == Stop::kTime ? "max_minutes" : "signal";
+  Json domain_loss = Json::object();
+  for (std::size_t d = 0; validated && d < summary.domains.size(); ++d)
+    domain_loss[summary.domains[d]] = summary.validation.domain_loss[d];
   Json layers = Json::array();
   for (const auto& layer : summary.validation.specialization) layers.push_back(write_fields(layer));
   return {{"steps", summary.steps},
-          {"stopped_early", summary.stopped_early},
-          {"validation_loss", summary.stopped_early ? Json() : Json(summary.validation.loss)},
+          {"stopped_early", summary.stop != Stop::kNot},
+          {"stopped_by", stopped_by},
+          {"validation_loss", validated ? Json(summary.validation.loss) : Json()},
+          {"domains", summary.domains},
+          {"domain_loss", domain_loss},
           {"unigram_entropy", summary.unigram_entropy},
           {"tokens_per_s", summary.tokens_per_s},
           {"share_of_gemm_peak", summary.share_of_gemm_peak},

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A corpus of counting tokens and a run file with everything switched on, for tests of the command line."""
 
+import json
 import pathlib
 import subprocess
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+
+# What each family does to queries and keys.
+FAMILIES = {"mixtral": "none", "olmoe": "projection", "qwen3_moe": "per_head"}
 
 RUN_FILE = """run_folder = "{folder}/run"
 [data]
@@ -20,7 +24,7 @@ dtype = "bfloat16"
 seed = 3
 [model]
 family = "{family}"
-qk_norm = "per_head"
+qk_norm = "{qk_norm}"
 hidden_size = 16
 num_layers = 2
 num_heads = 2
@@ -62,5 +66,27 @@ def prepare(binary: str, folder: pathlib.Path, steps: int, family: str = "qwen3_
     done = collegium(binary, "prepare", "--out", f"{folder}/data", *arguments, "--vocab-size", "23")
     assert done.returncode == 0, done.stderr
     run_file = folder / "run.toml"
-    run_file.write_text(RUN_FILE.format(folder=folder, steps=steps, family=family))
+    run_file.write_text(RUN_FILE.format(folder=folder, steps=steps, family=family, qk_norm=FAMILIES[family]))
     return run_file
+
+
+def checkpoint_of(done: subprocess.CompletedProcess) -> pathlib.Path:
+    """Of a finished `train --json`."""
+    assert done.returncode == 0, done.stderr
+    return pathlib.Path(json.loads(done.stdout)["checkpoint"])
+
+
+def eval_beside_transformers(binary: str, model_folder: pathlib.Path, ids: pathlib.Path) -> float:
+    """The loss of `eval`, which must be that of transformers' model from the same folder."""
+    import transformers
+
+    done = collegium(binary, "eval", "--model", str(model_folder), "--input", str(ids), "--json")
+    assert done.returncode == 0, done.stderr
+    loss = json.loads(done.stdout)["loss"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    tokens = load_file(ids)["input_ids"]
+    with torch.no_grad():
+        reference = model(input_ids=tokens, labels=tokens).loss.item()
+    bound = torch.finfo(torch.float32).eps * 64 * 16  # epsilon, width of the sums, chained operations
+    assert abs(loss - reference) <= bound * abs(reference), (loss, reference)
+    return loss

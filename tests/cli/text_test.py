@@ -1,0 +1,209 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs on text: a tokenizer and a model are trained, then asked; and what they say when they cannot."""
+
+import json
+import pathlib
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+
+import torch
+from safetensors.torch import load_file, save_file
+from small_run import checkpoint_of, collegium
+
+BINARY = sys.argv[1]
+CHECKS = 0
+
+RUN_FILE = """run_folder = "{folder}/run"
+[data]
+path = "{folder}/data"
+sequence_length = 32
+[batch]
+global_batch = 4
+micro_sequences = 4
+[train]
+steps = 6
+[model]
+family = "mixtral"
+hidden_size = 16
+num_layers = 2
+num_heads = 2
+num_kv_heads = 1
+max_positions = 64
+[model.moe]
+num_experts = 4
+top_k = 2
+ffn_size = 8
+[logging]
+sample_prompt = "def "
+sample_tokens = 8
+"""
+
+
+def expect(code: int, text: str, *arguments: str, **options) -> str:
+    global CHECKS
+    done = subprocess.run([BINARY, *arguments], capture_output=True, text=True, check=False, **options)
+    output = done.stdout if code == 0 else done.stderr
+    assert done.returncode == code, f"{arguments}: exit code {done.returncode}, expected {code}: {done.stderr}"
+    assert text in output, f"{arguments}: '{text}' is not in: {output}"
+    CHECKS += 1
+    return done.stdout
+
+
+def write_corpus(folder: pathlib.Path, out: str, seed: int) -> None:
+    texts = folder / f"texts-{out}"
+    for domain, words in [("code", "def return if else x y self"), ("prose", "the a mouse hill went up down")]:
+        (texts / domain).mkdir(parents=True)
+        generator = torch.Generator().manual_seed(seed)
+        choices = words.split()
+        for number in range(6):
+            picks = torch.randint(0, len(choices), (400,), generator=generator)
+            (texts / domain / f"{number}.txt").write_text(" ".join(choices[i] for i in picks) + f" {number * seed}\n")
+    domains = [f"--domain={name}={texts / name}" for name in ("code", "prose")]
+    expect(0, "tokens of", "prepare", "--out", str(folder / out), *domains, "--vocab-size", "300")
+
+
+def check_text(model: str, folder: pathlib.Path) -> None:
+    text = expect(0, "def ", "generate", "--model", model, "--prompt", "def ", "--max-tokens", "12")
+    assert text.startswith("def "), text
+    generate = ["generate", "--model", model, "--prompt", "the mouse", "--max-tokens", "5", "--temperature", "0"]
+    generated = json.loads(expect(0, "text", *generate, "--json"))
+    assert len(generated["ids"]) <= 5 and generated["text"].startswith("the mouse"), generated
+
+    words = "def x if the mouse went up"
+    inspected = json.loads(expect(0, "layers", "inspect", "--model", model, "--text", words, "--json"))
+    assert len(inspected["layers"]) == 2 and len(inspected["pieces"]) == len(inspected["ids"])
+    assert "".join(inspected["pieces"][1:]).replace("\u2581", " ").strip() == words
+    file = folder / "words.txt"
+    file.write_text(words)
+    table = expect(0, "load per expert", "inspect", "--model", model, "--file", str(file))
+    assert "layer 0" in table and "layer 1" in table
+
+    by_text = json.loads(expect(0, "loss", "eval", "--model", model, "--text", words, "--json"))
+    by_file = json.loads(expect(0, "loss", "eval", "--model", model, "--file", str(file), "--json"))
+    save_file({"input_ids": torch.tensor([inspected["ids"]])}, folder / "ids.safetensors")
+    by_ids = json.loads(
+        expect(0, "loss", "eval", "--model", model, "--input", str(folder / "ids.safetensors"), "--json")
+    )
+    assert by_text == by_file == by_ids and by_text["num_targets"] == len(inspected["ids"]) - 1
+
+
+def check_messages(model: str, folder: pathlib.Path, run_file: pathlib.Path) -> None:
+    expect(2, "no verb 'evall'; did you mean 'eval'?", "evall", "--model", model)
+    expect(2, '--ids "": must be token ids', "generate", "--model", model, "--ids", "")
+    expect(2, '--ids "1,x": must be token ids', "generate", "--model", model, "--ids", "1,x")
+    expect(2, "give either --input or --data, or a text", "eval", "--model", model, "--text", "a", "--file", "b")
+    expect(2, "cannot read nowhere", "eval", "--model", model, "--file", "nowhere")
+    expect(2, "more than the model's max_positions = 64", "eval", "--model", model, "--text", "x y " * 100)
+    data = str(folder / "data")
+    expect(2, "max_positions = 64", "eval", "--model", model, "--data", data, "--sequence-length", "65")
+    long = folder / "long.safetensors"
+    save_file({"input_ids": torch.zeros(1, 65, dtype=torch.int64)}, long)
+    expect(2, "max_positions = 64", "eval", "--model", model, "--input", str(long))
+
+    # Weights that are finite and whose products are not.
+    huge = shutil.copytree(model, folder / "huge")
+    weights = load_file(huge / "model.safetensors")
+    weights["lm_head.weight"] = torch.full_like(weights["lm_head.weight"], 3e38)
+    save_file(weights, huge / "model.safetensors", {"format": "pt"})
+    expect(1, "eval: the loss is", "eval", "--model", str(huge), "--text", "def x", "--json")
+
+    # A copy without tokenizer.model.
+    other = shutil.copytree(model, folder / "other")
+    (other / "tokenizer.model").unlink()
+    expect(2, "no tokenizer.model here", "eval", "--model", str(other), "--text", "def x")
+    train = ["train", str(run_file), "--fresh"]
+    record = str(folder / "routing")
+    expect(0, "checkpoint", *train, "--record-routing", record)
+    expect(2, "is the file that --replay-routing reads", *train, "--record-routing", record, "--replay-routing", record)
+    expect(0, "checkpoint", *train, "--replay-routing", record)
+    if pathlib.Path("/dev/full").exists():
+        full = "cannot write /dev/full: No space left on device"
+        expect(1, full, *train, "--record-routing", "/dev/full")
+        expect(1, full, "eval", "--model", model, "--text", "def x", "--logits", "/dev/full")
+    expect(0, "loss", "eval", "--model", model, "--text", "def x", "--logits", "/dev/null")
+    assert pathlib.Path("/dev/null").is_char_device()
+
+
+def check_full_disk(folder: pathlib.Path, run_file: pathlib.Path) -> None:
+    """No file may grow beyond a few kilobytes, as if the disk were full: nothing half-written stays."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # else the first byte too many ends the process
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+
+    target = folder / "full"
+    expect(1, "File too large", "train", str(run_file), "--set", f"run_folder={target}", preexec_fn=limit)
+    assert not [path for path in target.iterdir() if path.name.startswith("step-")], "a part of a checkpoint is left"
+
+
+def check_tokenizers(model: str, folder: pathlib.Path, run_file: pathlib.Path) -> None:
+    write_corpus(folder, "data2", 8)
+    data2 = str(folder / "data2")
+    tune = folder / "tune.toml"
+    tune.write_text(
+        f'run_folder = "{folder}/tuned"\n[data]\npath = "{data2}"\nsequence_length = 32\n[train]\nsteps = 2\n'
+        f'[model]\ninit = "{model}"\n'
+    )
+    message = "did not make the tokens of"
+    expect(2, message, "train", str(tune))
+    expect(0, "checkpoint", "train", str(tune), "--set", "data.any_tokenizer=true")
+    evaluate = ["eval", "--model", model, "--sequence-length", "32", "--data"]
+    expect(2, message, *evaluate, data2)
+    expect(0, "loss", *evaluate, data2, "--any-tokenizer")
+    expect(0, "loss", *evaluate, str(folder / "data"))
+
+
+def check_time_limit(folder: pathlib.Path, run_file: pathlib.Path) -> None:
+    limited = [str(run_file), "--set", f"run_folder={folder}/limited", "--set", "train.max_minutes=0.0000001"]
+    text = expect(0, "the time of train.max_minutes = 1e-07 is up after step 1 of 6", "train", *limited)
+    assert "validation loss" in text and "Sample" in text and "Which experts took which domain" in text, text
+    summary = json.loads(expect(0, "checkpoint", "train", *limited, "--json"))
+    assert summary["stopped_by"] == "max_minutes" and summary["steps"] == 2, summary
+    assert summary["domains"] == ["code", "prose"] and set(summary["domain_loss"]) == {"code", "prose"}, summary
+
+
+def check_damaged_run(folder: pathlib.Path, run_file: pathlib.Path) -> None:
+    run = folder / "damaged"
+    train = ["train", str(run_file), "--set", f"run_folder={run}"]
+    checkpoint = checkpoint_of(collegium(BINARY, *train, "--json"))
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"kind": "step", "step": "seven"}\n')
+    (run / "step-99999999999999999999999").mkdir()
+    expect(0, "checkpoint", *train)
+    state = checkpoint / "training/state.json"
+    whole = state.read_text()
+    state.write_text(whole.replace('"train": {', '"train": 5, "x": {', 1))
+    expect(2, "training/state.json has", *train)
+    state.write_text(whole.replace("bfloat16", "bfloat61", 1))
+    expect(2, "training/state.json is damaged or was changed", *train)
+    manifest = checkpoint / "training/manifest.json"
+    manifest.write_text(json.dumps({"files": {"training/state.json": 5}}))
+    expect(2, "training/manifest.json has no size and checksum of training/state.json", *train)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
+        write_corpus(folder, "data", 1)
+        run_file = folder / "run.toml"
+        run_file.write_text(RUN_FILE.format(folder=folder))
+        summary = json.loads(expect(0, "checkpoint", "train", str(run_file), "--json"))
+        assert summary["sample"].startswith("def "), summary
+        assert summary["domains"] == ["code", "prose"] and len(summary["domain_loss"]) == 2, summary
+        model = str(shutil.copytree(summary["checkpoint"], folder / "model"))
+        check_text(model, folder)
+        check_messages(model, folder, run_file)
+        check_full_disk(folder, run_file)
+        check_tokenizers(model, folder, run_file)
+        check_time_limit(folder, run_file)
+        check_damaged_run(folder, run_file)
+    print(f"{CHECKS} passed, 0 failed")
+
+
+if __name__ == "__main__":
+    main()
