@@ -78,6 +78,10 @@ bool same_numbers(const Call& a, const Call& b) {
   return true;
 }
 
+std::int64_t cut_of(const std::vector<std::int64_t>& cuts, std::size_t rank) {
+  return cuts.empty() ? 0 : cuts[rank];
+}
+
 }  // namespace
 
 std::optional<std::string> find_disagreement(const Group& group, std::span<const int> ranks,
@@ -98,17 +102,23 @@ std::optional<std::string> find_disagreement(const Group& group, std::span<const
     for (std::size_t to = 0; to < calls.size(); ++to) {
       const std::int64_t sent = calls[from]->send_rows[to];
       const std::int64_t expected = calls[to]->recv_rows[from];
-      if (sent == expected) continue;
-      return fmt::format("group '{}': {}: sends {} rows to rank {}, which expects {} rows from rank {}",
-                         group.name, who(group, ranks[from], *calls[from]), sent, ranks[to], expected,
-                         ranks[from]);
+      if (sent != expected) {
+        return fmt::format("group '{}': {}: sends {} rows to rank {}, which expects {} rows from rank {}",
+                           group.name, who(group, ranks[from], *calls[from]), sent, ranks[to], expected,
+                           ranks[from]);
+      }
+      if (cut_of(calls[from]->send_cuts, to) != cut_of(calls[to]->recv_cuts, from)) {
+        return fmt::format(
+            "group '{}': {}: cuts the {} rows for rank {} into other blocks than that rank expects",
+            group.name, who(group, ranks[from], *calls[from]), sent, ranks[to]);
+      }
     }
   }
   return std::nullopt;
 }
 
 std::size_t packed_call_size(int group_size) {
-  return kFixedNumbers + kPhaseNumbers + 2 * static_cast<std::size_t>(group_size);
+  return kFixedNumbers + kPhaseNumbers + 4 * static_cast<std::size_t>(group_size);
 }
 
 std::vector<std::int64_t> pack_call(const Call& call, int group_size) {
@@ -127,6 +137,8 @@ std::vector<std::int64_t> pack_call(const Call& call, int group_size) {
   auto rows = packed.begin() + static_cast<std::ptrdiff_t>(kFixedNumbers + kPhaseNumbers);
   std::copy(call.send_rows.begin(), call.send_rows.end(), rows);
   std::copy(call.recv_rows.begin(), call.recv_rows.end(), rows + group_size);
+  std::copy(call.send_cuts.begin(), call.send_cuts.end(), rows + 2 * group_size);
+  std::copy(call.recv_cuts.begin(), call.recv_cuts.end(), rows + 3 * group_size);
   return packed;
 }
 
@@ -145,9 +157,14 @@ Call unpack_call(std::span<const std::int64_t> packed, int group_size) {
   call.where.layer = packed[8];
   call.where.phase = reinterpret_cast<const char*>(&packed[kFixedNumbers]);
   const auto rows = packed.subspan(kFixedNumbers + kPhaseNumbers);
-  const auto size = static_cast<std::size_t>(group_size);
-  call.send_rows.assign(rows.begin(), rows.begin() + group_size);
-  call.recv_rows.assign(rows.begin() + static_cast<std::ptrdiff_t>(size), rows.end());
+  const auto numbers = [&](int which) {
+    const auto begin = rows.begin() + which * group_size;
+    return std::vector<std::int64_t>(begin, begin + group_size);
+  };
+  call.send_rows = numbers(0);
+  call.recv_rows = numbers(1);
+  call.send_cuts = numbers(2);
+  call.recv_cuts = numbers(3);
   return call;
 }
 

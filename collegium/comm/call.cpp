@@ -5,6 +5,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "collegium/base/error.h"
 
@@ -47,6 +48,57 @@ std::string describe_where(const Where& where) {
 std::int64_t slice_begin(std::int64_t count, int slices, int index) {
   const std::int64_t base = count / slices;
   return base * index + std::min<std::int64_t>(index, count % slices);
+}
+
+std::vector<std::vector<Piece>> lay_out(const RankBlocks& blocks) {
+  std::vector<std::vector<Piece>> pieces(blocks.rows.size());
+  std::int64_t next = 0;
+  const auto place = [&](std::size_t rank, std::size_t block) {
+    const std::int64_t rows = blocks.rows[rank][block];
+    if (rows > 0) pieces[rank].push_back({.begin = next, .rows = rows});
+    next += rows;
+  };
+  if (!blocks.block_major) {
+    for (std::size_t rank = 0; rank < blocks.rows.size(); ++rank) {
+      for (std::size_t block = 0; block < blocks.rows[rank].size(); ++block) place(rank, block);
+    }
+    return pieces;
+  }
+  std::size_t num_blocks = 0;
+  for (const auto& rows : blocks.rows) num_blocks = std::max(num_blocks, rows.size());
+  for (std::size_t block = 0; block < num_blocks; ++block) {
+    for (std::size_t rank = 0; rank < blocks.rows.size(); ++rank) {
+      if (block < blocks.rows[rank].size()) place(rank, block);
+    }
+  }
+  return pieces;
+}
+
+namespace {
+
+std::vector<Piece> pieces_of(const std::vector<std::vector<Piece>>& pieces,
+                             const std::vector<std::int64_t>& rows, int rank) {
+  const auto r = static_cast<std::size_t>(rank);
+  if (!pieces.empty()) return pieces[r];
+  if (rows[r] == 0) return {};
+  return {{.begin = std::accumulate(rows.begin(), rows.begin() + rank, std::int64_t{0}), .rows = rows[r]}};
+}
+
+}  // namespace
+
+std::vector<Piece> pieces_to(const Call& call, int rank) {
+  return pieces_of(call.send_pieces, call.send_rows, rank);
+}
+
+std::vector<Piece> pieces_from(const Call& call, int rank) {
+  return pieces_of(call.recv_pieces, call.recv_rows, rank);
+}
+
+std::int64_t cut_number(const std::vector<Piece>& pieces) {
+  if (pieces.size() < 2) return 0;
+  std::uint64_t hash = 14695981039346656037U;  // FNV-1a over the sizes
+  for (const Piece& piece : pieces) hash = (hash ^ static_cast<std::uint64_t>(piece.rows)) * 1099511628211U;
+  return static_cast<std::int64_t>(hash | 1U);
 }
 
 std::vector<std::int64_t> bytes_to_ranks(const Call& call, const Group& group) {

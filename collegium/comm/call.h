@@ -74,6 +74,20 @@ struct Group {
   int size() const { return static_cast<int>(members.size()); }
 };
 
+/// Rows that go to, or come from, each rank of a group, cut into blocks. A sender and its receiver cut alike.
+struct RankBlocks {
+  std::vector<std::vector<std::int64_t>> rows;  ///< [rank][block]; ranks may have different numbers of blocks
+  /// How they lie in the tensor: false: all blocks of rank 0, then of rank 1; true: the first blocks of all
+  /// ranks, then the second blocks of all ranks.
+  bool block_major = false;
+};
+
+/// A run of rows in a tensor.
+struct Piece {
+  std::int64_t begin = 0;
+  std::int64_t rows = 0;
+};
+
 /// One rank's part of an operation. Rows are slices along dim 0; operations on whole tensors have one entry
 /// of numel() rows of one element.
 struct Call {
@@ -82,7 +96,12 @@ struct Call {
   at::Tensor output;                    ///< what this rank receives; the input itself for in-place operations
   std::vector<std::int64_t> send_rows;  ///< all_to_all, reduce_scatter: rows of the input for each rank
   std::vector<std::int64_t> recv_rows;  ///< all_to_all, all_gather: rows of the output from each rank
-  std::int64_t elements = 0;            ///< of the input (recv: of the output)
+  /// all_to_all in blocks, else empty: where each rank's blocks lie, and the cut_number() of them.
+  std::vector<std::vector<Piece>> send_pieces;
+  std::vector<std::vector<Piece>> recv_pieces;
+  std::vector<std::int64_t> send_cuts;
+  std::vector<std::int64_t> recv_cuts;
+  std::int64_t elements = 0;  ///< of the input (recv: of the output)
   std::int64_t row_elements = 1;
   at::ScalarType dtype = at::kByte;
   ReduceOp reduce = ReduceOp::kSum;
@@ -92,6 +111,16 @@ struct Call {
 
   std::int64_t row_bytes() const { return row_elements * static_cast<std::int64_t>(c10::elementSize(dtype)); }
 };
+
+/// What     Where the blocks lie, blocks without rows left out: what Call::send_pieces and recv_pieces hold.
+std::vector<std::vector<Piece>> lay_out(const RankBlocks& blocks);
+
+/// What     all_to_all: the rows for (from) one rank, in or out of blocks; none when there are no rows.
+std::vector<Piece> pieces_to(const Call& call, int rank);
+std::vector<Piece> pieces_from(const Call& call, int rank);
+
+/// What     A number that stands for the sizes of a rank's blocks; 0 for one block or none, which are no cut.
+std::int64_t cut_number(const std::vector<Piece>& pieces);
 
 /// What     Bytes that this rank sends to each rank of the group, itself excluded, by the algorithm all
 ///          backends use: every block goes straight to the rank that needs it. all_reduce is a reduce-

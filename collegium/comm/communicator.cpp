@@ -57,6 +57,17 @@ std::vector<std::int64_t> rows_or_equal(std::string_view verb, std::string_view 
   return {rows.begin(), rows.end()};
 }
 
+std::vector<std::int64_t> rows_per_rank(std::string_view name, const RankBlocks& blocks) {
+  std::vector<std::int64_t> rows;
+  rows.reserve(blocks.rows.size());
+  for (const std::vector<std::int64_t>& of_rank : blocks.rows) {
+    for (const std::int64_t count : of_rank)
+      COLLEGIUM_CHECK(count >= 0, "all_to_all: a block of {} has {} < 0 rows", name, count);
+    rows.push_back(sum(of_rank));
+  }
+  return rows;
+}
+
 }  // namespace
 
 Call Communicator::prepare(Operation operation, const at::Tensor& input, const at::Tensor& output) const {
@@ -122,9 +133,9 @@ Work Communicator::broadcast(const at::Tensor& tensor, int root) {
   return start(std::move(call));
 }
 
-Work Communicator::all_to_all(const at::Tensor& input, const at::Tensor& output,
-                              std::span<const std::int64_t> send_rows,
-                              std::span<const std::int64_t> recv_rows) {
+Call Communicator::prepare_all_to_all(const at::Tensor& input, const at::Tensor& output,
+                                      std::span<const std::int64_t> send_rows,
+                                      std::span<const std::int64_t> recv_rows) const {
   Call call = prepare(Operation::kAllToAll, input, output);
   COLLEGIUM_CHECK(input.dim() > 0 && output.dim() > 0, "all_to_all: input and output need a dim of rows");
   call.row_elements = elements_per_row(input);
@@ -133,6 +144,22 @@ Work Communicator::all_to_all(const at::Tensor& input, const at::Tensor& output,
                   elements_per_row(output));
   call.send_rows = rows_or_equal("all_to_all", "send_rows", send_rows, input.size(0), size());
   call.recv_rows = rows_or_equal("all_to_all", "recv_rows", recv_rows, output.size(0), size());
+  return call;
+}
+
+Work Communicator::all_to_all(const at::Tensor& input, const at::Tensor& output,
+                              std::span<const std::int64_t> send_rows,
+                              std::span<const std::int64_t> recv_rows) {
+  return start(prepare_all_to_all(input, output, send_rows, recv_rows));
+}
+
+Work Communicator::all_to_all(const at::Tensor& input, const at::Tensor& output, const RankBlocks& send,
+                              const RankBlocks& recv) {
+  Call call = prepare_all_to_all(input, output, rows_per_rank("send", send), rows_per_rank("recv", recv));
+  call.send_pieces = lay_out(send);
+  call.recv_pieces = lay_out(recv);
+  for (const auto& pieces : call.send_pieces) call.send_cuts.push_back(cut_number(pieces));
+  for (const auto& pieces : call.recv_pieces) call.recv_cuts.push_back(cut_number(pieces));
   return start(std::move(call));
 }
 

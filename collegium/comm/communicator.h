@@ -72,6 +72,14 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   Work all_to_all(const at::Tensor& input, const at::Tensor& output,
                   std::span<const std::int64_t> send_rows = {}, std::span<const std::int64_t> recv_rows = {});
 
+  /// What     The same in blocks, which may lie in another order on either side: what experts compute on is
+  ///          by expert, what travels by rank.
+  /// Shape    as above; send.rows[p] here = recv.rows[r] on p.
+  /// Dtype    any.
+  /// Comm     as above.
+  Work all_to_all(const at::Tensor& input, const at::Tensor& output, const RankBlocks& send,
+                  const RankBlocks& recv);
+
   /// What     A tensor to one rank. Messages of one pair and tag arrive in order. May complete only after
   ///          the receiver has called recv.
   /// Shape    as the receiver's.
@@ -99,6 +107,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
 
  private:
   Call prepare(Operation operation, const at::Tensor& input, const at::Tensor& output) const;
+  Call prepare_all_to_all(const at::Tensor& input, const at::Tensor& output,
+                          std::span<const std::int64_t> send_rows,
+                          std::span<const std::int64_t> recv_rows) const;
 
   Group group_;
 };

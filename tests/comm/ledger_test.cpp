@@ -127,6 +127,22 @@ TEST(LedgerCheck, a_mismatch_names_rank_layer_and_operation_before_anything_bloc
   run_ranks(3, disagree);
 }
 
+TEST(LedgerCheck, blocks_are_compared) {
+  const auto disagree = [](Communicator& world) {
+    const auto comm = with_ledger(world.shared_from_this(), std::make_shared<Ledger>(), {.check = true});
+    try {
+      disagree_on_blocks(*comm);
+      ADD_FAILURE() << "no error";
+    } catch (const PeerFailure&) {
+      throw;
+    } catch (const CommError& error) {
+      EXPECT_THAT(error.what(),
+                  HasSubstr("cuts the 3 rows for rank 1 into other blocks than that rank expects"));
+    }
+  };
+  run_ranks(2, disagree);
+}
+
 TEST(LedgerCheck, messages_are_compared_before_they_are_received) {
   EXPECT_THROW(run_ranks(2,
                          [](Communicator& world) {

@@ -100,6 +100,8 @@ TEST(LocalMismatch, sizes_dtypes_roots_and_rows_are_compared) {
   };
   EXPECT_THAT(failure_of<CommError>(2, wrong_rows),
               HasSubstr("sends 1 rows to rank 0, which expects 2 rows from rank 1"));
+  EXPECT_THAT(failure_of<CommError>(2, disagree_on_blocks),
+              HasSubstr("cuts the 3 rows for rank 1 into other blocks than that rank expects"));
   EXPECT_THAT(failure_of<CommError>(2,
                                     [](Communicator& comm) {
                                       if (comm.rank() == 0) comm.send(at::ones({3}), 1).wait();

@@ -141,6 +141,50 @@ void all_to_all_moves_uneven_rows(Communicator& comm) {
   }
 }
 
+// Rank r has for every rank p one block for each of p's (p % 3) + 1 "experts"; some are empty.
+std::int64_t block_rows(int from, int to, int block, std::int64_t scale) {
+  return (from + to + 2 * block) % 4 == 0 ? 0 : scale + (3 * from + to + block) % 5;
+}
+
+at::Tensor block_data(int from, int to, int block, std::int64_t scale, std::int64_t width) {
+  return data_of(from, block_rows(from, to, block, scale), width, at::kBFloat16,
+                 static_cast<std::uint64_t>(100 + 10 * to + block));
+}
+
+// What travels lies by rank, what experts compute on by block, and back.
+void all_to_all_orders_blocks(Communicator& comm) {
+  const auto blocks_of = [](int rank) { return rank % 3 + 1; };
+  // Rows of 2 and of 1000 values: blocks below and above what MPI sends as one message each.
+  for (const auto& [scale, width] : {std::pair{1, 2}, {0, 5}, {60, 1000}}) {
+    RankBlocks by_rank;
+    RankBlocks by_block{.rows = {}, .block_major = true};
+    std::vector<at::Tensor> outgoing;
+    std::vector<at::Tensor> incoming;
+    for (int peer = 0; peer < comm.size(); ++peer) {
+      by_rank.rows.emplace_back();
+      by_block.rows.emplace_back();
+      for (int block = 0; block < blocks_of(peer); ++block) {
+        by_rank.rows.back().push_back(block_rows(comm.rank(), peer, block, scale));
+        outgoing.push_back(block_data(comm.rank(), peer, block, scale, width));
+      }
+      for (int block = 0; block < blocks_of(comm.rank()); ++block)
+        by_block.rows.back().push_back(block_rows(peer, comm.rank(), block, scale));
+    }
+    for (int block = 0; block < blocks_of(comm.rank()); ++block) {
+      for (int peer = 0; peer < comm.size(); ++peer)
+        incoming.push_back(block_data(peer, comm.rank(), block, scale, width));
+    }
+    const at::Tensor sent = at::cat(outgoing);
+    const at::Tensor expected = at::cat(incoming);
+    const at::Tensor arrived = at::empty_like(expected);
+    comm.all_to_all(sent, arrived, by_rank, by_block).wait();
+    expect_same(arrived, expected, comm);
+    const at::Tensor returned = at::empty_like(sent);
+    comm.all_to_all(arrived, returned, by_block, by_rank).wait();
+    expect_same(returned, sent, comm);
+  }
+}
+
 void all_to_all_of_nothing_is_legal(Communicator& comm) {
   const std::vector<std::int64_t> none(static_cast<std::size_t>(comm.size()), 0);
   comm.all_to_all(at::empty({0, 8}), at::empty({0, 8}), none, none).wait();
@@ -244,12 +288,20 @@ const std::vector<VerbCase>& verb_cases() {
       {"reduce_scatter", reduce_scatter_takes_uneven_and_empty_shares},
       {"broadcast", broadcast_gives_the_root_s_bits},
       {"all_to_all", all_to_all_moves_uneven_rows},
+      {"all_to_all_in_blocks", all_to_all_orders_blocks},
       {"all_to_all_of_nothing", all_to_all_of_nothing_is_legal},
       {"many_under_way", many_operations_may_be_under_way},
       {"send_recv", messages_of_a_pair_arrive_in_order},
       {"split", split_makes_groups_by_colour_and_key},
       {"reruns", reruns_give_the_same_bits}};
   return kCases;
+}
+
+void disagree_on_blocks(Communicator& comm) {
+  const RankBlocks send{.rows = {{1, 2}, {1, 2}}, .block_major = false};
+  RankBlocks recv = send;
+  if (comm.rank() == 1) recv.rows[0] = {2, 1};
+  comm.all_to_all(at::ones({6, 3}), at::ones({6, 3}), send, recv).wait();
 }
 
 }  // namespace collegium::comm

@@ -20,4 +20,7 @@ struct VerbCase {
 /// All cases; they hold for any number of ranks.
 const std::vector<VerbCase>& verb_cases();
 
+/// Two ranks that agree on three rows for each other and not on their blocks.
+void disagree_on_blocks(Communicator& comm);
+
 }  // namespace collegium::comm

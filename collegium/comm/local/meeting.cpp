@@ -203,12 +203,14 @@ void Meeting::fill_all_gather(std::size_t target) {
 
 void Meeting::fill_all_to_all(std::size_t target) {
   const Call& call = calls_[target];
-  char* to = bytes_of(call.output);
+  const std::int64_t row_bytes = call.row_bytes();
   for (std::size_t from = 0; from < calls_.size(); ++from) {
-    const std::int64_t bytes = call.recv_rows[from] * call.row_bytes();
-    copy(to, bytes_of(calls_[from].input) + sum_before(calls_[from].send_rows, target) * call.row_bytes(),
-         bytes);
-    to += bytes;
+    const std::vector<Piece> sources = pieces_to(calls_[from], static_cast<int>(target));
+    const std::vector<Piece> places = pieces_from(call, static_cast<int>(from));
+    for (std::size_t i = 0; i < places.size(); ++i) {
+      copy(bytes_of(call.output) + places[i].begin * row_bytes,
+           bytes_of(calls_[from].input) + sources[i].begin * row_bytes, places[i].rows * row_bytes);
+    }
   }
 }
 

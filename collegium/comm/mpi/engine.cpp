@@ -21,6 +21,15 @@ constexpr std::chrono::microseconds kSpin{30};
 constexpr std::chrono::milliseconds kYield{1};
 constexpr std::chrono::microseconds kNap{50};
 
+// Pieces at least this long on average travel as a message each, shorter ones together in a scattered one.
+// Measured between 2 processes of one machine, against one contiguous message and a copy after it (ms):
+//                        contiguous, copy   a message each   scattered
+//    32 pieces of 256 KiB       2.56             2.11           2.00
+//     4 pieces of 512 KiB       0.22             0.17           0.45
+//    32 pieces of  32 KiB       0.12             0.15           0.16
+//    32 pieces of   8 KiB       0.03             0.08           0.04
+constexpr std::int64_t kLongPieceBytes = 64 * 1024;
+
 std::string mpi_text(int code) {
   std::array<char, MPI_MAX_ERROR_STRING> text{};
   int length = 0;
@@ -65,6 +74,83 @@ void MpiOperation::recv(void* data, std::int64_t bytes, int from, int tag, bool 
     data = static_cast<char*>(data) + part;
     bytes -= part;
   } while (bytes > 0);
+}
+
+namespace {
+
+std::int64_t total_bytes(const std::vector<Piece>& pieces, std::int64_t row_bytes) {
+  std::int64_t rows = 0;
+  for (const Piece& piece : pieces) rows += piece.rows;
+  return rows * row_bytes;
+}
+
+std::vector<Piece> join_neighbours(const std::vector<Piece>& pieces) {
+  std::vector<Piece> joined;
+  for (const Piece& piece : pieces) {
+    if (!joined.empty() && joined.back().begin + joined.back().rows == piece.begin) {
+      joined.back().rows += piece.rows;
+    } else {
+      joined.push_back(piece);
+    }
+  }
+  return joined;
+}
+
+// Whether each piece is a message of its own. A sender and its receiver cut alike, so they agree.
+bool travel_alone(const std::vector<Piece>& pieces, std::int64_t row_bytes) {
+  const std::int64_t bytes = total_bytes(pieces, row_bytes);
+  return bytes >= static_cast<std::int64_t>(pieces.size()) * kLongPieceBytes || bytes > kMaxMessageBytes;
+}
+
+MPI_Datatype scattered_type(const std::vector<Piece>& runs, std::int64_t row_bytes) {
+  std::vector<int> lengths;
+  std::vector<MPI_Aint> begins;
+  for (const Piece& run : runs) {
+    lengths.push_back(static_cast<int>(run.rows * row_bytes));
+    begins.push_back(run.begin * row_bytes);
+  }
+  MPI_Datatype type = MPI_DATATYPE_NULL;
+  check(
+      MPI_Type_create_hindexed(static_cast<int>(runs.size()), lengths.data(), begins.data(), MPI_BYTE, &type),
+      "MPI_Type_create_hindexed");
+  check(MPI_Type_commit(&type), "MPI_Type_commit");
+  return type;
+}
+
+}  // namespace
+
+void MpiOperation::send_pieces(const char* base, const std::vector<Piece>& pieces, std::int64_t row_bytes,
+                               int to, int tag) {
+  const bool alone = travel_alone(pieces, row_bytes);
+  const std::vector<Piece> runs = alone ? pieces : join_neighbours(pieces);
+  if (alone || runs.size() == 1) {
+    for (const Piece& run : runs) send(base + run.begin * row_bytes, run.rows * row_bytes, to, tag);
+    return;
+  }
+  MPI_Datatype type = scattered_type(runs, row_bytes);
+  requests_.push_back(MPI_REQUEST_NULL);
+  messages_.push_back({.peer = to, .bytes = total_bytes(runs, row_bytes), .receives = false});
+  check(MPI_Isend(base, 1, type, group_.members[static_cast<std::size_t>(to)].world_rank, tag, comm_,
+                  &requests_.back()),
+        name_);
+  MPI_Type_free(&type);  // The message keeps it as long as it needs it.
+}
+
+void MpiOperation::recv_pieces(char* base, const std::vector<Piece>& pieces, std::int64_t row_bytes, int from,
+                               int tag) {
+  const bool alone = travel_alone(pieces, row_bytes);
+  const std::vector<Piece> runs = alone ? pieces : join_neighbours(pieces);
+  if (alone || runs.size() == 1) {
+    for (const Piece& run : runs) recv(base + run.begin * row_bytes, run.rows * row_bytes, from, tag);
+    return;
+  }
+  MPI_Datatype type = scattered_type(runs, row_bytes);
+  requests_.push_back(MPI_REQUEST_NULL);
+  messages_.push_back({.peer = from, .bytes = total_bytes(runs, row_bytes), .receives = true});
+  check(MPI_Irecv(base, 1, type, group_.members[static_cast<std::size_t>(from)].world_rank, tag, comm_,
+                  &requests_.back()),
+        name_);
+  MPI_Type_free(&type);
 }
 
 void MpiOperation::complete(std::size_t index, const MPI_Status& status) {

@@ -31,6 +31,11 @@ class MpiOperation {
   void send(const void* data, std::int64_t bytes, int to, int tag, bool even_empty = false);
   void recv(void* data, std::int64_t bytes, int from, int tag, bool even_empty = false);
 
+  /// The rows of `pieces`, in order, from or into their places behind `base`. Both sides cut alike.
+  void send_pieces(const char* base, const std::vector<Piece>& pieces, std::int64_t row_bytes, int to,
+                   int tag);
+  void recv_pieces(char* base, const std::vector<Piece>& pieces, std::int64_t row_bytes, int from, int tag);
+
   const Call& call() const { return call_; }
   const Group& group() const { return group_; }
   const std::string& name() const { return name_; }

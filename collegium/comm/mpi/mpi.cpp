@@ -53,6 +53,29 @@ void exchange(MpiOperation& operation, const char* input, const std::vector<std:
   copy(output + from[own], input + to[own], std::min(recv_bytes[own], send_bytes[own]));
 }
 
+// all_to_all: every rank sends its pieces for rank r to rank r. Self-copies included.
+void exchange_pieces(MpiOperation& operation, int tag) {
+  const Call& call = operation.call();
+  const int size = operation.group().size();
+  const int self = operation.group().rank;
+  const std::int64_t row_bytes = call.row_bytes();
+  for (int step = 1; step < size; ++step) {
+    const int source = (self + size - step) % size;
+    operation.recv_pieces(bytes_of(call.output), pieces_from(call, source), row_bytes, source, tag);
+  }
+  for (int step = 1; step < size; ++step) {
+    const int target = (self + step) % size;
+    operation.send_pieces(bytes_of(call.input), pieces_to(call, target), row_bytes, target, tag);
+  }
+  const std::vector<Piece> sources = pieces_to(call, self);
+  const std::vector<Piece> places = pieces_from(call, self);
+  for (std::size_t i = 0; i < std::min(sources.size(), places.size()); ++i) {
+    copy(bytes_of(call.output) + places[i].begin * row_bytes,
+         bytes_of(call.input) + sources[i].begin * row_bytes,
+         std::min(sources[i].rows, places[i].rows) * row_bytes);
+  }
+}
+
 // Every rank sends the same block to all others.
 void spread(MpiOperation& operation, const char* block, std::int64_t block_bytes, char* output,
             const std::vector<std::int64_t>& recv_bytes, int tag) {
@@ -236,11 +259,7 @@ class MpiCommunicator final : public Communicator {
                  bytes_of(c.output), times(c.recv_rows, c.row_bytes()), first_tag);
         });
       case Operation::kAllToAll:
-        return operation.add_stage([first_tag](MpiOperation& op) {
-          const Call& c = op.call();
-          exchange(op, bytes_of(c.input), times(c.send_rows, c.row_bytes()), bytes_of(c.output),
-                   times(c.recv_rows, c.row_bytes()), first_tag);
-        });
+        return operation.add_stage([first_tag](MpiOperation& op) { exchange_pieces(op, first_tag); });
       case Operation::kSend:
       case Operation::kRecv:
         break;
