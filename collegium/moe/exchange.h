@@ -26,12 +26,21 @@ struct RowCounts {
   RowCounts reversed() const { return {.send = recv, .recv = send}; }
 };
 
-/// What     Starts sending rows (any dtype, [rows, ...]) and gives the buffer that they arrive in.
+/// Rows under way and the buffer that they arrive in.
 struct Exchange {
   at::Tensor received;
   comm::Work work;
 };
+
+/// What     Starts sending rows.
+/// Shape    rows [sum of send, ...] -> received [sum of recv, ...].
+/// Dtype    any.
 Exchange start_exchange(comm::Communicator& group, const at::Tensor& rows, const RowCounts& counts);
+/// What     The same in blocks, which may lie in another order on either side.
+/// Shape    as above.
+/// Dtype    any.
+Exchange start_exchange(comm::Communicator& group, const at::Tensor& rows, const comm::RankBlocks& send,
+                        const comm::RankBlocks& recv);
 
 /// What     values_R[r] = values_TK[slot of row r]: the weights that travel with their rows.
 /// Shape    values_TK [T, K], row_slot_R int32 or int64 [R], t K + k -> [R].

@@ -3,15 +3,15 @@
 // Exactly the routed rows travel: counts are exchanged, then one all_to_all per arrow.
 //
 //   rows of this rank, by expert:  e0 e0 e1 | e2 e3 e3      | = between the experts of rank 0 and of rank 1
-//   received, by rank:             (from 0) e0 e0 e1, (from 1) e0 e1 e1
-//   what the experts see:          e0 e0 e0 | e1 e1 e1      (by expert, then source rank, token, slot)
+//   received, by expert:           e0 e0 e0 | e1 e1 e1      (by expert, then source rank, token, slot)
+//
+// The all_to_all itself puts the blocks in order: no row is copied for that.
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/index_select.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <numeric>
+#include <functional>
 
 #include "collegium/base/error.h"
 #include "collegium/moe/dispatcher.h"
@@ -26,41 +26,9 @@ using comm::Communicator;
 
 struct UnevenHandle final : DispatchHandle {
   ops::Permutation permutation;  ///< slots of this rank by expert, so by destination rank
-  RowCounts rows;                ///< of the dispatch; the combine goes the other way
-  at::Tensor by_expert_R;        ///< int32: received row of each row in the experts' order
-  at::Tensor by_rank_R;          ///< the inverse
+  comm::RankBlocks by_rank;      ///< rows of this rank's tokens for each expert of each rank
+  comm::RankBlocks by_expert;    ///< rows for each expert of this rank from each rank
 };
-
-// From [source rank][expert] counts to the positions of a transposition into [expert][source rank].
-void order_by_expert(const std::vector<std::vector<std::int64_t>>& counts_PL, std::int64_t num_local,
-                     UnevenHandle& handle) {
-  handle.row_counts_L = at::zeros({num_local}, at::kLong);
-  auto* totals = handle.row_counts_L.mutable_data_ptr<std::int64_t>();
-  std::vector<std::vector<std::int64_t>> begin_PL(counts_PL.size());
-  std::int64_t next = 0;
-  for (std::size_t rank = 0; rank < counts_PL.size(); ++rank) {
-    for (const std::int64_t count : counts_PL[rank]) {
-      begin_PL[rank].push_back(next);
-      next += count;
-    }
-  }
-  handle.by_expert_R = at::empty({next}, at::kInt);
-  handle.by_rank_R = at::empty({next}, at::kInt);
-  auto* by_expert = handle.by_expert_R.mutable_data_ptr<std::int32_t>();
-  auto* by_rank = handle.by_rank_R.mutable_data_ptr<std::int32_t>();
-  std::int32_t row = 0;
-  for (std::size_t expert = 0; expert < static_cast<std::size_t>(num_local); ++expert) {
-    for (std::size_t rank = 0; rank < counts_PL.size(); ++rank) {
-      const std::int64_t count = counts_PL[rank][expert];
-      totals[expert] += count;
-      for (std::int64_t i = 0; i < count; ++i, ++row) {
-        const auto received = static_cast<std::int32_t>(begin_PL[rank][expert] + i);
-        by_expert[row] = received;
-        by_rank[received] = row;
-      }
-    }
-  }
-}
 
 class UnevenDispatcher final : public Dispatcher {
  public:
@@ -84,13 +52,14 @@ class UnevenDispatcher final : public Dispatcher {
                                    const std::shared_ptr<DispatchHandle>& handle) override {
     const auto h = std::static_pointer_cast<UnevenHandle>(handle);
     const comm::WhereScope scope(ep_->where(), at_phase(h->where, "dispatch"));
-    Exchange rows = start_exchange(*ep_, ops::gather_rows(x_TD, h->permutation.row_token_R), h->rows);
-    Exchange weights = start_exchange(*ep_, rows_of_slots(weights_TK, h->permutation.row_slot_R), h->rows);
+    Exchange rows =
+        start_exchange(*ep_, ops::gather_rows(x_TD, h->permutation.row_token_R), h->by_rank, h->by_expert);
+    Exchange weights =
+        start_exchange(*ep_, rows_of_slots(weights_TK, h->permutation.row_slot_R), h->by_rank, h->by_expert);
     return Pending<DispatchedRows>([h, rows, weights]() mutable -> DispatchedRows {
       rows.work.wait();
       weights.work.wait();
-      return {.rows_RD = ops::gather_rows(rows.received, h->by_expert_R),
-              .weights_R = weights.received.index_select(0, h->by_expert_R)};
+      return {.rows_RD = rows.received, .weights_R = weights.received};
     });
   }
 
@@ -98,7 +67,7 @@ class UnevenDispatcher final : public Dispatcher {
                               const std::shared_ptr<DispatchHandle>& handle) override {
     const auto h = std::static_pointer_cast<UnevenHandle>(handle);
     const comm::WhereScope scope(ep_->where(), at_phase(h->where, "combine"));
-    Exchange rows = start_exchange(*ep_, ops::gather_rows(rows_RD, h->by_rank_R), h->rows.reversed());
+    Exchange rows = start_exchange(*ep_, rows_RD, h->by_expert, h->by_rank);
     return Pending<at::Tensor>([h, rows]() mutable {
       rows.work.wait();
       return ops::combine_rows(rows.received, h->permutation.slot_row_TK);
@@ -109,10 +78,11 @@ class UnevenDispatcher final : public Dispatcher {
                                        const std::shared_ptr<DispatchHandle>& handle) override {
     const auto h = std::static_pointer_cast<UnevenHandle>(handle);
     const comm::WhereScope scope(ep_->where(), at_phase(h->where, "combine backward"));
-    Exchange rows = start_exchange(*ep_, ops::gather_rows(grad_y_TD, h->permutation.row_token_R), h->rows);
+    Exchange rows = start_exchange(*ep_, ops::gather_rows(grad_y_TD, h->permutation.row_token_R), h->by_rank,
+                                   h->by_expert);
     return Pending<at::Tensor>([h, rows]() mutable {
       rows.work.wait();
-      return ops::gather_rows(rows.received, h->by_expert_R);
+      return rows.received;
     });
   }
 
@@ -122,9 +92,8 @@ class UnevenDispatcher final : public Dispatcher {
     const auto h = std::static_pointer_cast<UnevenHandle>(handle);
     const comm::WhereScope scope(ep_->where(), at_phase(h->where, "dispatch backward"));
     Exchange rows;
-    if (grad_rows_RD.defined())
-      rows = start_exchange(*ep_, ops::gather_rows(grad_rows_RD, h->by_rank_R), h->rows.reversed());
-    Exchange weights = start_exchange(*ep_, grad_weights_R.index_select(0, h->by_rank_R), h->rows.reversed());
+    if (grad_rows_RD.defined()) rows = start_exchange(*ep_, grad_rows_RD, h->by_expert, h->by_rank);
+    Exchange weights = start_exchange(*ep_, grad_weights_R, h->by_expert, h->by_rank);
     return Pending<DispatchGradients>([h, rows, weights]() mutable {
       rows.work.wait();
       weights.work.wait();
@@ -150,23 +119,27 @@ class UnevenDispatcher final : public Dispatcher {
       counts.recv.push_back(num_chunks * num_local);
       for (const auto& handle : handles) {
         const auto* counts_E = handle->permutation.counts_E.const_data_ptr<std::int64_t>();
-        next = std::copy(counts_E + placement_.first(rank), counts_E + placement_.first(rank + 1), next);
-        handle->rows.send.push_back(std::reduce(next - placement_.count(rank), next));
+        handle->by_rank.rows.emplace_back(counts_E + placement_.first(rank),
+                                          counts_E + placement_.first(rank + 1));
+        next = std::copy(handle->by_rank.rows.back().begin(), handle->by_rank.rows.back().end(), next);
       }
     }
     Exchange exchange = start_exchange(*ep_, outgoing, counts);
     exchange.work.wait();
     const auto* incoming = exchange.received.const_data_ptr<std::int64_t>();
-    std::vector<std::vector<std::vector<std::int64_t>>> counts_CPL(handles.size());
     for (int rank = 0; rank < ep_->size(); ++rank) {
-      for (std::size_t chunk = 0; chunk < handles.size(); ++chunk) {
-        counts_CPL[chunk].emplace_back(incoming, incoming + num_local);
-        handles[chunk]->rows.recv.push_back(std::reduce(incoming, incoming + num_local));
+      for (const auto& handle : handles) {
+        handle->by_expert.rows.emplace_back(incoming, incoming + num_local);
         incoming += num_local;
       }
     }
-    for (std::size_t chunk = 0; chunk < handles.size(); ++chunk)
-      order_by_expert(counts_CPL[chunk], num_local, *handles[chunk]);
+    for (const auto& handle : handles) {
+      handle->by_expert.block_major = true;
+      handle->row_counts_L = at::zeros({num_local}, at::kLong);
+      auto* totals = handle->row_counts_L.mutable_data_ptr<std::int64_t>();
+      for (const std::vector<std::int64_t>& rows_L : handle->by_expert.rows)
+        std::transform(rows_L.begin(), rows_L.end(), totals, totals, std::plus<>());
+    }
   }
 
   ExpertPlacement placement_;
