@@ -94,6 +94,7 @@ std::vector<std::pair<std::string, at::Tensor>> gather_gradients(const LoadedMod
   const parallel::Groups& groups = loaded.groups;
   const model::Decoder& decoder = loaded.decoder;
   std::vector<std::int64_t> num_held;
+  num_held.reserve(static_cast<std::size_t>(groups.ep->size()));
   for (int rank = 0; rank < groups.ep->size(); ++rank) num_held.push_back(groups.placement.count(rank));
   std::vector<at::Tensor> gradients;
   for (const model::Parameter& parameter : decoder.parameters()) {

@@ -79,8 +79,8 @@ void print_table(const Tokens& tokens, const model::ForwardResult& forward,
   fmt::print("expert:weight of every token in every MoE layer; one line is the token's path\n\n{:>5}  {:<14}",
              "", "token");
   const std::size_t width = static_cast<std::size_t>(config.moe.top_k) * 8;
-  for (std::size_t layer = 0; layer < forward.layers.size(); ++layer)
-    fmt::print(" | {:<{}}", fmt::format("layer {}", forward.layers[layer]->context.layer), width);
+  for (const auto& layer : forward.layers)
+    fmt::print(" | {:<{}}", fmt::format("layer {}", layer->context.layer), width);
   fmt::print("\n");
   for (std::size_t t = 0; t < tokens.ids.size(); ++t) {
     fmt::print("{:>5}  {:<14}", t, tokens.pieces[t]);

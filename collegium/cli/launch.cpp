@@ -42,8 +42,8 @@ Seat own_seat(const std::vector<int>& cores) {
   Seat seat{};
   seat[0] = static_cast<std::int64_t>(std::hash<std::string>()(machine_name()));
   for (const int core : cores) {
-    if (core / 64 < kCoreWords)
-      seat[static_cast<std::size_t>(1 + core / 64)] |= std::int64_t{1} << (core % 64);
+    const auto bit = static_cast<std::size_t>(core);
+    if (bit / 64 < kCoreWords) seat[1 + bit / 64] |= std::int64_t{1} << (bit % 64);
   }
   return seat;
 }
