@@ -4,8 +4,7 @@
 // on all ranks, so shapes depend on nothing but C [GShard]. The experts compute on the padding.
 //
 //   sent, by expert:            e0: a b . | e1: c . . | e2: d e f | e3: . . .       C = 3, . = zero row
-//   received, by rank:          (from 0) e0: a b .  e1: c . .   (from 1) e0: g . .  e1: h i .
-//   what the experts see:       e0: a b . g . . | e1: c . . h i .
+//   received, by expert:        e0: a b . g . . | e1: c . . h i .                   g h i from rank 1
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -27,7 +26,8 @@ using comm::Communicator;
 struct PaddedHandle final : DispatchHandle {
   ops::Permutation permutation;    ///< slots of this rank by expert, without padding
   std::int64_t block = 0;          ///< C
-  RowCounts rows;                  ///< of the dispatch; the combine goes the other way
+  comm::RankBlocks by_rank;        ///< C rows for each expert of each rank
+  comm::RankBlocks by_expert;      ///< C rows for each expert of this rank from each rank
   at::Tensor place_R;              ///< int64: padded row of each row
   at::Tensor padded_row_token_X1;  ///< int32 [E C, 1]: token of each padded row, -1 = padding
   at::Tensor slot_padded_row_TK;   ///< int32: padded row of each slot, -1 = none
@@ -88,12 +88,12 @@ class PaddedDispatcher final : public Dispatcher {
     const comm::WhereScope scope(ep_->where(), at_phase(h->where, "dispatch"));
     at::Tensor padded_weights = at::zeros({h->padded_row_token_X1.size(0)}, weights_TK.options());
     padded_weights.index_copy_(0, h->place_R, rows_of_slots(weights_TK, h->permutation.row_slot_R));
-    Exchange rows = start_exchange(*ep_, padded_rows(x_TD, *h), h->rows);
-    Exchange weights = start_exchange(*ep_, padded_weights, h->rows);
-    return Pending<DispatchedRows>([this, h, rows, weights]() mutable -> DispatchedRows {
+    Exchange rows = start_exchange(*ep_, padded_rows(x_TD, *h), h->by_rank, h->by_expert);
+    Exchange weights = start_exchange(*ep_, padded_weights, h->by_rank, h->by_expert);
+    return Pending<DispatchedRows>([rows, weights]() mutable -> DispatchedRows {
       rows.work.wait();
       weights.work.wait();
-      return {.rows_RD = by_expert(rows.received, *h), .weights_R = by_expert(weights.received, *h)};
+      return {.rows_RD = rows.received, .weights_R = weights.received};
     });
   }
 
@@ -101,7 +101,7 @@ class PaddedDispatcher final : public Dispatcher {
                               const std::shared_ptr<DispatchHandle>& handle) override {
     const auto h = std::static_pointer_cast<PaddedHandle>(handle);
     const comm::WhereScope scope(ep_->where(), at_phase(h->where, "combine"));
-    Exchange rows = start_exchange(*ep_, by_rank(rows_RD, *h), h->rows.reversed());
+    Exchange rows = start_exchange(*ep_, rows_RD, h->by_expert, h->by_rank);
     return Pending<at::Tensor>([h, rows]() mutable {
       rows.work.wait();
       return ops::combine_rows(rows.received, h->slot_padded_row_TK);
@@ -112,10 +112,10 @@ class PaddedDispatcher final : public Dispatcher {
                                        const std::shared_ptr<DispatchHandle>& handle) override {
     const auto h = std::static_pointer_cast<PaddedHandle>(handle);
     const comm::WhereScope scope(ep_->where(), at_phase(h->where, "combine backward"));
-    Exchange rows = start_exchange(*ep_, padded_rows(grad_y_TD, *h), h->rows);
-    return Pending<at::Tensor>([this, h, rows]() mutable {
+    Exchange rows = start_exchange(*ep_, padded_rows(grad_y_TD, *h), h->by_rank, h->by_expert);
+    return Pending<at::Tensor>([rows]() mutable {
       rows.work.wait();
-      return by_expert(rows.received, *h);
+      return rows.received;
     });
   }
 
@@ -125,8 +125,8 @@ class PaddedDispatcher final : public Dispatcher {
     const auto h = std::static_pointer_cast<PaddedHandle>(handle);
     const comm::WhereScope scope(ep_->where(), at_phase(h->where, "dispatch backward"));
     Exchange rows;
-    if (grad_rows_RD.defined()) rows = start_exchange(*ep_, by_rank(grad_rows_RD, *h), h->rows.reversed());
-    Exchange weights = start_exchange(*ep_, by_rank(grad_weights_R, *h), h->rows.reversed());
+    if (grad_rows_RD.defined()) rows = start_exchange(*ep_, grad_rows_RD, h->by_expert, h->by_rank);
+    Exchange weights = start_exchange(*ep_, grad_weights_R, h->by_expert, h->by_rank);
     return Pending<DispatchGradients>([h, rows, weights]() mutable {
       rows.work.wait();
       weights.work.wait();
@@ -148,10 +148,11 @@ class PaddedDispatcher final : public Dispatcher {
 
   void lay_out(PaddedHandle& handle, std::int64_t block) const {
     handle.block = block;
+    handle.by_expert.block_major = true;
     handle.row_counts_L = at::full({num_local_}, ep_->size() * block, at::kLong);
     for (int rank = 0; rank < ep_->size(); ++rank) {
-      handle.rows.send.push_back(placement_.count(rank) * block);
-      handle.rows.recv.push_back(num_local_ * block);
+      handle.by_rank.rows.emplace_back(placement_.count(rank), block);
+      handle.by_expert.rows.emplace_back(num_local_, block);
     }
     place_rows(handle, placement_.num_experts);
   }
@@ -159,21 +160,6 @@ class PaddedDispatcher final : public Dispatcher {
   // A sum over one slot: a gather that gives zeros where there is no token.
   static at::Tensor padded_rows(const at::Tensor& x_TD, const PaddedHandle& handle) {
     return ops::combine_rows(x_TD, handle.padded_row_token_X1);
-  }
-
-  // [source rank][expert][C] -> [expert][source rank][C], and back.
-  at::Tensor by_expert(const at::Tensor& received, const PaddedHandle& handle) const {
-    return swap_leading(received, ep_->size(), num_local_, handle.block);
-  }
-  at::Tensor by_rank(const at::Tensor& rows, const PaddedHandle& handle) const {
-    return swap_leading(rows, num_local_, ep_->size(), handle.block);
-  }
-  static at::Tensor swap_leading(const at::Tensor& rows, std::int64_t first, std::int64_t second,
-                                 std::int64_t block) {
-    std::vector<std::int64_t> shape = rows.sizes().vec();
-    shape.insert(shape.begin() + 1, {second, block});
-    shape[0] = first;
-    return rows.reshape(shape).transpose(0, 1).reshape(rows.sizes());
   }
 
   ExpertPlacement placement_;
