@@ -75,7 +75,7 @@ void list_layer(const ModelConfig& c, std::int64_t layer, Lister& out) {
 }
 
 // A matrix of `rows` x `columns`, or one expert of a stack, filled from its own stream.
-void fill_normal(double deviation, const RandomStream& stream, at::Tensor values) {
+void fill_normal(double deviation, const RandomStream& stream, const at::Tensor& values) {
   constexpr std::int64_t kValuesPerTask = 4096;
   auto* out = values.mutable_data_ptr<double>();
   at::parallel_for(0, values.numel(), kValuesPerTask, [&](std::int64_t begin, std::int64_t end) {

@@ -55,6 +55,7 @@ at::Tensor read_rows(const SafetensorsFile& file, const std::string& name, std::
 void write_tensors(const std::filesystem::path& path,
                    const std::vector<std::pair<std::string, at::Tensor>>& tensors) {
   std::vector<TensorToWrite> list;
+  list.reserve(tensors.size());
   for (const auto& [name, tensor] : tensors) {
     list.push_back({.name = name,
                     .dtype = safetensors_dtype(tensor.scalar_type()),

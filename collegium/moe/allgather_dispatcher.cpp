@@ -46,6 +46,7 @@ class AllgatherDispatcher final : public Dispatcher {
     const comm::WhereScope scope(ep_->where(), at_phase(request.where, "plan"));
     const std::vector<std::shared_ptr<AllgatherHandle>> handles = exchange_counts(request);
     std::vector<Exchange> ids;
+    ids.reserve(handles.size());
     for (std::size_t chunk = 0; chunk < handles.size(); ++chunk)
       ids.push_back(gather(request.chunk_ids_TK[chunk], *handles[chunk]));
     for (std::size_t chunk = 0; chunk < handles.size(); ++chunk) {

@@ -97,6 +97,7 @@ std::int64_t capacity_rows(const MoeOptions& options, const TokenContext& contex
 void plan_chunks(const Routing& routing, Saved& saved) {
   saved.chunks = cut_into_chunks(routing.expert_ids_TK.size(0), saved.transport.overlap.chunks);
   std::vector<at::Tensor> ids;
+  ids.reserve(saved.chunks.size());
   for (const Chunk& chunk : saved.chunks) ids.push_back(chunk.of(routing.expert_ids_TK));
   const TokenContext& context = saved.run->context;
   const auto handles = saved.transport.dispatcher->plan(
@@ -133,6 +134,7 @@ at::Tensor run_experts(const Inputs& inputs, const Routing& routing, Saved& save
     end_stage(*saved.run, Stage::kCombine);
   }
   std::vector<at::Tensor> y;
+  y.reserve(leaving.size());
   for (Pending<at::Tensor>& part : leaving) y.push_back(part.wait());
   at::Tensor y_TD = y.size() == 1 ? y[0] : at::cat(y);
   end_stage(*saved.run, Stage::kCombine);

@@ -116,6 +116,7 @@ class TwoLevelDispatcher final : public Dispatcher {
     const comm::WhereScope scope(*where_, at_phase(request.where, "plan"));
     std::vector<CopyPlan> rail = rail_.plan(request.chunk_ids_TK);
     std::vector<at::Tensor> copy_ids;
+    copy_ids.reserve(rail.size());
     for (const CopyPlan& plan : rail) copy_ids.push_back(plan.received_ids_UK);
     std::vector<CopyPlan> node = node_.plan(copy_ids);
     std::vector<std::shared_ptr<DispatchHandle>> handles;

@@ -33,6 +33,7 @@ inline Share share_of(std::int64_t num_sequences, std::int64_t group, int num_ra
 inline std::vector<std::int64_t> share_rows(std::int64_t num_sequences, std::int64_t group, int num_ranks,
                                             std::int64_t factor) {
   std::vector<std::int64_t> rows;
+  rows.reserve(static_cast<std::size_t>(num_ranks));
   for (int rank = 0; rank < num_ranks; ++rank)
     rows.push_back(share_of(num_sequences, group, num_ranks, rank).count * factor);
   return rows;

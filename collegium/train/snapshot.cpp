@@ -21,6 +21,7 @@ at::Tensor with_all_experts(const at::Tensor& held, const parallel::Groups& grou
   shape[0] = groups.placement.num_experts;
   const at::Tensor all = at::empty(shape, held.options());
   std::vector<std::int64_t> rows;
+  rows.reserve(static_cast<std::size_t>(groups.ep->size()));
   for (int rank = 0; rank < groups.ep->size(); ++rank) rows.push_back(groups.placement.count(rank));
   groups.ep->all_gather(held.contiguous(), all, rows).wait();
   return all;

@@ -47,6 +47,7 @@ class SharedFolder {
 
 std::vector<int> nodes_of(const comm::Communicator& world) {
   std::vector<int> nodes;
+  nodes.reserve(static_cast<std::size_t>(world.size()));
   for (int rank = 0; rank < world.size(); ++rank) nodes.push_back(world.node(rank));
   return nodes;
 }

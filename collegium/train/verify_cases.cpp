@@ -220,6 +220,7 @@ void write_verification_corpus(const std::filesystem::path& folder) {
   for (const std::string name : {"up", "down"}) {
     constexpr std::int64_t kTokens = 3000;
     std::vector<std::int64_t> ids;
+    ids.reserve(kTokens);
     for (std::int64_t i = 0; i < kTokens; ++i)
       ids.push_back(name == "up" ? i % kVocabulary : (kTokens - i) % (kVocabulary - 1));
     const auto file = folder / (name + ".safetensors");
@@ -309,6 +310,7 @@ std::vector<OptionCase> pairwise_cases(const std::filesystem::path& folder,
                                        drop_option(),          weight_option(), shared_option(),
                                        loss_option(),          loop_option()};
   std::vector<std::size_t> sizes;
+  sizes.reserve(options.size());
   for (const Option& option : options) sizes.push_back(option.choices.size());
   const auto valid = [&](const Row& row) {
     try {

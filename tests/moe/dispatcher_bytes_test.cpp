@@ -32,7 +32,8 @@ struct Bytes {
 
   bool operator==(const Bytes&) const = default;
 };
-void PrintTo(const Bytes& b, std::ostream* out) {
+// GoogleTest finds it by this name.
+void PrintTo(const Bytes& b, std::ostream* out) {  // NOLINT(readability-identifier-naming)
   *out << b.dispatch << " " << b.combine << " " << b.combine_backward << " " << b.dispatch_backward;
 }
 
@@ -258,7 +259,7 @@ TEST(DispatcherBytes, two_level_traffic_of_random_routing_is_the_expected_one) {
         .options = {.kind = moe::DispatcherKind::kTwoLevel}, .ranks = ranks, .ranks_per_node = 2};
     double copies = 0.0;
     for (const Bytes& bytes : count_bytes(layout, routing, "rail", bytes_between_nodes))
-      copies += static_cast<double>(bytes.combine_backward / kRowBytes);
+      copies += static_cast<double>(bytes.combine_backward) / kRowBytes;
     // The sample's own spread gives the error of its mean.
     const moe::ExpertPlacement placement{.num_experts = num_experts, .num_ranks = ranks};
     double squares = 0.0;

@@ -101,6 +101,7 @@ Results run_on_ranks(const test::DispatcherLayout& layout, const moe::OverlapOpt
   Results all;
   for (const auto& [name, unused] : parts[0].tensors) {
     std::vector<at::Tensor> tensors;
+    tensors.reserve(parts.size());
     for (const Results& part : parts) tensors.push_back(part.tensors.at(name));
     const bool shared_out = name == "y" || name == "x" || name == "gate_up" || name == "down";
     all.tensors[name] = shared_out ? at::cat(tensors) : at::stack(tensors).sum(0);

@@ -106,6 +106,7 @@ Results run_chunk(moe::Dispatcher& dispatcher, const std::shared_ptr<moe::Dispat
 Results concatenate(const std::vector<Results>& parts) {
   const auto cat = [&](at::Tensor Results::* member) {
     std::vector<at::Tensor> tensors;
+    tensors.reserve(parts.size());
     for (const Results& part : parts) tensors.push_back(part.*member);
     return at::cat(tensors);
   };
@@ -133,6 +134,7 @@ Results run_chunks(moe::Dispatcher& dispatcher, const Tokens& tokens, std::int64
   const auto handles = dispatcher.plan(
       {.chunk_ids_TK = ids, .capacity_rows = capacity_rows, .where = {.step = 1, .layer = 2, .phase = {}}});
   std::vector<Results> parts;
+  parts.reserve(chunks.size());
   for (std::size_t i = 0; i < chunks.size(); ++i)
     parts.push_back(run_chunk(dispatcher, handles[i], chunks[i], first_expert));
   return concatenate(parts);
@@ -281,7 +283,7 @@ TEST(TwoLevel, ranks_of_a_node_need_not_be_neighbours_in_the_group) {
                     const auto dispatcher =
                         moe::make_dispatcher({.kind = moe::DispatcherKind::kTwoLevel}, 16, ep);
                     parts[static_cast<std::size_t>(ep->rank())] = run_chunks(
-                        *dispatcher, tokens_of(routing, ep->rank(), 4, at::kDouble), 4 * ep->rank(), 2, -1);
+                        *dispatcher, tokens_of(routing, ep->rank(), 4, at::kDouble), std::int64_t{4} * ep->rank(), 2, -1);
                   },
                   {.ranks_per_node = 2});
   const Results ours = concatenate(parts);

@@ -20,8 +20,9 @@ using testing::HasSubstr;
 class Verify : public testing::Test {
  protected:
   void SetUp() override {
-    folder_ = fs::temp_directory_path() /
-              ("collegium_verify_" + std::string(testing::UnitTest::GetInstance()->current_test_info()->name()));
+    folder_ =
+        fs::temp_directory_path() /
+        ("collegium_verify_" + std::string(testing::UnitTest::GetInstance()->current_test_info()->name()));
     fs::remove_all(folder_);
     train::write_verification_corpus(folder_);
   }
@@ -65,10 +66,9 @@ TEST_F(Verify, another_run_is_not_equal) {
 TEST_F(Verify, more_ranks_than_sequences_and_experts_that_do_not_divide) {
   constexpr int kRanks = 7;  // micro-steps of 3 sequences: four ranks have none; 11 experts: 2 2 2 2 1 1 1
   std::vector<train::VerifyRow> rows;
-  train::VerifyRequest request{
-      .config = train::verification_run(folder_), .steps = 2, .on_row = [&](const auto& row) {
-        rows.push_back(row);
-      }};
+  train::VerifyRequest request{.config = train::verification_run(folder_),
+                               .steps = 2,
+                               .on_row = [&](const auto& row) { rows.push_back(row); }};
   comm::run_ranks(kRanks, [&](comm::Communicator& world) {
     EXPECT_TRUE(train::verify(request, world.shared_from_this()));
   });

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 namespace collegium::comm {
 
@@ -53,7 +54,8 @@ bool is_peer_failure(const std::exception_ptr& error) {
 }  // namespace
 
 Room::Entry Room::make_entry(std::vector<int> ranks) const {
-  return {.meeting = std::make_shared<Meeting>(ranks), .ranks = ranks, .joined = {}};
+  auto meeting = std::make_shared<Meeting>(ranks);
+  return {.meeting = std::move(meeting), .ranks = std::move(ranks), .joined = {}};
 }
 
 Room::Seat Room::join_collective(int rank, std::uint64_t number) {

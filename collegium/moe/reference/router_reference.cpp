@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <utility>
 
 #include "collegium/base/rng.h"
 
@@ -157,6 +158,7 @@ std::vector<int> skewed_choice(const MoeOptions& o, std::uint64_t global) {
   const double before = std::floor(static_cast<double>(global) * share);
   const bool hot = std::floor(static_cast<double>(global + 1) * share) > before;
   std::vector<int> chosen;
+  chosen.reserve(unsign(o.top_k));
   for (std::uint64_t k = 0; k < unsign(o.top_k); ++k)
     chosen.push_back(static_cast<int>(1 + (global * unsign(o.top_k) + k) % (unsign(o.num_experts) - 1)));
   if (hot) chosen[0] = 0;
@@ -268,7 +270,7 @@ void drop(const MoeOptions& o, const TokenContext& c, std::vector<TokenRouting>&
       result[static_cast<std::size_t>(t)].over_capacity[static_cast<std::size_t>(k)] = ahead >= capacity;
     }
   }
-  tokens = result;
+  tokens = std::move(result);
 }
 
 void finish(const MoeOptions& o, const TokenContext& c, const std::vector<Vector>& raw,
