@@ -85,11 +85,10 @@ std::vector<CommRow> measure(const CommBenchOptions& options, comm::Communicator
   constexpr double kMib = 1048576.0;
   Progress progress;
   std::vector<CommRow> rows;
-  const auto show = [&](const std::string& verb, std::int64_t bytes) {
-    if (world.rank() == 0)
-      progress.show(fmt::format("{} of {}", verb, format_bytes(static_cast<double>(bytes))));
+  const auto show = [&](const std::string& what) {
+    if (world.rank() == 0) progress.show(what);
   };
-  show("barrier", 0);
+  show("barrier");
   CommRow barrier("barrier", 0, 0.0);
   barrier.seconds = time_runs(world, options.seconds, barrier.runs, [&] { world.barrier(); });
   rows.push_back(barrier);
@@ -104,7 +103,7 @@ std::vector<CommRow> measure(const CommBenchOptions& options, comm::Communicator
     copy.bytes_per_s = copy.memcpy_bytes_per_s;
     rows.push_back(copy);
     for (const CommCase& c : cases_of(world, bytes)) {
-      show(c.verb, bytes);
+      show(fmt::format("{} of {}", c.verb, format_bytes(static_cast<double>(bytes))));
       CommRow row(c.verb, bytes, copy.memcpy_bytes_per_s);
       row.seconds = time_runs(world, options.seconds, row.runs, c.run);
       row.bytes_per_s = c.received / row.seconds.median;

@@ -39,7 +39,8 @@ BalanceLoss balance_loss(const MoeOptions& options, std::span<const LayerStatist
 ///          before the product, E sum_e (C_e / (layers T)) (P_e / (layers T)). Returned without its
 ///          coefficient; `coefficient` times its gradient is added to `gradients` (empty = value only).
 double hf_pooled_loss(const MoeOptions& options, std::span<const RouterTotals> layers, double coefficient,
-                      std::span<RouterStatisticsGradient> gradients, at::ScalarType gradient_dtype = at::kDouble);
+                      std::span<RouterStatisticsGradient> gradients,
+                      at::ScalarType gradient_dtype = at::kDouble);
 
 /// What     The update of loss-free balancing: bias_e += rate * sign(mean(counts) - counts_e), sign(0) = 0.
 /// Dtype    counts int64, exact over the whole optimizer step and all ranks; bias fp32 or fp64.

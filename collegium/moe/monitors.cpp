@@ -45,7 +45,8 @@ LayerMonitors MonitorSums::monitors(const MoeOptions& options) const {
     monitors.normalized_balance = num_experts * product_E.sum().item<double>() / (wanted * num_tokens);
     monitors.drop_rate = totals_.num_dropped() / wanted;
   }
-  monitors.router_entropy = options.num_experts > 1 ? totals_.entropy() / num_tokens / std::log(num_experts) : 0.0;
+  monitors.router_entropy =
+      options.num_experts > 1 ? totals_.entropy() / num_tokens / std::log(num_experts) : 0.0;
   monitors.max_abs_logit = max_abs_logit_;
   return monitors;
 }

@@ -29,9 +29,9 @@ RouterTotals::RouterTotals(const RouterStatistics& s) : load_is_smooth_(s.load_B
                  at::scalar_tensor(static_cast<double>(s.num_dropped), at::kDouble),
                  s.squared_lse_B.to(at::kDouble).sum(), s.entropy_B.to(at::kDouble).sum(),
                  sequence_product(s, s.choice_counts_BE), sequence_product(s, s.first_counts_BE)});
-  values_ = at::cat({scalars, sum_rows(s.choice_counts_BE), sum_rows(s.first_counts_BE),
-                     sum_rows(s.prob_sums_BE), sum_rows(s.importance_BE),
-                     sum_rows(load_is_smooth_ ? s.load_BE : s.choice_counts_BE)});
+  values_ =
+      at::cat({scalars, sum_rows(s.choice_counts_BE), sum_rows(s.first_counts_BE), sum_rows(s.prob_sums_BE),
+               sum_rows(s.importance_BE), sum_rows(load_is_smooth_ ? s.load_BE : s.choice_counts_BE)});
 }
 
 RouterTotals& RouterTotals::operator+=(const RouterTotals& other) {

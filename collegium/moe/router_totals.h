@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// What batch-scoped losses and monitors are computed from: sums over tokens that ranks and micro-steps add up.
+// What batch-scoped losses and monitors are computed from: sums over tokens that ranks and micro-steps add
+// up.
 
 #include <ATen/core/Tensor.h>
 

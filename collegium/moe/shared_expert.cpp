@@ -37,8 +37,8 @@ at::Tensor join_shared_expert(SharedExpert kind, const at::Tensor& routed_TD, Sh
     return sum_TD.to(routed_TD.scalar_type());
   }
   state.routed_TD = routed_TD;
-  const at::Tensor mixed_TD = state.gate_TX.narrow(1, 0, 1) * wide(routed_TD) +
-                              state.gate_TX.narrow(1, 1, 1) * wide(state.output_TD);
+  const at::Tensor mixed_TD =
+      state.gate_TX.narrow(1, 0, 1) * wide(routed_TD) + state.gate_TX.narrow(1, 1, 1) * wide(state.output_TD);
   return mixed_TD.to(routed_TD.scalar_type());
 }
 
@@ -74,8 +74,8 @@ SharedExpertGradients shared_expert_backward(SharedExpert kind, const SharedExpe
   const ExpertWeightGradients expert = inner.weights();
   gradients.weights.gate_up_GD = expert.gate_up_LGD.squeeze(0);
   gradients.weights.down_DF = expert.down_LDF.squeeze(0);
-  gradients.x_TD = grad_gate_x_TD.defined() ? (wide(rows.rows_RD) + grad_gate_x_TD).to(x_TD.scalar_type())
-                                            : rows.rows_RD;
+  gradients.x_TD =
+      grad_gate_x_TD.defined() ? (wide(rows.rows_RD) + grad_gate_x_TD).to(x_TD.scalar_type()) : rows.rows_RD;
   return gradients;
 }
 

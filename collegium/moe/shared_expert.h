@@ -24,7 +24,8 @@ struct SharedExpertState {
   at::Tensor gate_TX;    ///< sigmoid [T, 1], or softmax [T, 2] (routed, shared), in fp32 or wider
 };
 
-/// What     The shared expert's output s and its gate, into `state`; needs no routed output, so it can run while
+/// What     The shared expert's output s and its gate, into `state`; needs no routed output, so it can run
+/// while
 ///          rows travel.
 /// Shape    x_TD [T, D].
 void shared_expert_forward(SharedExpert kind, const SharedExpertWeights& weights, const at::Tensor& x_TD,

@@ -51,6 +51,7 @@ struct Difference {
 
   double largest() const;
 };
+/// What     How far a snapshot is from the reference, tensor by tensor.
 Difference compare(const Snapshot& snapshot, const Snapshot& reference);
 
 /// What     Whether two snapshots are the same bits.

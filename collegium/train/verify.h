@@ -27,6 +27,7 @@ struct VerifyRow {
   bool rerun_identical = true;  ///< where it was run twice
   bool passed = false;
 };
+/// The row as `verify --json` prints it.
 Json row_json(const VerifyRow& row);
 
 struct VerifyRequest {

@@ -107,7 +107,8 @@ TEST(DispatcherBytes, uneven_sends_exactly_the_routed_rows) {
                             .combine_backward = sent * kRowBytes,
                             .dispatch_backward = received * (kRowBytes + kWeightBytes)});
       }
-      EXPECT_EQ(count_bytes({.options = {}, .ranks = ranks}, routing, "world", all_bytes), expected) << routing.name;
+      EXPECT_EQ(count_bytes({.options = {}, .ranks = ranks}, routing, "world", all_bytes), expected)
+          << routing.name;
     }
   }
 }

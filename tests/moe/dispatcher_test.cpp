@@ -277,15 +277,15 @@ TEST(TwoLevel, ranks_of_a_node_need_not_be_neighbours_in_the_group) {
   const RoutingCase routing = test::skewed_routings()[0];
   const Results reference = reference_of(routing, 4, at::kDouble);
   std::vector<Results> parts(4);
-  comm::run_ranks(4,
-                  [&](comm::Communicator& world) {
-                    const auto ep = world.split(0, 2 * (world.rank() % 2) + world.rank() / 2, "ep");
-                    const auto dispatcher =
-                        moe::make_dispatcher({.kind = moe::DispatcherKind::kTwoLevel}, 16, ep);
-                    parts[static_cast<std::size_t>(ep->rank())] = run_chunks(
-                        *dispatcher, tokens_of(routing, ep->rank(), 4, at::kDouble), std::int64_t{4} * ep->rank(), 2, -1);
-                  },
-                  {.ranks_per_node = 2});
+  comm::run_ranks(
+      4,
+      [&](comm::Communicator& world) {
+        const auto ep = world.split(0, 2 * (world.rank() % 2) + world.rank() / 2, "ep");
+        const auto dispatcher = moe::make_dispatcher({.kind = moe::DispatcherKind::kTwoLevel}, 16, ep);
+        parts[static_cast<std::size_t>(ep->rank())] = run_chunks(
+            *dispatcher, tokens_of(routing, ep->rank(), 4, at::kDouble), std::int64_t{4} * ep->rank(), 2, -1);
+      },
+      {.ranks_per_node = 2});
   const Results ours = concatenate(parts);
   EXPECT_LE(test::relative_difference(ours.y_TD, reference.y_TD), 1e-14);
   EXPECT_LE(test::relative_difference(ours.grad_x_TD, reference.grad_x_TD), 1e-14);

@@ -26,7 +26,8 @@ moe::MoeOptions four_experts() {
 }
 
 moe::RouterStatistics statistics_of(std::int64_t num_tokens, const at::Tensor& choices_E,
-                                    const at::Tensor& probs_E, const at::Tensor& importance_E, double entropy, std::int64_t dropped) {
+                                    const at::Tensor& probs_E, const at::Tensor& importance_E, double entropy,
+                                    std::int64_t dropped) {
   moe::RouterStatistics s;
   s.num_tokens_B = at::full({1}, num_tokens, at::kLong);
   s.choice_counts_BE = choices_E.to(at::kLong).unsqueeze(0);

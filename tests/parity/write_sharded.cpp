@@ -39,14 +39,14 @@ model::ModelConfig config_of(model::Family family) {
 
 int main(int argc, char** argv) {
   if (argc != 2) return 2;
-  constexpr std::int64_t kShardBytes = 6000;
+  constexpr std::int64_t kShardBytes = 12000;
   const std::filesystem::path folder = argv[1];
   for (const auto& [name, family] :
        {std::pair{"mixtral", model::Family::kMixtral}, std::pair{"olmoe", model::Family::kOlmoe},
         std::pair{"qwen3_moe", model::Family::kQwen3Moe}}) {
     const model::ModelConfig config = config_of(family);
     std::vector<model::Parameter> parameters = model::list_parameters(config);
-    model::initialize_parameters(config, 5, at::kFloat, parameters);
+    model::initialize_parameters(config, 5, at::kDouble, parameters);
     std::filesystem::create_directories(folder / name);
     model::save_model(
         folder / name, config, parameters, [](const model::Parameter& p) { return p.value; }, kShardBytes);
