@@ -227,7 +227,8 @@ std::string make_sample(const train::RunConfig& config, const train::Trainer& tr
                                                           .top_k = 0,
                                                           .top_p = kTopP,
                                                           .seed = config.train.seed,
-                                                          .eos_id = tokenizer.eos_id()});
+                                                          .eos_id = tokenizer.eos_id()},
+                                                         {}, trainer.groups().world.get());
   ids.insert(ids.end(), more.begin(), more.end());
   return tokenizer.decode(ids);
 }
