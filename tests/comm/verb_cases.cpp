@@ -148,7 +148,7 @@ std::int64_t block_rows(int from, int to, int block, std::int64_t scale) {
 
 at::Tensor block_data(int from, int to, int block, std::int64_t scale, std::int64_t width) {
   return data_of(from, block_rows(from, to, block, scale), width, at::kBFloat16,
-                 static_cast<std::uint64_t>(100 + 10 * to + block));
+                 100 + 10 * static_cast<std::uint64_t>(to) + static_cast<std::uint64_t>(block));
 }
 
 // What travels lies by rank, what experts compute on by block, and back.

@@ -28,7 +28,7 @@ constexpr std::chrono::microseconds kNap{50};
 //     4 pieces of 512 KiB       0.22             0.17           0.45
 //    32 pieces of  32 KiB       0.12             0.15           0.16
 //    32 pieces of   8 KiB       0.03             0.08           0.04
-constexpr std::int64_t kLongPieceBytes = 64 * 1024;
+constexpr std::int64_t kLongPieceBytes = std::int64_t{64} * 1024;
 
 std::string mpi_text(int code) {
   std::array<char, MPI_MAX_ERROR_STRING> text{};
