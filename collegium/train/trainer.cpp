@@ -79,8 +79,7 @@ Trainer::Trainer(const RunConfig& config, const std::shared_ptr<comm::Communicat
                            config_.batch.micro_sequences * config_.data.sequence_length);
   const model::ExpertRange held = groups_.held_experts();
   std::vector<model::Parameter> parameters;
-  if (!config_.model_source.init.empty() && !config_.data.any_tokenizer)
-    data::require_same_tokenizer(dataset_, config_.model_source.init, "--set data.any_tokenizer=true");
+  require_tokenizer_of(config_.model_source.init);
   if (config_.model_source.init.empty()) {
     parameters = model::list_parameters(config_.model, held);
     model::initialize_parameters(config_.model, config_.train.seed, dtype, parameters);
@@ -317,8 +316,15 @@ void Trainer::replay_routing(const std::filesystem::path& file) {
   replay_ = std::make_unique<moe::RoutingReplay>(file);
 }
 
+// Weights learned the meaning of another tokenizer's ids.
+void Trainer::require_tokenizer_of(const std::filesystem::path& model_folder) const {
+  if (!model_folder.empty() && !config_.data.any_tokenizer)
+    data::require_same_tokenizer(dataset_, model_folder, "--set data.any_tokenizer=true");
+}
+
 void Trainer::resume(const std::filesystem::path& checkpoint, bool weights_only) {
   const at::NoGradGuard no_grad;
+  if (weights_only) require_tokenizer_of(checkpoint);
   if (!weights_only) {
     state_ = load_checkpoint(checkpoint, *decoder_, *masters_, groups_);
     state_.run_config = run_config_json(config_);

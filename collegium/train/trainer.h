@@ -99,6 +99,7 @@ class Trainer {
   void record(const MicroBatch& batch, const moe::RoutingKey& key, const at::Tensor& ids_TK);
   void reduce_norm_and_monitors(StepReport& report);
   void update_biases();
+  void require_tokenizer_of(const std::filesystem::path& model_folder) const;
   std::vector<std::filesystem::path> companions() const;
   CommReport report_communication();
 

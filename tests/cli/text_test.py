@@ -116,6 +116,9 @@ def check_messages(model: str, folder: pathlib.Path, run_file: pathlib.Path) -> 
     other = shutil.copytree(model, folder / "other")
     (other / "tokenizer.model").unlink()
     expect(2, "no tokenizer.model here", "eval", "--model", str(other), "--text", "def x")
+    huge_size = ["--set", "model.hidden_size=2000000000"]
+    expect(2, "no machine could hold this model", "train", str(run_file), *huge_size, "--dry-run")
+    expect(2, "for activations of the rank on this machine, which has", "train", str(run_file), *huge_size)
     train = ["train", str(run_file), "--fresh"]
     record = str(folder / "routing")
     expect(0, "checkpoint", *train, "--record-routing", record)
@@ -152,6 +155,8 @@ def check_tokenizers(model: str, folder: pathlib.Path, run_file: pathlib.Path) -
     message = "did not make the tokens of"
     expect(2, message, "train", str(tune))
     expect(0, "checkpoint", "train", str(tune), "--set", "data.any_tokenizer=true")
+    other_data = ["--set", f"data.path={data2}", "--set", f"run_folder={folder}/other-data"]
+    expect(2, message, "train", str(run_file), *other_data, "--weights-only", model)
     evaluate = ["eval", "--model", model, "--sequence-length", "32", "--data"]
     expect(2, message, *evaluate, data2)
     expect(0, "loss", *evaluate, data2, "--any-tokenizer")
