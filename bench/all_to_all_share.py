@@ -39,6 +39,7 @@ class Gpu:
 
 GPUS = {
     "a100": Gpu(312e12, (300e9, 2e-6), (25e9, 10e-6)),  # NVLink 3; one 200 Gbit/s port per GPU
+    "a100-1port": Gpu(312e12, (300e9, 2e-6), (3.125e9, 10e-6)),  # the node's GPUs share one such port
     "h100": Gpu(989e12, (450e9, 2e-6), (50e9, 10e-6)),  # NVLink 4; one 400 Gbit/s port per GPU
 }
 

@@ -40,7 +40,8 @@ std::vector<double> sum_over_ranks(comm::Communicator& world, const std::vector<
 /// What     How often to repeat what takes rank 0 `once_s` to fill its budget; the same on all ranks.
 std::int64_t agree_on_runs(comm::Communicator& world, double once_s, double budget_s, std::int64_t least);
 
-/// What     The GEMM peaks of all ranks, measured at the same time and added, FLOP/s.
+/// What     The GEMM peaks of all ranks, measured at the same time and added, FLOP/s. Where ranks share
+/// cores, the mean rates.
 double gemm_peak_of_all_ranks(comm::Communicator& world, at::ScalarType dtype);
 
 /// How experts are reached. What is left at its default keeps the value of a run file.

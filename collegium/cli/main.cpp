@@ -47,14 +47,20 @@ void wait_for_turn() {
   collegium::comm::abort_mpi_world(exit_code);
 }
 
-// CLI11 would only say that an argument was not expected.
-void require_known_verb(const CLI::App& app, const std::vector<std::string>& arguments) {
-  if (arguments.size() < 2 || arguments[1].starts_with('-')) return;
+// CLI11 would only say that an argument was not expected. `place` is where the verb stands.
+void require_known_verb(const CLI::App& app, const std::vector<std::string>& arguments,
+                        std::size_t place = 1) {
+  if (arguments.size() <= place || arguments[place].starts_with('-')) return;
   std::vector<std::string> verbs;
-  for (const CLI::App* verb : app.get_subcommands({})) verbs.push_back(verb->get_name());
-  if (std::find(verbs.begin(), verbs.end(), arguments[1]) != verbs.end()) return;
-  const auto nearest = collegium::nearest_name(arguments[1], verbs);
-  throw collegium::ConfigError(fmt::format("no verb '{}'; {}", arguments[1],
+  for (const CLI::App* verb : app.get_subcommands({})) {
+    if (verb->get_name() == arguments[place]) {
+      if (!verb->get_subcommands({}).empty()) require_known_verb(*verb, arguments, place + 1);
+      return;
+    }
+    verbs.push_back(verb->get_name());
+  }
+  const auto nearest = collegium::nearest_name(arguments[place], verbs);
+  throw collegium::ConfigError(fmt::format("no verb '{}'; {}", arguments[place],
                                            nearest ? fmt::format("did you mean '{}'?", *nearest)
                                                    : fmt::format("there are: {}", fmt::join(verbs, ", "))));
 }

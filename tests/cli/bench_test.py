@@ -121,6 +121,7 @@ def check_refusals() -> None:
     refuses("--set: needs a run file", "step", "--set", "train.dtype=float32")
     refuses("--sequences 0: must be at least 1", "step", "--sequences", "0")
     refuses("head_dim = 73: the rotary embedding needs an even number", "step", "--heads", "7")
+    refuses("no verb 'layr'; did you mean 'layer'?", "layr")
     refuses("A subcommand is required")
 
 
