@@ -15,6 +15,7 @@
 #include "collegium/cli/verb.h"
 #include "collegium/comm/launcher.h"
 #include "collegium/comm/mpi/mpi.h"
+#include "collegium/ops/arena.h"
 
 namespace {
 
@@ -109,5 +110,6 @@ int main(int argc, char** argv) {
   collegium::set_log_sink([](collegium::LogLevel level, std::string_view message) {
     fmt::print(stderr, "{}{}\n", level == collegium::LogLevel::kWarning ? "warning: " : "", message);
   });
+  collegium::ops::install_arena();
   return run(argc, argv);
 }

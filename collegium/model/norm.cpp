@@ -13,15 +13,15 @@
 #include <cmath>
 
 #include "collegium/base/error.h"
-#include "collegium/model/row_math.h"
+#include "collegium/ops/row_math.h"
 
 namespace collegium::model {
 
 namespace {
 
-using row_math::narrow;
-using row_math::Wide;
-using row_math::widen;
+using ops::row_math::narrow;
+using ops::row_math::Wide;
+using ops::row_math::widen;
 
 // Rows per task and per partial sum of the weight's gradient: fixed, so that no result depends on threads.
 constexpr std::int64_t kRowsPerTask = 128;
@@ -31,7 +31,8 @@ COLLEGIUM_INLINE void forward_rows(const T* x, const T* weight, std::int64_t row
                                    Wide<T> eps, T* y, Wide<T>* inverse_rms) {
   using W = Wide<T>;
   for (std::int64_t row = 0; row < rows; ++row, x += width, y += width) {
-    const W squares = row_math::lane_sum<W>(width, [x](std::int64_t i) { return widen(x[i]) * widen(x[i]); });
+    const W squares =
+        ops::row_math::lane_sum<W>(width, [x](std::int64_t i) { return widen(x[i]) * widen(x[i]); });
     const W scale = W{1} / std::sqrt(squares / static_cast<W>(width) + eps);
     inverse_rms[row] = scale;
     for (std::int64_t i = 0; i < width; ++i) {
@@ -47,7 +48,7 @@ COLLEGIUM_INLINE void backward_rows(const T* grad, const T* x, const T* weight, 
   using W = Wide<T>;
   for (std::int64_t row = 0; row < rows; ++row, x += width, grad += width, grad_x += width) {
     const W scale = inverse_rms[row];
-    const W dot = row_math::lane_sum<W>(
+    const W dot = ops::row_math::lane_sum<W>(
         width, [&](std::int64_t i) { return widen(grad[i]) * widen(weight[i]) * widen(x[i]); });
     const W mean = dot * scale * scale / static_cast<W>(width);
     for (std::int64_t i = 0; i < width; ++i) {

@@ -11,15 +11,15 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "collegium/base/error.h"
-#include "collegium/model/row_math.h"
+#include "collegium/ops/row_math.h"
 
 namespace collegium::model {
 
 namespace {
 
-using row_math::narrow;
-using row_math::Wide;
-using row_math::widen;
+using ops::row_math::narrow;
+using ops::row_math::Wide;
+using ops::row_math::widen;
 
 constexpr std::int64_t kPositionsPerTask = 16;
 

@@ -11,30 +11,30 @@
 #include <cmath>
 
 #include "collegium/base/error.h"
-#include "collegium/model/row_math.h"
+#include "collegium/ops/row_math.h"
 
 namespace collegium::model {
 
 namespace {
 
-using row_math::narrow;
-using row_math::Wide;
-using row_math::widen;
+using ops::row_math::narrow;
+using ops::row_math::Wide;
+using ops::row_math::widen;
 
 constexpr std::int64_t kRowsPerTask = 8;
 
 template <typename T>
 COLLEGIUM_INLINE double row_loss_of(T* row, std::int64_t width, std::int64_t target, bool gradient) {
   using W = Wide<T>;
-  const W largest = row_math::lane_max(row, width);
-  const W sum = row_math::lane_sum<W>(
-      width, [=](std::int64_t i) { return row_math::exp_of_negative(widen(row[i]) - largest); });
+  const W largest = ops::row_math::lane_max(row, width);
+  const W sum = ops::row_math::lane_sum<W>(
+      width, [=](std::int64_t i) { return ops::row_math::exp_of_negative(widen(row[i]) - largest); });
   const double loss = static_cast<double>(largest - widen(row[target])) + std::log(static_cast<double>(sum));
   if (!gradient) return loss;
   const W scale = W{1} / sum;
-  const W at_target = row_math::exp_of_negative(widen(row[target]) - largest) * scale - W{1};
+  const W at_target = ops::row_math::exp_of_negative(widen(row[target]) - largest) * scale - W{1};
   for (std::int64_t i = 0; i < width; ++i) {
-    row[i] = narrow<T>(row_math::exp_of_negative(widen(row[i]) - largest) * scale);
+    row[i] = narrow<T>(ops::row_math::exp_of_negative(widen(row[i]) - largest) * scale);
   }
   row[target] = narrow<T>(at_target);
   return loss;

@@ -1,27 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// The experts: two grouped GEMMs around a SwiGLU that carries the router's weight.
+// The experts of this rank, and what their backward pass keeps.
 
 #include <ATen/core/Tensor.h>
 
 #include <utility>
 
+#include "collegium/ops/expert_mlp.h"
+
 namespace collegium::moe {
 
-/// What the backward pass of the experts needs. The experts' outputs are not kept.
+/// What the backward pass of the experts needs. Neither the activation nor the experts' outputs are kept.
 struct ExpertsState {
   at::Tensor rows_RD;
   at::Tensor gate_up_RG;
-  at::Tensor activation_RF;
   at::Tensor weights_R;
   at::Tensor counts_L;
 };
 
 /// What     out[r] = down_e (w_r silu(gate_e x_r) * up_e x_r) for the expert e of row r.
 /// Shape    rows_RD [R, D] grouped by expert, weights_R [R] (undefined = 1), gate_up_LGD [L, 2F, D], down_LDF
-/// [L, D, F],
-///          counts_L int64 on the CPU -> [R, D].
+///          [L, D, F], counts_L int64 on the CPU -> [R, D].
 at::Tensor experts_forward(const at::Tensor& rows_RD, const at::Tensor& weights_R, const at::Tensor& counts_L,
                            const at::Tensor& gate_up_LGD, const at::Tensor& down_LDF, ExpertsState& state);
 
@@ -59,7 +59,7 @@ class ExpertsBackward {
   const ExpertsState& state_;
   at::Tensor grad_RD_;
   ExpertsNeeds needs_;
-  at::Tensor grad_gate_up_RG_;
+  ops::ExpertRowGradients inner_;
 };
 
 }  // namespace collegium::moe

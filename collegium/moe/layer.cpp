@@ -267,16 +267,11 @@ variable_list backward_layer(const Inputs& inputs, const std::array<bool, kCount
   for (const Input expert : {kGateUp, kDown}) {
     if (gradients[expert].defined()) gradients[expert] = gradients[expert].to(dtype);
   }
-  const RouterGradients router =
-      route_backward(*saved.router, dispatch.weights_TK, saved.run->statistics_gradient);
+  RouterGradients router = route_backward(*saved.router, dispatch.weights_TK, saved.run->statistics_gradient,
+                                          needs[kX] ? sum_defined(shared.x_TD, dispatch.x_TD) : at::Tensor());
   gradients[kGate] = router.gate_ED.to(inputs[kGate].scalar_type());
   if (router.noise_ED.defined()) gradients[kNoise] = router.noise_ED.to(inputs[kNoise].scalar_type());
-  if (needs[kX]) {
-    at::Tensor grad_expert_input_TD = sum_defined(shared.x_TD, dispatch.x_TD).to(router.x_TD.scalar_type());
-    const at::Tensor& jitter_TD = input_jitter_TD(*saved.router);
-    if (jitter_TD.defined()) grad_expert_input_TD = grad_expert_input_TD * jitter_TD;
-    gradients[kX] = (grad_expert_input_TD + router.x_TD).to(dtype);
-  }
+  if (needs[kX]) gradients[kX] = std::move(router.x_TD);
   end_stage(*saved.run, Stage::kRouterBackward);
   return gradients;
 }

@@ -8,6 +8,7 @@
 #include "collegium/moe/router_state.h"
 #include "collegium/moe/selection.h"
 #include "collegium/ops/topk.h"
+#include "collegium/ops/wide_linear.h"
 
 namespace collegium::moe {
 
@@ -20,7 +21,8 @@ void compute_logits(const RouterWeights& weights, const at::Tensor& x_TD, const 
                     RouterState& state) {
   const RouterOptions& options = state.options.router;
   const auto dtype = router_dtype(x_TD.scalar_type());
-  state.x_TD = x_TD.to(dtype);
+  state.x_TD = x_TD.detach();
+  state.compute_dtype = x_TD.scalar_type();
   state.gate_ED = weights.gate_ED.to(dtype);
   state.input_jitter = options.noise == Noise::kJitterInput;
   if (context.training && (options.noise == Noise::kJitterRouter || state.input_jitter)) {
@@ -28,14 +30,14 @@ void compute_logits(const RouterWeights& weights, const at::Tensor& x_TD, const 
         random_values(context, "router/jitter", Distribution::kUniform, x_TD.size(1), dtype)
             .to(x_TD.device());
     state.jitter_TD = 1.0 - options.jitter_epsilon + 2.0 * options.jitter_epsilon * uniform_TD;
-    state.x_TD = state.x_TD * state.jitter_TD;
+    state.x_TD = state.x_TD.to(dtype) * state.jitter_TD;
   }
-  state.clean_TE = at::mm(state.x_TD, state.gate_ED.t());
+  state.clean_TE = ops::wide_linear(state.x_TD, state.gate_ED);
   if (options.noise == Noise::kNoisyTopK && context.training) {
     state.noise_ED = weights.noise_ED.to(dtype);
     const at::Tensor normal_TE =
         random_values(context, "router/noisy_top_k", Distribution::kNormal, state.options.num_experts, dtype);
-    state.noisy = add_learned_noise(state.clean_TE, at::mm(state.x_TD, state.noise_ED.t()),
+    state.noisy = add_learned_noise(state.clean_TE, ops::wide_linear(state.x_TD, state.noise_ED),
                                     normal_TE.to(x_TD.device()));
     state.load = smooth_load(state.noisy, state.options.top_k);
   }
@@ -54,7 +56,7 @@ at::Tensor select(const RouterWeights& weights, const TokenContext& context, con
   }
   if (router.selection == Selection::kExpertChoice) {
     const at::Tensor taken_TE = expert_choice(options, state.scores_TE, context);
-    const at::Tensor ids_E = at::arange(options.num_experts, state.x_TD.options().dtype(at::kInt));
+    const at::Tensor ids_E = at::arange(options.num_experts, state.gate_ED.options().dtype(at::kInt));
     return at::where(taken_TE, ids_E.unsqueeze(0), at::full({}, -1, ids_E.options()));
   }
   at::Tensor preference_TE = router.order == ScoreOrder::kSelectFirst ? logits(state) : state.scores_TE;
@@ -63,7 +65,7 @@ at::Tensor select(const RouterWeights& weights, const TokenContext& context, con
   }
   if (context.training && router.noise == Noise::kGumbel) {
     preference_TE = logits(state) + random_values(context, "router/gumbel", Distribution::kGumbel,
-                                                  options.num_experts, state.x_TD.scalar_type())
+                                                  options.num_experts, state.gate_ED.scalar_type())
                                         .to(state.x_TD.device());
   }
   if (weights.expert_bias_E.defined()) preference_TE = preference_TE + weights.expert_bias_E;
@@ -79,7 +81,7 @@ at::Tensor without_padding(const at::Tensor& ids_TK, const TokenContext& context
 void compute_raw_weights(const at::Tensor& chosen_ids_TK, RouterState& state) {
   const at::Tensor ids_TK = chosen_ids_TK.to(at::kLong);
   state.slot_ids_TK = ids_TK.clamp_min(0);
-  state.chosen_TK = (ids_TK >= 0).to(state.x_TD.scalar_type());
+  state.chosen_TK = (ids_TK >= 0).to(state.gate_ED.scalar_type());
   const bool softmax_of_selected = state.options.router.order == ScoreOrder::kSelectFirst &&
                                    state.options.router.score == ScoreFunction::kSoftmax;
   if (!softmax_of_selected) {
@@ -106,7 +108,7 @@ RouterOutput route(const MoeOptions& options, const RouterWeights& weights, cons
   state.num_sequences = context.num_sequences;
   compute_logits(weights, x_TD, context, state);
   if (context.padding_T.defined()) {
-    state.valid_T1 = context.padding_T.logical_not().unsqueeze(1).to(state.x_TD.scalar_type());
+    state.valid_T1 = context.padding_T.logical_not().unsqueeze(1).to(state.gate_ED.scalar_type());
   }
   const bool softmax = options.router.score == ScoreFunction::kSoftmax;
   state.scores_TE = softmax ? at::softmax(logits(state), 1) : at::sigmoid(logits(state));
@@ -161,10 +163,26 @@ at::Tensor logits_gradient(const RouterState& state, const at::Tensor& grad_scor
   return state.scores_TE * (grad_scores_TE - (grad_scores_TE * state.scores_TE).sum(1, true));
 }
 
+// Of the logits, the learned noise (undefined without it) and the experts' share, through the jitter.
+at::Tensor input_gradient(const RouterState& state, const at::Tensor& grad_clean_TE,
+                          const at::Tensor& grad_noise_TD, const at::Tensor& grad_expert_input_TD) {
+  if (!grad_noise_TD.defined() && !state.jitter_TD.defined())
+    return ops::wide_linear_grad_input(grad_clean_TE, state.gate_ED, grad_expert_input_TD,
+                                       state.compute_dtype);
+  at::Tensor grad_TD = at::mm(grad_clean_TE, state.gate_ED);
+  if (grad_noise_TD.defined()) grad_TD = grad_TD + grad_noise_TD;
+  if (state.jitter_TD.defined()) grad_TD = grad_TD * state.jitter_TD;
+  if (!grad_expert_input_TD.defined()) return grad_TD.to(state.compute_dtype);
+  const bool jittered = state.input_jitter && state.jitter_TD.defined();
+  return (grad_TD + (jittered ? grad_expert_input_TD * state.jitter_TD : grad_expert_input_TD))
+      .to(state.compute_dtype);
+}
+
 }  // namespace
 
 RouterGradients route_backward(const RouterState& state, const at::Tensor& grad_weights_TK,
-                               const RouterStatisticsGradient& grad_statistics) {
+                               const RouterStatisticsGradient& grad_statistics,
+                               const at::Tensor& grad_expert_input_TD) {
   const at::NoGradGuard no_grad;
   at::Tensor grad_importance_TK;
   if (grad_statistics.importance_BE.defined()) {
@@ -189,7 +207,7 @@ RouterGradients route_backward(const RouterState& state, const at::Tensor& grad_
         grad_statistics.load_BE.defined() ? per_token(state, grad_statistics.load_BE) : at::Tensor();
     const NoisyGradients noisy = noisy_backward(state.noisy, state.load, grad_logits_TE, grad_load_TE);
     grad_clean_TE = noisy.clean_TE;
-    gradients.noise_ED = at::mm(noisy.raw_std_TE.t(), state.x_TD);
+    gradients.noise_ED = ops::wide_linear_grad_weight(noisy.raw_std_TE, state.x_TD);
     gradients.x_TD = at::mm(noisy.raw_std_TE, state.noise_ED);
   }
   if (grad_statistics.squared_lse != 0.0) {
@@ -197,16 +215,9 @@ RouterGradients route_backward(const RouterState& state, const at::Tensor& grad_
         2.0 * grad_statistics.squared_lse * state.lse_T1 * at::exp(state.clean_TE - state.lse_T1);
     grad_clean_TE = grad_clean_TE + (state.valid_T1.defined() ? pull_TE * state.valid_T1 : pull_TE);
   }
-  gradients.gate_ED = at::mm(grad_clean_TE.t(), state.x_TD);
-  const at::Tensor grad_x_TD = at::mm(grad_clean_TE, state.gate_ED);
-  gradients.x_TD = gradients.x_TD.defined() ? gradients.x_TD + grad_x_TD : grad_x_TD;
-  if (state.jitter_TD.defined()) gradients.x_TD = gradients.x_TD * state.jitter_TD;
+  gradients.gate_ED = ops::wide_linear_grad_weight(grad_clean_TE, state.x_TD);
+  gradients.x_TD = input_gradient(state, grad_clean_TE, gradients.x_TD, grad_expert_input_TD);
   return gradients;
-}
-
-const at::Tensor& input_jitter_TD(const RouterState& state) {
-  static const at::Tensor none;
-  return state.input_jitter ? state.jitter_TD : none;
 }
 
 }  // namespace collegium::moe

@@ -31,7 +31,7 @@ struct RouterOutput {
 };
 
 struct RouterGradients {
-  at::Tensor x_TD;      ///< [T, D] in the router's dtype, to be added to the experts' share
+  at::Tensor x_TD;      ///< [T, D] compute dtype, with the experts' share, rounded once
   at::Tensor gate_ED;   ///< router dtype
   at::Tensor noise_ED;  ///< router dtype, or undefined
 };
@@ -43,15 +43,12 @@ struct RouterGradients {
 RouterOutput route(const MoeOptions& options, const RouterWeights& weights, const at::Tensor& x_TD,
                    const TokenContext& context, const at::Tensor& replayed_ids_TK = {});
 
-/// What     Gradients of sum(grad_weights * weights) + the balance losses whose dLoss/dStatistics is given.
-/// Shape    grad_weights_TK [T, K] router dtype; grad_expert_input_TD only with Noise::kJitterInput is folded
-/// by the caller
-///          through `jitter_TD`.
+/// What     Gradients of sum(grad_weights * weights) + the balance losses whose dLoss/dStatistics is given,
+/// and of
+///          what the experts saw: grad_expert_input_TD, or undefined.
+/// Shape    grad_weights_TK [T, K] router dtype; grad_expert_input_TD [T, D].
 RouterGradients route_backward(const RouterState& state, const at::Tensor& grad_weights_TK,
-                               const RouterStatisticsGradient& grad_statistics);
-
-/// The factor U(1-eps, 1+eps) that multiplied x for router and experts alike; undefined unless
-/// Noise::kJitterInput in training.
-const at::Tensor& input_jitter_TD(const RouterState& state);
+                               const RouterStatisticsGradient& grad_statistics,
+                               const at::Tensor& grad_expert_input_TD);
 
 }  // namespace collegium::moe

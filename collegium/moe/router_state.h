@@ -15,7 +15,8 @@ struct RouterState {
   MoeOptions options;
   std::int64_t num_sequences = 1;
 
-  at::Tensor x_TD;       ///< router dtype, jittered where the options say so
+  at::Tensor x_TD;  ///< compute dtype; router dtype and jittered where the options say so
+  at::ScalarType compute_dtype = at::kFloat;
   at::Tensor jitter_TD;  ///< factor on x for the router, or undefined
   bool input_jitter = false;
   at::Tensor gate_ED;   ///< router dtype

@@ -14,10 +14,13 @@
 #include <ATen/ops/sort.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+#include <array>
 #include <cstring>
 #include <vector>
 
 #include "collegium/base/error.h"
+#include "collegium/ops/row_math.h"
 
 namespace collegium::ops {
 
@@ -110,18 +113,42 @@ at::Tensor gather_rows_aten(const at::Tensor& x_TD, const at::Tensor& row_token_
 
 namespace {
 
-// One token: the sum of its rows in a wide accumulator, rounded once.
-template <typename T, typename Wide>
-void combine_token(const T* rows, const std::int32_t* slot_rows, std::int64_t top_k, std::int64_t width,
-                   Wide* sum, T* y) {
-  std::fill(sum, sum + width, Wide{0});
-  for (std::int64_t k = 0; k < top_k; ++k) {
-    if (slot_rows[k] < 0) continue;
-    const T* row = rows + slot_rows[k] * width;
-    for (std::int64_t d = 0; d < width; ++d) sum[d] += static_cast<Wide>(row[d]);
+using row_math::narrow;
+using row_math::Wide;
+using row_math::widen;
+
+// Elements summed at a time: they stay in registers or the first cache over all rows of a token.
+constexpr std::int64_t kColumnsPerPass = 128;
+
+template <typename T>
+struct CombineTokens {
+  const T* rows;
+  const std::int32_t* slot_rows;
+  std::int64_t tokens;
+  std::int64_t top_k;
+  std::int64_t width;
+  T* y;
+};
+
+template <typename T>
+COLLEGIUM_INLINE void combine_tokens(CombineTokens<T> o) {
+  std::array<Wide<T>, kColumnsPerPass> sum;
+  for (std::int64_t token = 0; token < o.tokens; ++token, o.slot_rows += o.top_k, o.y += o.width) {
+    for (std::int64_t first = 0; first < o.width; first += kColumnsPerPass) {
+      const std::int64_t columns = std::min(kColumnsPerPass, o.width - first);
+      sum.fill(0);
+      for (std::int64_t k = 0; k < o.top_k; ++k) {
+        if (o.slot_rows[k] < 0) continue;
+        const T* row = o.rows + o.slot_rows[k] * o.width + first;
+        for (std::int64_t d = 0; d < columns; ++d) sum[static_cast<std::size_t>(d)] += widen(row[d]);
+      }
+      for (std::int64_t d = 0; d < columns; ++d) o.y[first + d] = narrow<T>(sum[static_cast<std::size_t>(d)]);
+    }
   }
-  for (std::int64_t d = 0; d < width; ++d) y[d] = static_cast<T>(sum[d]);
 }
+COLLEGIUM_CLONES void combine(const CombineTokens<double>& o) { combine_tokens(o); }
+COLLEGIUM_CLONES void combine(const CombineTokens<float>& o) { combine_tokens(o); }
+COLLEGIUM_CLONES void combine(const CombineTokens<c10::BFloat16>& o) { combine_tokens(o); }
 
 }  // namespace
 
@@ -137,10 +164,12 @@ at::Tensor combine_rows(const at::Tensor& rows_RD, const at::Tensor& slot_row_TK
     const auto* source = rows.const_data_ptr<scalar_t>();
     auto* target = y_TD.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, slots.size(0), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
-      std::vector<at::opmath_type<scalar_t>> sum(static_cast<std::size_t>(width));
-      for (std::int64_t token = begin; token < end; ++token) {
-        combine_token(source, slot_rows + token * top_k, top_k, width, sum.data(), target + token * width);
-      }
+      combine(CombineTokens<scalar_t>{.rows = source,
+                                      .slot_rows = slot_rows + begin * top_k,
+                                      .tokens = end - begin,
+                                      .top_k = top_k,
+                                      .width = width,
+                                      .y = target + begin * width});
     });
   });
   return y_TD;

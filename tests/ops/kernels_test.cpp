@@ -5,7 +5,6 @@
 
 #include <gtest/gtest.h>
 
-#include "collegium/ops/grouped_mm.h"
 #include "collegium/ops/permute.h"
 #include "collegium/ops/swiglu.h"
 #include "collegium/ops/topk.h"
@@ -89,6 +88,9 @@ TEST(Swiglu, forward_and_backward_equal_aten_form_and_autograd) {
                   limit);
         const auto ours = ops::swiglu_backward(grad, hidden, weights);
         const auto aten = ops::swiglu_backward_aten(grad, hidden, weights);
+        const at::Tensor again = at::empty_like(grad);
+        ops::swiglu_backward_into(grad, hidden, weights, ours, again);
+        EXPECT_TRUE(at::equal(again, ops::swiglu(hidden, weights)));
         EXPECT_LE(relative_difference(ours.gate_up_RG, aten.gate_up_RG), limit);
         if (weighted) {
           EXPECT_LE(relative_difference(ours.weights_R, aten.weights_R), bound(at::kFloat, 16 + width));
@@ -103,49 +105,6 @@ TEST(Swiglu, forward_and_backward_equal_aten_form_and_autograd) {
       }
     }
   }
-}
-
-TEST(GroupedMm, equals_one_product_per_expert_under_both_schedules) {
-  const std::vector<std::vector<std::int64_t>> loads = {{0, 0, 0, 0, 0, 0, 0, 0},
-                                                        {40, 0, 0, 0, 0, 0, 0, 0},
-                                                        {5, 5, 5, 5, 5, 5, 5, 5},
-                                                        {1, 0, 9, 2, 0, 3, 3, 2}};
-  for (const auto dtype : kDtypes) {
-    for (const auto& load : loads) {
-      const at::Tensor counts = at::tensor(load, at::kLong);
-      const std::int64_t num_rows = counts.sum().item<std::int64_t>();
-      const at::Tensor x = random_tensor("x", {num_rows, 12}, dtype);
-      const at::Tensor w = random_tensor("w", {8, 10, 12}, dtype);
-      const at::Tensor g = random_tensor("g", {num_rows, 10}, dtype);
-      const at::Tensor y = ops::grouped_mm(x, w, counts);
-      const at::Tensor dx = ops::grouped_mm_grad_rows(g, w, counts);
-      const at::Tensor dw = ops::grouped_mm_grad_weights(g, x, counts);
-      std::int64_t offset = 0;
-      for (std::int64_t e = 0; e < 8; ++e) {
-        const std::int64_t rows = load[static_cast<std::size_t>(e)];
-        const at::Tensor xe = x.narrow(0, offset, rows).to(at::kDouble);
-        const at::Tensor ge = g.narrow(0, offset, rows).to(at::kDouble);
-        const at::Tensor we = w[e].to(at::kDouble);
-        // Sums of at most 40 products, rounded once to the result's dtype.
-        const double limit = bound(dtype, 1) + bound(dtype == at::kDouble ? dtype : at::kFloat, 40);
-        EXPECT_LE(relative_difference(y.narrow(0, offset, rows), xe.mm(we.t())), limit);
-        EXPECT_LE(relative_difference(dx.narrow(0, offset, rows), ge.mm(we)), limit);
-        EXPECT_LE(relative_difference(dw[e], ge.t().mm(xe)), limit);
-        if (rows == 0) {
-          EXPECT_EQ(dw[e].abs().sum().item<double>(), 0.0);
-        }
-        offset += rows;
-      }
-    }
-  }
-}
-
-TEST(GroupedMm, schedule_is_a_function_of_its_arguments) {
-  EXPECT_EQ(ops::choose_schedule(at::full({64}, 512, at::kLong), 512, 256, 2), ops::GemmSchedule::kAcross);
-  EXPECT_EQ(ops::choose_schedule(at::full({8}, 1024, at::kLong), 512, 1792, 2), ops::GemmSchedule::kInside);
-  EXPECT_EQ(ops::choose_schedule(at::tensor({4000, 1, 1, 1, 1, 1, 1, 1}, at::kLong), 64, 64, 2),
-            ops::GemmSchedule::kInside);
-  EXPECT_EQ(ops::choose_schedule(at::full({64}, 512, at::kLong), 512, 256, 1), ops::GemmSchedule::kInside);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// What the row kernels of this module share: widening and narrowing of elements, sums in a fixed lane order,
+// What row kernels share: widening and narrowing of elements, sums in a fixed lane order,
 // and compilation of a kernel for several instruction sets (chosen when the program is loaded).
 
 #include <c10/util/BFloat16.h>
@@ -15,13 +15,13 @@
 // Sanitizers are not ready when the loader picks a clone, so their builds have the portable form alone.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
     !defined(__SANITIZE_THREAD__)
-#define COLLEGIUM_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define COLLEGIUM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define COLLEGIUM_CLONES
 #endif
 #define COLLEGIUM_INLINE inline __attribute__((always_inline))
 
-namespace collegium::model::row_math {
+namespace collegium::ops::row_math {
 
 /// The type that a row of T is computed in: fp32 for bf16 and fp32, double for double.
 template <typename T>
@@ -70,6 +70,13 @@ COLLEGIUM_INLINE float exp_of_negative(float x) {
 /// What     exp(z) for z <= 0, by a polynomial that vectorises.
 COLLEGIUM_INLINE double exp_of_negative(double x) { return std::exp(x); }
 
+/// What     1 / (1 + exp(-z)), without overflow for either sign; NaN stays.
+template <typename W>
+COLLEGIUM_INLINE W sigmoid(W z) {
+  const W e = exp_of_negative(z < W{0} ? z : -z);
+  return (z < W{0} ? e : W{1}) / (W{1} + e);
+}
+
 inline constexpr std::int64_t kLanes = 16;
 
 /// sum_i term(i) for i < count, added lane by lane and then over the lanes: the order is fixed.
@@ -105,4 +112,4 @@ COLLEGIUM_INLINE Wide<T> lane_max(const T* row, std::int64_t count) {
   return best;
 }
 
-}  // namespace collegium::model::row_math
+}  // namespace collegium::ops::row_math

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/ops/expert_tasks.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "collegium/base/error.h"
+
+namespace collegium::ops {
+
+std::vector<ExpertRows> rows_of_experts(const at::Tensor& counts_E) {
+  COLLEGIUM_CHECK(counts_E.is_cpu() && counts_E.scalar_type() == at::kLong,
+                  "counts must be int64 on the CPU");
+  std::vector<ExpertRows> experts;
+  experts.reserve(static_cast<std::size_t>(counts_E.numel()));
+  const auto* counts = counts_E.const_data_ptr<std::int64_t>();
+  std::int64_t begin = 0;
+  for (std::int64_t expert = 0; expert < counts_E.numel(); ++expert) {
+    experts.push_back({.expert = expert, .begin = begin, .rows = counts[expert]});
+    begin += counts[expert];
+  }
+  return experts;
+}
+
+std::int64_t gemm_rows(std::int64_t num_rows) {
+  constexpr std::int64_t kLeastGemmRows = 128;
+  constexpr std::int64_t kPieces = 64;
+  return std::clamp(num_rows / kPieces / kSizeStep * kSizeStep, kLeastGemmRows, kMostGemmRows);
+}
+
+std::vector<ExpertRows> cut_rows(const at::Tensor& counts_E) {
+  const std::int64_t most_rows = gemm_rows(counts_E.sum().item<std::int64_t>());
+  std::vector<ExpertRows> pieces;
+  for (const ExpertRows& all : rows_of_experts(counts_E)) {
+    const std::int64_t end = all.begin + all.rows;
+    for (std::int64_t begin = all.begin; begin < end;) {
+      const std::int64_t left = end - begin;
+      const std::int64_t rows = left < 2 * most_rows ? left : most_rows;
+      pieces.push_back({.expert = all.expert, .begin = begin, .rows = rows});
+      begin += rows;
+    }
+  }
+  return pieces;
+}
+
+std::vector<ExpertRows> gemms_of(const ExpertRows& piece, std::int64_t most_rows, at::ScalarType dtype) {
+  std::vector<ExpertRows> gemms;
+  const std::int64_t end = piece.begin + piece.rows;
+  const auto add = [&](std::int64_t begin, std::int64_t rows) {
+    gemms.push_back({.expert = piece.expert, .begin = begin, .rows = rows});
+    return begin + rows;
+  };
+  if (dtype != at::kBFloat16) {
+    add(piece.begin, piece.rows);
+    return gemms;
+  }
+  std::int64_t begin = piece.begin;
+  if (piece.rows > most_rows) begin = add(begin, most_rows);
+  const std::int64_t left = end - begin;
+  const std::int64_t rounded = (left + kSizeStep - 1) / kSizeStep * kSizeStep;
+  if (rounded <= piece.rows) {
+    add(end - rounded, rounded);
+    return gemms;
+  }
+  if (left > kSizeStep) {
+    add(begin, rounded - kSizeStep);
+    add(end - kSizeStep, kSizeStep);
+  } else {
+    add(begin, left);
+  }
+  return gemms;
+}
+
+void run_tasks(std::int64_t num_tasks, const std::function<void(std::int64_t, std::int64_t)>& task) {
+  // Worker threads do not inherit the caller's grad mode, and out= variants refuse weights that require grad.
+  if (num_tasks == 1) {
+    const at::NoGradGuard no_grad;
+    task(0, 0);
+    return;
+  }
+  // A queue rather than equal ranges: tasks differ in rows. Who runs a task does not change its result.
+  std::atomic<std::int64_t> next{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](std::int64_t begin, std::int64_t end) {
+    const at::NoGradGuard no_grad;
+    for (std::int64_t worker = begin; worker < end; ++worker) {
+      for (std::int64_t i = next++; i < num_tasks; i = next++) task(i, worker);
+    }
+  });
+}
+
+}  // namespace collegium::ops

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// How the experts' work is cut into tasks of one thread each. The cuts depend on the rows per expert alone,
+// never on threads or timings, so no result does either. Whole experts would be too few tasks where experts
+// are few or one of them has most rows; all threads inside each GEMM wait for each other at its end.
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+namespace collegium::ops {
+
+/// Consecutive rows of one expert.
+struct ExpertRows {
+  std::int64_t expert = 0;
+  std::int64_t begin = 0;  ///< first row, counted over all experts
+  std::int64_t rows = 0;
+};
+
+/// What     Every expert's rows in one piece, experts without rows too.
+/// Shape    counts_E int64 on the CPU.
+std::vector<ExpertRows> rows_of_experts(const at::Tensor& counts_E);
+
+/// What     Rows that one GEMM takes: a 64th of all rows, so that many cores have work and experts that
+/// differ even
+///          out, but at least 128 and at most 512, a multiple of kSizeStep. SwiGLU finds its result in the
+///          core's own cache; smaller GEMMs are slower (fine experts: 201, 216, 219, 222 GFLOP/s of a core
+///          with 128, 256, 384 and 512 rows).
+std::int64_t gemm_rows(std::int64_t num_rows);
+inline constexpr std::int64_t kSizeStep = 32;
+inline constexpr std::int64_t kMostGemmRows = 512;
+
+/// What     Rows for the forward pass and the rows' gradients: gemm_rows() each, an expert's last piece less
+/// than
+///          twice as many. Experts without rows have none.
+std::vector<ExpertRows> cut_rows(const at::Tensor& counts_E);
+
+/// What     The GEMMs of one piece of cut_rows(). In bf16 their sizes are multiples of kSizeStep, so that few
+///          kernels have to be generated (each costs as much time as a small GEMM and up to 0.6 MB): the last
+///          one begins earlier and computes rows a second time, unless the piece is shorter than it.
+std::vector<ExpertRows> gemms_of(const ExpertRows& piece, std::int64_t most_rows, at::ScalarType dtype);
+
+/// What     Calls task(i, worker) for i < num_tasks, in any order, from at most at::get_num_threads()
+/// workers.
+///          A single task runs on the caller, so that its GEMMs may use all threads.
+void run_tasks(std::int64_t num_tasks,
+               const std::function<void(std::int64_t task, std::int64_t worker)>& task);
+
+}  // namespace collegium::ops
