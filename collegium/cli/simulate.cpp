@@ -19,6 +19,7 @@ struct SimulateArguments {
   std::string layout;
   std::string precision = "bf16";
   std::string trace;
+  std::string routing;
   double seq_len = 4096;
   double global_batch = 0;
   double skew = 0.0;
@@ -40,8 +41,15 @@ Outcome run_one(const SimulateArguments& a, const plan::ModelSpec& model, plan::
                                 .ranks = layout.pp,
                                 .virtual_stages = layout.virtual_stages,
                                 .micro_batches = static_cast<int>(plan::num_micro_batches(layout, work))};
-  const plan::Durations durations = plan::layout_durations(model, layout, work, plan::load_cluster(a.cluster),
-                                                           plan::Stack{}, a.skew, a.seed);
+  plan::RoutingSkew skew;
+  skew.deviation = a.skew;
+  skew.seed = a.seed;
+  if (!a.routing.empty()) {
+    require_config(model.is_moe(), "--routing: {} has no experts", model.name);
+    skew.recorded = std::make_shared<const plan::RoutingCounts>(plan::read_routing(a.routing));
+  }
+  const plan::Durations durations =
+      plan::layout_durations(model, layout, work, plan::load_cluster(a.cluster), plan::Stack{}, skew);
   return {enum_name(layout.schedule), plan::simulate(pipeline, durations)};
 }
 
@@ -86,6 +94,7 @@ void print(const Outcome& o) {
 
 void run_simulate(const SimulateArguments& a) {
   require_config(a.global_batch > 0, "--global-batch is missing: sequences of an optimizer step");
+  require_config(a.skew == 0.0 || a.routing.empty(), "--skew and --routing: give one of them");
   require_config(a.skew >= 0.0, "--skew = {}: must not be negative", a.skew);
   const std::vector<Outcome> all = run_all(a);
   require_config(!all.empty(), "--schedules: none of the schedules is possible with this layout");
@@ -117,6 +126,8 @@ void add_simulate(CLI::App& app) {
   verb->add_option("--precision", a->precision, "of matrix products");
   verb->add_option("--skew", a->skew,
                    "routing skew: popularity of an expert is exp(skew x normal); 0 = balanced");
+  verb->add_option("--routing", a->routing,
+                   "take the skew from a routing that `train --record-routing` wrote");
   verb->add_option("--seed", a->seed, "of the skew");
   verb->add_option("--trace", a->trace, "write a Chrome/Perfetto trace to this file");
   verb->add_flag("--schedules", a->schedules, "compare all schedules");

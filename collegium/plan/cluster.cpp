@@ -30,12 +30,36 @@ void validate_link(const Link& link, const std::string& origin, const std::strin
   require_share(link.efficiency, origin, fmt::format("{}.efficiency", field));
   require_config(std::isfinite(link.latency_us) && link.latency_us >= 0.0,
                  "{}: {}.latency_us = {}: must not be negative", origin, field, link.latency_us);
+  require_config(std::isfinite(link.all_to_all_gb_per_s) && link.all_to_all_gb_per_s >= 0.0,
+                 "{}: {}.all_to_all_gb_per_s = {}: must not be negative", origin, field,
+                 link.all_to_all_gb_per_s);
+  require_config(std::isfinite(link.all_to_all_latency_us) && link.all_to_all_latency_us >= 0.0,
+                 "{}: {}.all_to_all_latency_us = {}: must not be negative", origin, field,
+                 link.all_to_all_latency_us);
 }
 
 void validate(const Cluster& c, const std::string& origin) {
   require_config(!c.accelerator.peak_tflops.empty(), "{}: accelerator.peak_tflops is missing", origin);
   for (const auto& [format, tflops] : c.accelerator.peak_tflops)
     require_positive(tflops, origin, fmt::format("accelerator.peak_tflops.{}", format));
+  for (const auto& [format, falloff] : c.accelerator.gemm_falloff) {
+    for (const auto& [field, value] : {std::pair{"rows", falloff.rows}, std::pair{"columns", falloff.columns},
+                                       std::pair{"depth", falloff.depth}})
+      require_config(std::isfinite(value) && value >= 0.0,
+                     "{}: accelerator.gemm_falloff.{}.{} = {}: must not be negative", origin, format, field,
+                     value);
+  }
+  require_share(c.accelerator.attention_forward, origin, "accelerator.attention_forward");
+  require_share(c.accelerator.attention_backward, origin, "accelerator.attention_backward");
+  require_config(std::isfinite(c.accelerator.launch_us) && c.accelerator.launch_us >= 0.0,
+                 "{}: accelerator.launch_us = {}: must not be negative", origin, c.accelerator.launch_us);
+  require_config(std::isfinite(c.accelerator.workspace_gib) && c.accelerator.workspace_gib >= 0.0,
+                 "{}: accelerator.workspace_gib = {}: must not be negative", origin,
+                 c.accelerator.workspace_gib);
+  require_config(
+      std::isfinite(c.accelerator.grouped_workspace_gib) && c.accelerator.grouped_workspace_gib >= 0.0,
+      "{}: accelerator.grouped_workspace_gib = {}: must not be negative", origin,
+      c.accelerator.grouped_workspace_gib);
   require_positive(c.accelerator.memory_gib, origin, "accelerator.memory_gib");
   require_positive(c.accelerator.memory_gb_per_s, origin, "accelerator.memory_gb_per_s");
   require_share(c.accelerator.gemm_efficiency, origin, "accelerator.gemm_efficiency");
@@ -43,6 +67,8 @@ void validate(const Cluster& c, const std::string& origin) {
   require_config(c.accelerator.compute_units >= 1, "{}: accelerator.compute_units = {}: must be at least 1",
                  origin, c.accelerator.compute_units);
   require_config(c.node_size >= 1, "{}: node_size = {}: must be at least 1", origin, c.node_size);
+  require_config(c.cores_per_rank >= 0, "{}: cores_per_rank = {}: must not be negative", origin,
+                 c.cores_per_rank);
   require_config(c.fast_domain >= 1, "{}: fast_domain = {}: must be at least 1", origin, c.fast_domain);
   validate_link(c.fast_link, origin, "fast_link");
   validate_link(c.slow_link, origin, "slow_link");
@@ -96,21 +122,31 @@ double peak_flops(const Accelerator& accelerator, const std::string& precision) 
   return found->second * 1e12;
 }
 
-std::string cluster_toml(const Cluster& c) {
-  std::string text =
-      fmt::format("name = \"{}\"\nnote = \"{}\"\nnode_size = {}\nfast_domain = {}\n\n[accelerator]\n", c.name,
-                  c.note, c.node_size, c.fast_domain);
-  const Accelerator& a = c.accelerator;
-  text += fmt::format("name = \"{}\"\nmemory_gib = {:.6f}\nmemory_gb_per_s = {:.6f}\ncompute_units = {}\n",
-                      a.name, a.memory_gib, a.memory_gb_per_s, a.compute_units);
-  text += fmt::format(
-      "gemm_efficiency = {:.6f}\nmemory_efficiency = {:.6f}\nlaunch_us = {:.6f}\nworkspace_gib = {:.6f}\n",
-      a.gemm_efficiency, a.memory_efficiency, a.launch_us, a.workspace_gib);
-  text += "\n[accelerator.peak_tflops]\n";
-  for (const auto& [format, tflops] : a.peak_tflops) text += fmt::format("{} = {:.6f}\n", format, tflops);
-  for (const auto& [name, link] : {std::pair{"fast_link", c.fast_link}, std::pair{"slow_link", c.slow_link}})
-    text += fmt::format("\n[{}]\ngb_per_s = {:.6f}\nlatency_us = {:.6f}\nefficiency = {:.6f}\n", name,
-                        link.gb_per_s, link.latency_us, link.efficiency);
+namespace {
+
+// Scalars before tables, as TOML wants them; numbers with as many digits as bring back the same value.
+void append_table(const Json& table, const std::string& name, std::string& text) {
+  for (const auto& [key, value] : table.items()) {
+    if (value.is_number_float()) {
+      text += fmt::format("{} = {}\n", key, value.get<double>());
+    } else if (!value.is_object()) {
+      text += fmt::format("{} = {}\n", key, value.dump());
+    }
+  }
+  for (const auto& [key, value] : table.items()) {
+    if (!value.is_object()) continue;
+    const std::string path = name.empty() ? key : name + "." + key;
+    text += fmt::format("\n[{}]\n", path);
+    append_table(value, path, text);
+  }
+}
+
+}  // namespace
+
+std::string cluster_toml(const Cluster& cluster) {
+  Cluster copy = cluster;
+  std::string text;
+  append_table(internal::write_value(copy), "", text);
   return text;
 }
 

@@ -14,8 +14,14 @@ struct Tile {
   double reach;  // share of the best tile's rate: a smaller tile reads more per FLOP
 };
 constexpr Tile kTiles[] = {{256, 128, 1.0}, {128, 128, 0.93}, {64, 128, 0.75}, {64, 64, 0.5}};
-// Depth that a tile spends filling and draining its pipeline.
-constexpr double kStartDepth = 220.0;
+
+// Narrow formats reach less of their higher peaks: power and the bandwidth of operands and scales do not
+// double with them.
+double format_share(const std::string& format) {
+  if (format == "fp8") return 0.8;
+  if (format == "fp4") return 0.6;
+  return 1.0;
+}
 
 }  // namespace
 
@@ -30,11 +36,18 @@ double gemm_utilisation(const Accelerator& a, double m, double n, double k, doub
   return best * k / (k + kStartDepth);
 }
 
-double gemm_seconds(const Accelerator& a, double peak, double m, double n, double k, double groups) {
+double gemm_seconds(const Accelerator& a, const std::string& format, double m, double n, double k,
+                    double groups) {
   if (m <= 0.0) return 0.0;
-  const double compute =
-      2.0 * m * n * k * groups / (peak * a.gemm_efficiency * gemm_utilisation(a, m, n, k, groups));
-  const double bytes = 2.0 * groups * (m * k + k * n + m * n);
+  const auto falloff = a.gemm_falloff.find(format);
+  const double utilisation =
+      falloff == a.gemm_falloff.end()
+          ? gemm_utilisation(a, m, n, k, groups)
+          : m * n * k /
+                ((m + falloff->second.rows) * (n + falloff->second.columns) * (k + falloff->second.depth));
+  const double rate = peak_flops(a, format) * a.gemm_efficiency * format_share(format) * utilisation;
+  const double compute = 2.0 * m * n * k * groups / rate;
+  const double bytes = (format == "fp32" ? 4.0 : 2.0) * groups * (m * k + k * n + m * n);
   return std::max(compute, stream_seconds(a, bytes)) + a.launch_us * 1e-6;
 }
 
@@ -81,6 +94,15 @@ double distinct_groups(double experts, double top_k, double groups) {
   return groups * (1.0 - missed);
 }
 
+double exchange_bandwidth(const Link& link) {
+  return link.all_to_all_gb_per_s > 0.0 ? link.all_to_all_gb_per_s * 1e9
+                                        : link.gb_per_s * 1e9 * link.efficiency;
+}
+
+double exchange_latency_us(const Link& link) {
+  return link.all_to_all_latency_us > 0.0 ? link.all_to_all_latency_us : 2.0 * link.latency_us;
+}
+
 ExpertTraffic expert_traffic(const ModelSpec& m, const Layout& l, const Cluster& cluster, double imbalance) {
   if (!m.is_moe() || l.ep == 1) return {};
   const auto experts = static_cast<double>(m.experts);
@@ -114,14 +136,12 @@ double expert_exchange_seconds(const ModelSpec& m, const Layout& l, const Cluste
   const ExpertTraffic t = expert_traffic(m, l, cluster, imbalance);
   if (t.fast_rows + t.slow_rows <= 0.0) return 0.0;
   const double in_domain = std::min<double>(l.ep, std::max(1, cluster.fast_domain / l.etp));
-  const double fast =
-      tokens * t.fast_rows * row_bytes / (cluster.fast_link.gb_per_s * 1e9 * cluster.fast_link.efficiency);
-  const double slow =
-      tokens * t.slow_rows * row_bytes / (cluster.slow_link.gb_per_s * 1e9 * cluster.slow_link.efficiency);
-  const double latency =
-      cluster.fast_link.latency_us + (l.ep > in_domain ? cluster.slow_link.latency_us : 0.0);
+  const double fast = tokens * t.fast_rows * row_bytes / exchange_bandwidth(cluster.fast_link);
+  const double slow = tokens * t.slow_rows * row_bytes / exchange_bandwidth(cluster.slow_link);
+  const double latency = exchange_latency_us(cluster.fast_link) +
+                         (l.ep > in_domain ? exchange_latency_us(cluster.slow_link) : 0.0);
   // The fullest rank receives `imbalance` times the mean; the others wait for it.
-  return std::max(fast, slow) * imbalance + 2.0 * latency * 1e-6;
+  return std::max(fast, slow) * imbalance + latency * 1e-6;
 }
 
 }  // namespace collegium::plan

@@ -11,13 +11,18 @@
 
 namespace collegium::plan {
 
+/// Depth that a tile of a product spends filling and draining its pipeline.
+constexpr double kStartDepth = 220.0;
+
 /// What     Share of the tile slots that an m x n product keeps busy: tiles / (waves * units), best of three
 /// tile sizes,
 ///          times what each tile size reaches, times the share of the depth k that is not start-up.
 double gemm_utilisation(const Accelerator& accelerator, double m, double n, double k, double groups = 1.0);
-/// What     Seconds of `groups` products m x k by k x n: the larger of computing and of moving operands, plus
-/// a launch.
-double gemm_seconds(const Accelerator& accelerator, double peak_flops, double m, double n, double k,
+/// What     Seconds of `groups` products m x k by k x n in a number format ("bf16", "fp8", ...): the larger
+/// of computing
+///          and of moving operands, plus a launch.
+/// Throws   ConfigError when the accelerator has no such format.
+double gemm_seconds(const Accelerator& accelerator, const std::string& format, double m, double n, double k,
                     double groups = 1.0);
 /// What     Seconds of a kernel that streams `bytes` through memory.
 double stream_seconds(const Accelerator& accelerator, double bytes);
@@ -46,6 +51,10 @@ double send_seconds(const Cluster& cluster, int stride, double bytes);
 /// choice. Math     D(G) = G (1 - C(E - E/G, K) / C(E, K)); under group-limited routing at most the allowed
 /// groups.
 double distinct_groups(double experts, double top_k, double groups);
+
+/// What     Bytes per second that a rank sends in an all-to-all over a link, and the microseconds of one.
+double exchange_bandwidth(const Link& link);
+double exchange_latency_us(const Link& link);
 
 /// Rows that one rank sends per token of its own, by link.
 struct ExpertTraffic {

@@ -9,11 +9,12 @@ namespace collegium::plan {
 
 namespace {
 
-// Fused attention reaches less of the peak than a plain product: the softmax shares its units.
-constexpr double kFlashForward = 0.5;
-constexpr double kFlashBackward = 0.36;
 // A product of the score kernels (unfused) has the depth of one head only; its utilisation says the rest.
 constexpr double kMinHeadDepth = 8.0;
+constexpr double kWideLayers = 4.0;
+// Tensor units load 16 bytes at a time; rows of a head that are not a multiple of that need 2, 4 or 8 times
+// the loads.
+constexpr std::int64_t kAlignedElements = 8;
 
 struct Context {
   const ModelSpec& m;
@@ -21,12 +22,16 @@ struct Context {
   const Workload& w;
   const Cluster& c;
   const Stack& s;
-  double tokens;      // of the micro-batch on this rank's context share
-  double peak;        // of matrix products
-  double score_peak;  // of attention, which stays in 16 bits
+  double tokens;             // of the micro-batch on this rank's context share
+  std::string format;        // of matrix products
+  std::string score_format;  // of attention and the head, which stay in 16 bits where products are narrower
 
   double gemm(double m_rows, double n, double k, double groups = 1.0) const {
-    return gemm_seconds(c.accelerator, peak, m_rows, n, k, groups);
+    const double seconds = gemm_seconds(c.accelerator, format, m_rows, n, k, groups);
+    if (format != "fp4") return seconds;
+    // The published 4-bit recipe keeps the last layers in 16 bits.
+    const double share = std::min(1.0, kWideLayers / static_cast<double>(m.layers));
+    return (1.0 - share) * seconds + share * gemm_seconds(c.accelerator, score_format, m_rows, n, k, groups);
   }
   double stream(double bytes, double kernels) const {
     return stream_seconds(c.accelerator, bytes) + kernels * c.accelerator.launch_us * 1e-6;
@@ -64,18 +69,29 @@ double score_flops(const Context& x, bool windowed) {
          x.l.tp * keys;
 }
 
+double alignment_factor(std::int64_t head_dim) {
+  double factor = 1.0;
+  if (head_dim % kAlignedElements != 0) factor = 6.0;
+  return factor;
+}
+
 double attention_seconds(const Context& x, bool windowed, bool backward) {
   const double flops = score_flops(x, windowed) * (backward ? 2.5 : 1.0);
   const Accelerator& a = x.c.accelerator;
   if (fused(x))
-    return flops / (x.score_peak * a.gemm_efficiency * (backward ? kFlashBackward : kFlashForward)) +
+    return flops / (peak_flops(a, x.score_format) * x.s.attention_share *
+                    (backward ? a.attention_backward : a.attention_forward)) +
            a.launch_us * 1e-6;
   // Two batched products over heads, and softmax, mask and dropout as passes over the scores.
   const double head = std::max(kMinHeadDepth, static_cast<double>(x.m.q_head_dim()));
   const double batches = x.l.micro_batch * static_cast<double>(x.m.heads) / x.l.tp;
   const double rows = x.w.seq_len / x.l.cp;
-  const double products = gemm_seconds(a, x.score_peak, rows, x.w.seq_len, head, batches) +
-                          gemm_seconds(a, x.score_peak, rows, head, x.w.seq_len, batches);
+  // The products of all heads follow each other in one kernel: half of the start-up hides behind the tile
+  // before.
+  const double depth_gain = (head + kStartDepth) / (head + kStartDepth / 2.0);
+  const double products = (gemm_seconds(a, x.score_format, rows, x.w.seq_len, head, batches) / depth_gain +
+                           gemm_seconds(a, x.score_format, rows, head, x.w.seq_len, batches)) *
+                          alignment_factor(x.m.q_head_dim());
   const double scores = batches * rows * x.w.seq_len;
   const double passes = x.s.dropout_mask_bytes > 0.0 ? 9.0 : 4.0;
   return (backward ? 2.0 : 1.0) * (products + x.stream(passes * scores, 3.0));
@@ -109,6 +125,8 @@ double elementwise_seconds(const Context& x, bool moe) {
                                  : hidden + static_cast<double>(x.m.dense_ffn);
     network += 4.0 * x.tokens / x.l.tp * (quantised + qkv);
     kernels += 4.0;
+    // Their grouped products want row counts that are multiples of a block: rows are padded and cut again.
+    if (moe) network += 8.0 * x.tokens * static_cast<double>(x.m.top_k) * x.w.imbalance / x.l.tp * hidden;
   }
   const double rotary = x.tokens / x.l.tp * 4.0 * qkv;
   // Unfused stacks read and write once more for biases, masks and casts.
@@ -164,14 +182,15 @@ double expert_seconds(const Context& x) {
 }
 
 Context context(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& c, const Stack& s) {
+  const std::string format = matrix_format(w.precision);
   return {.m = m,
           .l = l,
           .w = w,
           .c = c,
           .s = s,
           .tokens = l.micro_batch * w.seq_len / l.cp,
-          .peak = peak_flops(c.accelerator, w.precision),
-          .score_peak = peak_flops(c.accelerator, "bf16")};
+          .format = format,
+          .score_format = format == "fp32" ? format : "bf16"};
 }
 
 }  // namespace
@@ -189,6 +208,8 @@ LayerCost layer_cost(const ModelSpec& m, const Layout& l, const Workload& w, con
   cost.backward[Part::kGemm] *= 2.0;
   cost.backward[Part::kAttention] = attention_seconds(x, windowed, true);
   cost.backward[Part::kElementwise] *= 1.6;
+  cost.forward[Part::kElementwise] += s.blocked_host_s;
+  cost.backward[Part::kElementwise] += s.blocked_host_s;
   const Recompute& r = l.recompute;
   if (r.full) {
     cost.recompute = cost.forward;
@@ -213,7 +234,7 @@ LayerCost head_cost(const ModelSpec& m, const Layout& l, const Workload& w, cons
   const double vocab = static_cast<double>(m.vocab) / l.tp;
   // The head stays in 16 bits in every published low-precision recipe.
   cost.forward[Part::kGemm] =
-      gemm_seconds(c.accelerator, x.score_peak, x.tokens, vocab, static_cast<double>(m.hidden));
+      gemm_seconds(c.accelerator, x.score_format, x.tokens, vocab, static_cast<double>(m.hidden));
   cost.forward[Part::kElementwise] = x.stream(12.0 * x.tokens * vocab, 5.0);
   cost.backward = cost.forward;
   cost.backward[Part::kGemm] *= 2.0;

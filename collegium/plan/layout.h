@@ -85,6 +85,12 @@ struct Stack {
       true;  ///< experts share one launch; else one product after the other, each with its own tail
   bool one_ring_gathers = false;  ///< sharded weights travel over one ring, which uses one link of a machine
   bool causal_skip = true;        ///< attention computes no score above the diagonal
+  double attention_share = 1.0;   ///< what its fused attention reaches of what the accelerator's best reaches
+  bool arranges_stages = false;  ///< stages are arranged by work, embedding and head counted, in whole layers
+  bool grouped_experts = true;   ///< products of experts are grouped, with workspaces of their own
+  int optimizer_instances = 1;   ///< whole copies of the sharded optimizer state over the data-parallel ranks
+  double blocked_host_s =
+      0.0;  ///< host time of a layer's forward pass that nothing hides: launches wait for kernels
 };
 
 /// What     Micro-batches of one pipeline in an optimizer step: global_batch / (dp * micro_batch), rounded

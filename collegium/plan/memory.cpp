@@ -216,8 +216,8 @@ struct StateBytes {
 };
 
 StateBytes state_bytes(const StageWeights& w, const Layout& l, const Stack& stack) {
-  const double dense_shard = static_cast<double>(l.dp) * l.cp;
-  const double expert_shard = l.expert_dp();
+  const double dense_shard = std::max(1.0, static_cast<double>(l.dp) * l.cp / stack.optimizer_instances);
+  const double expert_shard = std::max(1.0, static_cast<double>(l.expert_dp()) / stack.optimizer_instances);
   const auto shared_by = [&](Zero from, double bytes) {
     if (l.zero < from) return bytes * (w.dense + w.experts);
     return bytes * (w.dense / dense_shard + w.experts / expert_shard);
@@ -245,7 +245,9 @@ MemoryReport stage_memory(const ModelSpec& m, const Layout& l, const Workload& w
   add("gradients", state.gradients);
   add("optimizer state", state.optimizer);
   if (stack.bucket_bytes > 0.0) add("reduction buckets", stack.bucket_bytes);
-  add("library workspaces", cluster.accelerator.workspace_gib * 1073741824.0);
+  const double grouped =
+      m.is_moe() && stack.grouped_experts ? cluster.accelerator.grouped_workspace_gib : 0.0;
+  add("library workspaces", (cluster.accelerator.workspace_gib + grouped) * 1073741824.0);
   for (const MemoryLine& line : r.lines) r.static_bytes += line.bytes;
   const double depth = layers_in_flight(l, micro, stage, 1.0);
   add("activations of dense layers", depth * (weights.layers - weights.moe_layers) * acts.dense);
@@ -267,7 +269,7 @@ MemoryReport stage_memory(const ModelSpec& m, const Layout& l, const Workload& w
         6.0 * tokens * static_cast<double>(m.vocab) / l.tp * (1.0 + static_cast<double>(m.mtp_layers)));
   }
   for (const MemoryLine& line : r.lines) r.peak_bytes += line.bytes;
-  r.device_bytes = r.peak_bytes * (1.0 + stack.fragmentation) + kContextBytes;
+  r.device_bytes = r.peak_bytes * (1.0 + stack.fragmentation) + context_bytes(cluster);
   return r;
 }
 
@@ -282,9 +284,11 @@ MemoryReport worst_memory(const ModelSpec& m, const Layout& l, const Workload& w
   return worst;
 }
 
+double context_bytes(const Cluster& cluster) { return cluster.cores_per_rank > 0 ? 0.0 : kContextBytes; }
+
 bool fits(const MemoryReport& report, const Cluster& cluster) {
   // Near the limit the allocator gives its cache back before it fails: what must fit is what is allocated.
-  return report.peak_bytes + kContextBytes <= cluster.accelerator.memory_gib * 1073741824.0;
+  return report.peak_bytes + context_bytes(cluster) <= cluster.accelerator.memory_gib * 1073741824.0;
 }
 
 }  // namespace collegium::plan

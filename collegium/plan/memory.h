@@ -14,6 +14,9 @@
 
 namespace collegium::plan {
 
+/// What     Driver context and collective buffers, seen by the device only; a CPU has none.
+double context_bytes(const Cluster& cluster);
+
 /// Parameters that one rank of a pipeline stage holds, by how their optimizer state is sharded.
 struct StageWeights {
   double dense = 0.0;    ///< sharded over dp * cp

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "collegium/base/error.h"
+#include "collegium/plan/memory.h"
 
 namespace collegium::plan {
 
@@ -88,6 +89,24 @@ void read_architecture(const CsvRow& row, PublishedRun& run) {
   }
 }
 
+// What the golden runs' configurations say beside their sizes.
+void read_test(const CsvRow& row, PublishedRun& run) {
+  ModelSpec& m = run.model;
+  const std::string& name = row.text("name");
+  if (has(name, "mixtral_8x7b_alltoall")) {
+    m.vocab = 256000;
+    run.assumptions.back() = "vocabulary 256000 (its configuration's tokenizer)";
+  }
+  // A gated network without a width of its own gets 8/3 of the hidden size, in blocks of 64.
+  if (m.is_moe() && m.gated_ffn && m.expert_ffn == 4 * m.hidden) {
+    m.expert_ffn = m.hidden * 8 / 3 / 64 * 64;
+    run.assumptions.push_back(
+        fmt::format("experts of width {} (the software's default when gated)", m.expert_ffn));
+  }
+  run.stack.grouped_experts = has(name, "groupedGEMM") || !has(name, "experts2parallel");
+  if (has(name, "multi_dist_optimizer_instances")) run.stack.optimizer_instances = 2;
+}
+
 void read_model(const CsvRow& row, PublishedRun& run) {
   require_config(!has(run.source, "hybrid arch"),
                  "hybrid architecture: not a transformer of attention and networks alone");
@@ -111,7 +130,8 @@ void read_model(const CsvRow& row, PublishedRun& run) {
   }
   // Classical GPT models tie input and output embeddings; runs of Megatron Core and all gated models do not.
   const bool core = has(run.source, "functional_tests") || has(run.source, "model_table");
-  m.tied_embeddings = !m.gated_ffn && (!core || m.hidden <= kTestWidth);
+  m.tied_embeddings = core ? m.hidden <= kTestWidth : !m.gated_ffn;
+  if (has(run.source, "functional_tests")) read_test(row, run);
   read_architecture(row, run);
   complete(m, m.name);
 }
@@ -160,6 +180,17 @@ void read_world(const CsvRow& row, PublishedRun& run) {
                  stage_ranks);
 }
 
+// What a run's name says of its dispatcher and of the exchange's overlap.
+void read_dispatcher(const CsvRow& row, PublishedRun& run) {
+  if (!run.model.is_moe()) return;
+  const std::string& name = row.text("name");
+  if (has(run.source, "Bridge") || has(name, "HybridEP") || has(name, "DeepEP"))
+    run.layout.dispatcher = Dispatcher::kHierarchical;
+  if (has(name, "alltoall")) run.layout.dispatcher = Dispatcher::kAllToAll;
+  if (has(name, "alltoall") || has(name, "overlap off")) run.stack.expert_overlap = 0.0;
+  if (has(name, "EP-overlap")) run.stack.expert_overlap = 0.9;
+}
+
 void read_layout(const CsvRow& row, PublishedRun& run) {
   Layout& l = run.layout;
   read_world(row, run);
@@ -171,7 +202,11 @@ void read_layout(const CsvRow& row, PublishedRun& run) {
     l.recompute.full = true;
     run.assumptions.emplace_back("full recomputation (the row does not say; its stack had no other)");
   }
-  if (recompute == "selective" && has(run.source, "torchtitan")) l.recompute = {.operators = true};
+  if (has(run.source, "torchtitan")) {
+    if (recompute == "selective") l.recompute = {.operators = true};
+    run.stack.fused_elementwise = has(row.text("name"), "compile") || l.tp > 1;
+    if (has(row.text("name"), "AsyncTP")) run.stack.tensor_overlap = 0.7;
+  }
   const bool modern = has(run.source, "Bridge") || has(run.source, "torchtitan") ||
                       has(run.source, "model_table") || run.model.is_moe();
   l.sequence_parallel = l.tp > 1 && (modern || has(recompute, "+SP"));
@@ -183,7 +218,7 @@ void read_layout(const CsvRow& row, PublishedRun& run) {
     l.micro_batch = has(run.source, "tables.tex") ? static_cast<int>(run.work.global_batch) / l.dp : 1;
     run.assumptions.push_back(fmt::format("micro-batch of {} (not in the row)", l.micro_batch));
   }
-  if (run.model.is_moe() && has(run.source, "Bridge")) l.dispatcher = Dispatcher::kHierarchical;
+  read_dispatcher(row, run);
 }
 
 std::string cluster_name(const CsvRow& row, const std::string& source) {
@@ -209,6 +244,24 @@ std::string cluster_name(const CsvRow& row, const std::string& source) {
     if (gpu == name) return cluster;
   }
   throw ConfigError(fmt::format("gpu = {}: not in the catalogue of clusters", gpu));
+}
+
+// A run whose weights and gradients alone exceed the memory cannot have kept them whole, whatever its column
+// says.
+void mend_zero(PublishedRun& run) {
+  Layout& l = run.layout;
+  if (run.metric == Metric::kOutOfMemory || l.zero == Zero::kSharded || l.dp == 1) return;
+  const StageWeights w = stage_weights(run.model, l, run.stack, 0);
+  const double gradients = l.zero == Zero::kGradients ? 0.0 : run.stack.gradient_bytes;
+  const double whole = (w.dense + w.experts) * (run.stack.weight_bytes + gradients);
+  constexpr double kGiB = 1073741824.0;
+  // Nothing trains in the last twentieth: optimizer state and activations need some.
+  if (whole <= 0.95 * run.cluster.accelerator.memory_gib * kGiB) return;
+  run.assumptions.push_back(fmt::format(
+      "fully sharded: weights and gradients kept whole, as zero = {} says, would take {:.0f} of {:.0f} GiB",
+      static_cast<int>(l.zero), whole / kGiB, run.cluster.accelerator.memory_gib));
+  run.contradiction = run.assumptions.back();
+  l.zero = Zero::kSharded;
 }
 
 void read_value(const CsvRow& row, PublishedRun& run) {
@@ -266,13 +319,17 @@ PublishedRun published_run(const CsvRow& row) {
   run.work.seq_len = required(row, "seq_len");
   run.work.global_batch = required(row, "global_batch");
   read_layout(row, run);
+  mend_zero(run);
   if (has(run.source, "last rank")) run.stage = run.layout.pp - 1;
   for (const auto& [column, text] : row.fields) {
     if (column != "metric" && column != "value" && column != "unit" && column != "source" &&
-        column != "read_or_memory")
+        column != "read_or_memory") {
       run.key.append(text).append("|");
+      if (column != "name") run.layout_key.append(text).append("|");
+    }
   }
   run.key.append(run.stack.name);
+  run.layout_key.append(run.source.substr(0, run.source.find('@')));
   return run;
 }
 

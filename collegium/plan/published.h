@@ -48,6 +48,8 @@ struct PublishedRun {
   Metric metric = Metric::kStepTime;
   double value = 0.0;  ///< in seconds, bytes, FLOP/s, or 1
   std::string key;     ///< equal for rows of one run with equal columns
+  std::string
+      layout_key;  ///< equal for rows whose columns are equal but for name and release of the software
   ModelSpec model;
   Layout layout;
   Workload work;
@@ -56,6 +58,7 @@ struct PublishedRun {
   int stage = -1;               ///< the stage whose memory was measured; -1 = the worst
   bool recompute_open = false;  ///< the row does not say what is recomputed
   bool device_memory = false;   ///< the device's own figure, context and fragmentation included
+  std::string contradiction;    ///< why the row cannot be as it says, if so
   std::vector<std::string> assumptions;
 };
 

@@ -13,9 +13,11 @@ namespace {
 constexpr double kGiB = 1073741824.0;
 constexpr std::size_t kBarWidth = 72;
 
-// A bar of one letter per component, as wide as its share of `whole`.
+// A bar of one letter per component, as wide as its share of `whole`; what is more than the whole stands
+// behind a mark.
 std::string stacked_bar(const std::vector<std::pair<std::string, double>>& parts, double whole) {
   std::string bar;
+  std::string over;
   std::string legend;
   double sum = 0.0;
   char letter = 'A';
@@ -23,12 +25,16 @@ std::string stacked_bar(const std::vector<std::pair<std::string, double>>& parts
     if (value <= 0.0) continue;
     sum += value;
     const auto end = static_cast<std::size_t>(std::lround(sum / whole * static_cast<double>(kBarWidth)));
-    if (end > bar.size()) bar.append(end - bar.size(), letter);
+    const std::size_t shown = std::min(end, kBarWidth);
+    if (shown > bar.size()) bar.append(shown - bar.size(), letter);
+    // Beyond the whole: at most a quarter of the bar, so that a hopeless layout still fits on a line.
+    const std::size_t beyond = std::min(end, kBarWidth + kBarWidth / 4);
+    if (beyond > kBarWidth) over.append(beyond - kBarWidth - over.size(), letter);
     legend += fmt::format("{} {}  ", letter, name);
     ++letter;
   }
   if (bar.size() < kBarWidth) bar.append(kBarWidth - bar.size(), '.');
-  return fmt::format("  [{}]\n  {}\n", bar, legend);
+  return fmt::format("  [{}]{}\n  {}\n", bar, over, legend);
 }
 
 }  // namespace

@@ -5,9 +5,11 @@
 // idles, how many chunks it holds at most.
 
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "collegium/plan/routing_counts.h"
 #include "collegium/plan/schedule.h"
 #include "collegium/plan/step_time.h"
 
@@ -42,11 +44,17 @@ struct Simulation {
 /// Throws   InternalError if no task can start although some are left.
 Simulation simulate(const Pipeline& pipeline, const Durations& durations);
 
-/// What     The durations of a layout's stages, with routing skew: each micro-batch's expert work is
-/// multiplied by the
-///          fullest rank's share over the mean, experts having a popularity of exp(skew * normal).
+/// Where routing skew comes from: a distribution of popularities, or the routing recorded in a run.
+struct RoutingSkew {
+  double deviation = 0.0;  ///< an expert's popularity is exp(deviation * normal); 0 = balanced
+  std::uint64_t seed = 0;
+  std::shared_ptr<const RoutingCounts> recorded;  ///< taken in turn, record by record, where given
+};
+/// What     The durations of a layout's stages: each micro-batch's expert work is multiplied by the fullest
+/// rank's tokens over the mean.
+/// Throws   ConfigError when the recorded experts are not the model's.
 Durations layout_durations(const ModelSpec& model, const Layout& layout, const Workload& work,
-                           const Cluster& cluster, const Stack& stack, double skew, std::uint64_t seed);
+                           const Cluster& cluster, const Stack& stack, const RoutingSkew& skew);
 /// What     The fullest of `ranks` ranks' tokens over the mean, when expert e is chosen in proportion to
 /// exp(skew * n_e).
 double skewed_imbalance(int experts, int ranks, double skew, std::uint64_t seed, std::uint64_t draw);

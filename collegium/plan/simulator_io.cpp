@@ -4,6 +4,7 @@
 #include <cmath>
 #include <memory>
 
+#include "collegium/base/error.h"
 #include "collegium/base/rng.h"
 #include "collegium/plan/collectives.h"
 #include "collegium/plan/simulator.h"
@@ -24,14 +25,23 @@ struct LayoutSeconds {
   std::vector<ChunkSeconds> chunks;
   int experts = 0;
   int ep = 1;
-  double skew = 0.0;
-  std::uint64_t seed = 0;
+  RoutingSkew skew;
   bool split = false;
 
-  double scaled(double seconds, double experts_s, const Task& t) const {
-    if (skew <= 0.0 || experts == 0) return seconds;
+  double imbalance(const Task& t) const {
+    if (skew.recorded) {
+      // Micro-batches and chunks take the records in turn: as many different ones as the file has.
+      const auto turn =
+          static_cast<std::size_t>(t.micro_batch) * chunks.size() + static_cast<std::size_t>(t.chunk);
+      const auto& records = skew.recorded->records;
+      return rank_imbalance(records[turn % records.size()].counts_E, ep);
+    }
     const auto draw = static_cast<std::uint64_t>(t.micro_batch) * 4096U + static_cast<std::uint64_t>(t.chunk);
-    return seconds + experts_s * (skewed_imbalance(experts, ep, skew, seed, draw) - 1.0);
+    return skewed_imbalance(experts, ep, skew.deviation, skew.seed, draw);
+  }
+  double scaled(double seconds, double experts_s, const Task& t) const {
+    if (experts == 0 || (skew.deviation <= 0.0 && !skew.recorded)) return seconds;
+    return seconds + experts_s * (imbalance(t) - 1.0);
   }
   const ChunkSeconds& of(const Task& t) const { return chunks.at(static_cast<std::size_t>(t.chunk)); }
 };
@@ -81,12 +91,14 @@ double skewed_imbalance(int experts, int ranks, double skew, std::uint64_t seed,
 }
 
 Durations layout_durations(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& c,
-                           const Stack& s, double skew, std::uint64_t seed) {
+                           const Stack& s, const RoutingSkew& skew) {
+  if (skew.recorded)
+    require_config(skew.recorded->experts == m.experts, "recorded routing has {} experts, {} has {}",
+                   skew.recorded->experts, m.name, m.experts);
   auto table = std::make_shared<LayoutSeconds>();
   table->experts = static_cast<int>(m.experts);
   table->ep = l.ep;
   table->skew = skew;
-  table->seed = seed;
   table->split = l.schedule == Schedule::kZeroBubble || l.schedule == Schedule::kDualPipe;
   for (int chunk = 0; chunk < l.pp * l.virtual_stages; ++chunk)
     table->chunks.push_back(chunk_seconds(m, l, w, c, s, chunk));

@@ -37,13 +37,17 @@ Stack megatron_deepspeed(const std::string& precision) {
   s.bucket_bytes = 8e9;
   s.keeps_stage_edges = true;
   s.fragmentation = 0.06;
+  // Its scripts make every launch wait for its kernel: Python and the framework's own work are never hidden.
+  s.blocked_host_s = 2.0e-3;
   return s;
 }
 
+// Fully sharded training of 2023 and 2024: its fused attention was not written for Hopper.
 Stack fully_sharded() {
   Stack s;
   s.reduce_bytes = 4.0;
   s.fused_elementwise = false;
+  s.attention_share = 0.5;
   return s;
 }
 
@@ -95,6 +99,7 @@ Stack stack_of(const std::string& source, const std::string& precision) {
       s.expert_overlap = 0.35;
       s.fused_sinks = false;
       s.batched_experts = false;
+      s.arranges_stages = true;
     }
   }
   if (has(source, "unfused attention")) {

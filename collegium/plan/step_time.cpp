@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "collegium/plan/account.h"
@@ -42,6 +43,9 @@ double bubble_micro_batches(const Layout& l, double forward_s, double backward_s
 }
 
 namespace {
+
+// A share of a layer that no stage is given a layer less for.
+constexpr double kWholeLayer = 0.1;
 
 // Every kind of layer that a model may have, computed once.
 struct LayerCosts {
@@ -146,6 +150,14 @@ double sharded_seconds(const StageWeights& weights, const Layout& l, const Clust
   return one(dense, weights.dense) + one(expert, weights.experts);
 }
 
+// What the slowest stage does beyond the mean when stages are arranged by work: up to a whole layer.
+double arranged_excess(const ModelSpec& m, const Layout& l, const Stack& s, Stages& stages, double mean_s) {
+  if (s.balanced_stages) return 0.0;
+  if (!s.arranges_stages || l.pp == 1) return std::numeric_limits<double>::infinity();
+  const double layer = seconds_of(stages.layer(m.layers - 1));
+  return std::max(0.0, std::ceil(mean_s / layer - kWholeLayer) * layer - mean_s);
+}
+
 double optimizer_seconds(const StageWeights& weights, const Layout& l, const Cluster& c, const Stack& s) {
   const bool sharded = l.zero != Zero::kNone;
   const double dense = weights.dense / (sharded ? static_cast<double>(l.dp) * l.cp : 1.0);
@@ -184,7 +196,8 @@ StepTime step_time(const ModelSpec& m, const Layout& l, const Workload& w, const
   for (const Cost* part : {&mean.forward, &mean.backward, &mean.recompute})
     t.busy.add(*part, t.micro_batches);
   const double mean_s = seconds_of(mean);
-  t.stage_imbalance_s = s.balanced_stages ? 0.0 : t.micro_batches * (slowest - mean_s);
+  t.stage_imbalance_s =
+      t.micro_batches * std::min(slowest - mean_s, arranged_excess(m, l, s, stages, mean_s));
   t.bubble_s = bubble_micro_batches(l, mean.forward.total(), mean_s - mean.forward.total()) * mean_s;
   t.pipeline_comm_s = (t.micro_batches + (l.pp - 1.0) / l.virtual_stages) * send_time(m, l, w, c, s);
   const StageWeights weights = stage_weights(m, l, s, 0);

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <filesystem>
 #include <map>
+#include <numeric>
 
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
@@ -25,6 +26,10 @@ double quantile(std::vector<double> values, double share) {
   const auto low = static_cast<std::size_t>(at);
   const std::size_t high = std::min(low + 1, values.size() - 1);
   return values[low] + (at - std::floor(at)) * (values[high] - values[low]);
+}
+
+double mean_of(const std::vector<double>& values) {
+  return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
 }
 
 double model_flops(const PublishedRun& run) {
@@ -67,21 +72,26 @@ double predicted_step(const PublishedRun& run, double efficiency) {
 double fit_efficiency(const std::vector<TimedRun>& rows, bool half) {
   double low = 0.05;
   double high = 1.0;
+  double layouts = 0.0;
   for (int i = 0; i < 24; ++i) {
     const double middle = std::sqrt(low * high);
-    std::vector<double> logs;
+    // Releases that ran the same layout speak once: their mean.
+    std::map<std::string, std::vector<double>> logs_of_layout;
     for (const TimedRun& row : rows) {
-      if (row.half == half) logs.push_back(std::log(predicted_step(*row.run, middle) / row.seconds));
+      if (row.half == half)
+        logs_of_layout[row.run->layout_key].push_back(
+            std::log(predicted_step(*row.run, middle) / row.seconds));
     }
+    std::vector<double> logs;
+    for (const auto& [key, of_layout] : logs_of_layout) logs.push_back(mean_of(of_layout));
+    layouts = static_cast<double>(logs.size());
     (quantile(logs, 0.5) > 0.0 ? low : high) = middle;
   }
-  // A handful of rows is not trusted alone: the accelerator's own figure counts as half a row more.
-  constexpr double kPriorRows = 0.5;
-  const auto fitted = static_cast<double>(
-      std::count_if(rows.begin(), rows.end(), [half](const TimedRun& row) { return row.half == half; }));
+  // A handful of layouts is not trusted alone: the accelerator's own figure counts as one more.
+  constexpr double kPriorLayouts = 1.0;
   const double prior = rows.front().run->cluster.accelerator.gemm_efficiency;
-  return std::exp((fitted * std::log(std::sqrt(low * high)) + kPriorRows * std::log(prior)) /
-                  (fitted + kPriorRows));
+  return std::exp((layouts * std::log(std::sqrt(low * high)) + kPriorLayouts * std::log(prior)) /
+                  (layouts + kPriorLayouts));
 }
 
 // Halves by a hash of the row's columns: equal rows stay together, and the split depends on nothing else.
@@ -136,7 +146,7 @@ void judge_memory(Validation& v) {
   for (const PublishedRun& run : v.runs) {
     if (run.metric == Metric::kOutOfMemory) {
       const MemoryReport worst = worst_memory(run.model, run.layout, run.work, run.cluster, run.stack);
-      v.verdicts.push_back({&run, false, fits(worst, run.cluster)});
+      v.verdicts.push_back({&run, false, fits(worst, run.cluster), run.contradiction});
       continue;
     }
     if (run.metric == Metric::kStepTime) {
@@ -144,7 +154,8 @@ void judge_memory(Validation& v) {
       Layout layout = run.layout;
       if (run.recompute_open) layout.recompute.full = true;
       const MemoryReport worst = worst_memory(run.model, layout, run.work, run.cluster, run.stack);
-      if (!fits(worst, run.cluster)) v.verdicts.push_back({&run, true, false});
+      if (!fits(worst, run.cluster) || !run.contradiction.empty())
+        v.verdicts.push_back({&run, true, fits(worst, run.cluster), run.contradiction});
     }
     if (run.metric != Metric::kStaticMemory && run.metric != Metric::kPeakMemory) continue;
     const MemoryReport report =
@@ -160,27 +171,69 @@ void judge_memory(Validation& v) {
   }
 }
 
+// Whether two runs had the same layout on the same machines with the same software: what they need may differ
+// by their models alone.
+bool same_layout(const PublishedRun& a, const PublishedRun& b) {
+  return layout_name(a.layout) == layout_name(b.layout) && a.stack.family == b.stack.family &&
+         a.cluster.name == b.cluster.name && a.work.seq_len == b.work.seq_len &&
+         matrix_format(a.work.precision) == matrix_format(b.work.precision);
+}
+
+// Marks verdicts that measurements contradict: a run that needed as much (within what peak memory is
+// predicted to) under the same layout ended the other way.
+void find_contradictions(Validation& v) {
+  constexpr double kPeakError = 0.08;
+  const auto needed = [](const PublishedRun& r) {
+    return worst_memory(r.model, r.layout, r.work, r.cluster, r.stack).peak_bytes;
+  };
+  for (FitVerdict& verdict : v.verdicts) {
+    if (verdict.ran == verdict.predicted_to_fit || !verdict.contradicted_by.empty()) continue;
+    const double own = needed(*verdict.run);
+    for (const PublishedRun& other : v.runs) {
+      const bool ran = other.metric != Metric::kOutOfMemory;
+      if (ran == verdict.ran || !same_layout(*verdict.run, other)) continue;
+      const double their = needed(other);
+      if (verdict.ran ? their > own * (1.0 + kPeakError) : their < own * (1.0 - kPeakError)) continue;
+      verdict.contradicted_by =
+          fmt::format("{} (line {}) {} under the same layout, needing {:+.1f} %", other.name, other.line,
+                      ran ? "ran" : "ran out of memory", 100.0 * (their / own - 1.0));
+      break;
+    }
+  }
+}
+
+// How far measurements that share a key lie from their median.
+template <class Key>
+std::vector<double> deviations(const std::vector<const Judged*>& rows, Key key) {
+  std::map<std::string, std::vector<double>> twins;
+  for (const Judged* row : rows) twins[key(*row->run)].push_back(row->measured);
+  std::vector<double> all;
+  for (const auto& [text, values] : twins) {
+    if (values.size() < 2) continue;
+    const double middle = quantile(values, 0.5);
+    for (const double value : values) all.push_back(std::abs(value / middle - 1.0));
+  }
+  return all;
+}
+
 void summarise(const std::vector<const Judged*>& rows, const std::string& source, const std::string& metric,
                Validation& v) {
   ErrorRow e{.source = source, .metric = metric, .rows = rows.size()};
   std::vector<double> errors;
-  std::map<std::string, std::vector<double>> twins;
   for (const Judged* row : rows) {
     errors.push_back(std::abs(row->error()));
     e.mean += errors.back() / static_cast<double>(rows.size());
-    twins[row->run->key].push_back(row->measured);
   }
   e.median = quantile(errors, 0.5);
   e.percentile90 = quantile(errors, 0.9);
   e.worst = quantile(errors, 1.0);
-  std::vector<double> deviations;
-  for (const auto& [key, values] : twins) {
-    if (values.size() < 2) continue;
-    const double middle = quantile(values, 0.5);
-    for (const double value : values) deviations.push_back(std::abs(value / middle - 1.0));
-  }
-  e.repeated = deviations.size();
-  e.spread = quantile(deviations, 0.5);
+  const std::vector<double> equal = deviations(rows, [](const PublishedRun& run) { return run.key; });
+  e.repeated = equal.size();
+  e.spread = quantile(equal, 0.5);
+  const std::vector<double> releases =
+      deviations(rows, [](const PublishedRun& run) { return run.layout_key; });
+  e.over_releases = releases.size();
+  e.release_spread = quantile(releases, 0.5);
   v.errors.push_back(e);
 }
 
@@ -277,6 +330,7 @@ Validation validate(const std::string& csv, const std::string& origin) {
   collect_times(v, pairs);
   judge_times(pairs, v);
   judge_memory(v);
+  find_contradictions(v);
   summarise_all(v);
   rank_layouts(v);
   return v;

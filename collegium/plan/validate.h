@@ -33,6 +33,9 @@ struct ErrorRow {
   double spread =
       0.0;  ///< median deviation among rows with equal columns: what no prediction can remove; 0 = none
   std::size_t repeated = 0;  ///< rows that have such a twin
+  double release_spread =
+      0.0;  ///< the same among rows whose columns are equal over releases of their software
+  std::size_t over_releases = 0;  ///< rows that have such a twin
 };
 
 struct FittedConstant {
@@ -53,6 +56,8 @@ struct FitVerdict {
   const PublishedRun* run = nullptr;
   bool ran = true;
   bool predicted_to_fit = true;
+  std::string
+      contradicted_by;  ///< another run of the same layout that says the opposite, or why the row cannot be
 };
 
 /// Layouts of one model on one machine with one batch, ordered by prediction and by measurement.

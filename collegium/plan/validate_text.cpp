@@ -35,35 +35,47 @@ std::string format_verdicts(const Validation& v) {
   std::size_t oom = 0;
   std::size_t oom_right = 0;
   std::string wrong;
+  std::string contradicted;
   for (const FitVerdict& verdict : v.verdicts) {
     if (!verdict.ran) {
       ++oom;
       if (!verdict.predicted_to_fit) ++oom_right;
     }
-    if (verdict.ran == verdict.predicted_to_fit) continue;
-    wrong += fmt::format("  line {}: {} {} on {} {}, predicted {}\n", verdict.run->line, verdict.run->name,
-                         layout_name(verdict.run->layout), verdict.run->cluster.name,
-                         verdict.ran ? "ran" : "ran out of memory",
-                         verdict.predicted_to_fit ? "to fit" : "not to fit");
+    if (verdict.ran == verdict.predicted_to_fit && verdict.contradicted_by.empty()) continue;
+    std::string& list = verdict.contradicted_by.empty() ? wrong : contradicted;
+    list += fmt::format("  line {}: {} {} on {} {}, predicted {}\n", verdict.run->line, verdict.run->name,
+                        layout_name(verdict.run->layout), verdict.run->cluster.name,
+                        verdict.ran ? "ran" : "ran out of memory",
+                        verdict.predicted_to_fit ? "to fit" : "not to fit");
+    if (!verdict.contradicted_by.empty())
+      list += fmt::format("    contradicted: {}\n", verdict.contradicted_by);
   }
-  return fmt::format("\nOut of memory: {} of {} such runs are predicted not to fit; wrong verdicts:\n{}",
-                     oom_right, oom, wrong.empty() ? "  none\n" : wrong);
+  return fmt::format(
+      "\nOut of memory: {} of {} such runs are predicted not to fit; wrong verdicts:\n{}Contradicted by "
+      "another run or "
+      "by their own columns:\n{}",
+      oom_right, oom, wrong.empty() ? "  none\n" : wrong, contradicted.empty() ? "  none\n" : contradicted);
 }
 
 }  // namespace
 
 std::string format_validation(const Validation& v, bool every_row) {
-  std::string text = fmt::format("{:<24}{:<62}{:>5}{:>10}{:>10}{:>10}{:>10}{:>12}\n", "metric", "source",
-                                 "rows", "median", "90th pct", "worst", "mean", "equal rows");
+  std::string text =
+      fmt::format("{:<24}{:<62}{:>5}{:>10}{:>10}{:>10}{:>10}{:>14}{:>14}\n", "metric", "source", "rows",
+                  "median", "90th pct", "worst", "mean", "equal rows", "releases");
   for (const ErrorRow& e : v.errors) {
-    const std::string spread = e.repeated > 0 ? percent(e.spread) : "-";
-    text += fmt::format("{:<24}{:<62}{:>5}{:>10}{:>10}{:>10}{:>10}{:>12}\n", e.metric, e.source.substr(0, 61),
-                        e.rows, percent(e.median), percent(e.percentile90), percent(e.worst), percent(e.mean),
-                        spread);
+    const auto twins = [](double spread, std::size_t rows) {
+      return rows > 0 ? fmt::format("{} ({})", percent(spread), rows) : std::string("-");
+    };
+    text += fmt::format("{:<24}{:<62}{:>5}{:>10}{:>10}{:>10}{:>10}{:>14}{:>14}\n", e.metric,
+                        e.source.substr(0, 61), e.rows, percent(e.median), percent(e.percentile90),
+                        percent(e.worst), percent(e.mean), twins(e.spread, e.repeated),
+                        twins(e.release_spread, e.over_releases));
   }
   text +=
-      "(equal rows: median deviation of measurements whose columns are all equal: no prediction can be "
-      "closer)\n";
+      "(equal rows: median deviation of measurements whose columns are all equal, and their number: no "
+      "prediction can "
+      "be closer;\n releases: the same over releases of one software, which share a constant)\n";
   text +=
       "\nEfficiency of large matrix products, fitted on one half of the rows and judged on the other, each "
       "way\n";
@@ -98,7 +110,9 @@ Json validation_json(const Validation& v) {
                       {"worst_error", e.worst},
                       {"mean_error", e.mean},
                       {"equal_rows_deviation", e.spread},
-                      {"equal_rows", e.repeated}});
+                      {"equal_rows", e.repeated},
+                      {"over_releases_deviation", e.release_spread},
+                      {"over_releases", e.over_releases}});
   Json constants = Json::array();
   for (const FittedConstant& c : v.constants)
     constants.push_back({{"stack", c.stack},
@@ -119,7 +133,11 @@ Json validation_json(const Validation& v) {
   for (const RefusedRows& r : v.refused) refused.push_back({{"reason", r.reason}, {"lines", r.lines}});
   Json verdicts = Json::array();
   for (const FitVerdict& f : v.verdicts)
-    verdicts.push_back({{"line", f.run->line}, {"ran", f.ran}, {"predicted_to_fit", f.predicted_to_fit}});
+    verdicts.push_back({{"line", f.run->line},
+                        {"ran", f.ran},
+                        {"predicted_to_fit", f.predicted_to_fit},
+                        {"name", f.run->name},
+                        {"contradicted_by", f.contradicted_by}});
   Json rankings = Json::array();
   for (const Ranking& r : v.rankings)
     rankings.push_back({{"set", r.set},

@@ -143,10 +143,23 @@ TEST(Cluster, bad_files_name_field_and_value) {
   const std::string good = cluster_toml(load_cluster("h100-80"));
   EXPECT_EQ(message(good), "no error");
   std::string bad = good;
-  bad.replace(bad.find("gb_per_s = 450"), 21, "gb_per_s = nan");
+  bad.replace(bad.find("gb_per_s = 450"), std::string("gb_per_s = 450").size(), "gb_per_s = nan");
   EXPECT_THAT(message(bad), HasSubstr("fast_link.gb_per_s"));
   EXPECT_THAT(message("speed = 3"), HasSubstr("speed"));
   EXPECT_THROW(load_cluster("h100-81"), ConfigError);
+}
+
+TEST(Cluster, is_read_back_as_it_was_written) {
+  for (const std::string& name : cluster_names()) {
+    const Cluster cluster = load_cluster(name);
+    EXPECT_EQ(parse_cluster(cluster_toml(cluster), name), cluster) << name;
+  }
+  Cluster cpu = load_cluster("a100-80");
+  cpu.note = "a \"measured\" machine\nof two cores";
+  cpu.cores_per_rank = 1;
+  cpu.accelerator.gemm_falloff["bf16"] = {.rows = 1.0 / 3.0, .columns = 1e-9, .depth = 123456789.125};
+  cpu.fast_link.all_to_all_gb_per_s = 0.1;
+  EXPECT_EQ(parse_cluster(cluster_toml(cpu), "cpu"), cpu);
 }
 
 TEST(Memory, a_token_of_a_known_run_is_where_it_was_measured) {
