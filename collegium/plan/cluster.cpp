@@ -108,7 +108,7 @@ std::string matrix_format(const std::string& precision) {
   std::string p;
   for (const char c : precision) p.push_back(static_cast<char>(std::tolower(static_cast<unsigned char>(c))));
   if (p.find("fp4") != std::string::npos) return "fp4";
-  if (p.find("fp8") != std::string::npos) return "fp8";
+  if (p.find("fp8") != std::string::npos || p.find("float8") != std::string::npos) return "fp8";
   if (p == "fp32" || p == "float32" || p == "tf32") return "fp32";
   return "bf16";
 }

@@ -1,4 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <fmt/ranges.h>
+
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 
@@ -58,22 +61,34 @@ std::vector<std::string> next_record(const std::string& text, std::size_t& at, i
 }  // namespace
 
 std::vector<CsvRow> read_csv(const std::string& text, const std::string& origin) {
-  std::size_t at = 0;
+  // Spreadsheets begin a file with a byte order mark.
+  constexpr std::string_view kMark = "\xEF\xBB\xBF";
+  std::size_t at = text.compare(0, kMark.size(), kMark) == 0 ? kMark.size() : 0;
   int line = 1;
   const std::vector<std::string> header = next_record(text, at, line);
   require_config(header.size() > 1, "{}: the first line must name the columns, separated by commas", origin);
+  for (std::size_t i = 0; i < header.size(); ++i)
+    require_config(std::find(header.begin(), header.begin() + static_cast<std::ptrdiff_t>(i), header[i]) ==
+                       header.begin() + static_cast<std::ptrdiff_t>(i),
+                   "{}: two columns are named {}", origin, header[i]);
+  for (const char* needed : {"metric", "value"})
+    require_config(std::find(header.begin(), header.end(), needed) != header.end(),
+                   "{}: no column {}; its columns are {}", origin, needed, fmt::join(header, ", "));
   std::vector<CsvRow> rows;
   while (at < text.size()) {
     const int first_line = line;
     const std::vector<std::string> fields = next_record(text, at, line);
     if (fields.size() == 1 && fields.front().empty()) continue;
-    require_config(fields.size() == header.size(), "{}:{}: {} fields, but the header has {} columns", origin,
-                   first_line, fields.size(), header.size());
     CsvRow row;
     row.line = first_line;
-    for (std::size_t i = 0; i < header.size(); ++i) row.fields[header[i]] = fields[i];
+    if (fields.size() != header.size()) {
+      row.defect = fmt::format("{} fields, but the header has {} columns", fields.size(), header.size());
+    } else {
+      for (std::size_t i = 0; i < header.size(); ++i) row.fields[header[i]] = fields[i];
+    }
     rows.push_back(std::move(row));
   }
+  require_config(!rows.empty(), "{}: holds no rows", origin);
   return rows;
 }
 

@@ -13,26 +13,31 @@ namespace {
 
 bool has(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
 
-double required(const CsvRow& row, const std::string& column) {
-  const auto value = row.number(column);
-  require_config(value.has_value(), "{} is missing", column);
-  require_config(*value > 0.0, "{} = {}: must be positive", column, *value);
-  return *value;
-}
+// No published run comes near these; more would only make the planner count for ever.
+constexpr std::int64_t kMostLayers = 10000;
+constexpr std::int64_t kMostWidth = 100000000;
+constexpr std::int64_t kMostExperts = 100000;
+constexpr std::int64_t kMostRanks = 10000000;
 
-std::int64_t whole(const CsvRow& row, const std::string& column) {
+std::int64_t whole(const CsvRow& row, const std::string& column, std::int64_t most) {
   const double value = required(row, column);
   require_config(value == std::floor(value), "{} = {}: must be a whole number", column, value);
+  require_config(value <= static_cast<double>(most), "{} = {}: must be at most {}", column, value, most);
   return static_cast<std::int64_t>(value);
 }
 
+std::int64_t whole_or(const CsvRow& row, const std::string& column, std::int64_t most,
+                      std::int64_t otherwise) {
+  return row.text(column).empty() ? otherwise : whole(row, column, most);
+}
+
 int size_or_one(const CsvRow& row, const std::string& column) {
-  return row.text(column).empty() ? 1 : static_cast<int>(whole(row, column));
+  return static_cast<int>(whole_or(row, column, kMostRanks, 1));
 }
 
 // Vocabularies that rows leave open, by the family that the row's name gives away.
 std::int64_t vocabulary(const CsvRow& row, PublishedRun& run) {
-  if (const auto given = row.number("vocab")) return static_cast<std::int64_t>(*given);
+  if (!row.text("vocab").empty()) return whole(row, "vocab", kMostWidth);
   std::int64_t assumed = 50257;
   std::string name = row.text("name");
   std::transform(name.begin(), name.end(), name.begin(),
@@ -48,13 +53,19 @@ std::int64_t vocabulary(const CsvRow& row, PublishedRun& run) {
 // Test-size models keep the classical default, tied embeddings.
 constexpr std::int64_t kTestWidth = 1024;
 
-void read_experts(const CsvRow& row, ModelSpec& m) {
-  m.experts = static_cast<std::int64_t>(row.number("experts").value_or(0.0));
-  if (m.experts == 0) return;
-  m.top_k = whole(row, "topk");
-  m.expert_ffn = whole(row, "moe_ffn_hidden");
-  m.shared_ffn = static_cast<std::int64_t>(row.number("shared_experts").value_or(0.0) *
-                                           static_cast<double>(m.expert_ffn));
+void read_experts(const CsvRow& row, PublishedRun& run) {
+  ModelSpec& m = run.model;
+  if (row.number("experts").value_or(0.0) == 0.0) return;
+  m.experts = whole(row, "experts", kMostExperts);
+  m.top_k = whole(row, "topk", kMostExperts);
+  const bool open = row.text("moe_ffn_hidden").empty();
+  m.expert_ffn = whole(row, open ? "ffn_hidden" : "moe_ffn_hidden", kMostWidth);
+  if (open) run.assumptions.push_back(fmt::format("experts of width {} (ffn_hidden)", m.expert_ffn));
+  // Half a shared expert is one of half the width.
+  const double shared = row.number("shared_experts").value_or(0.0);
+  require_config(shared >= 0.0 && shared <= static_cast<double>(m.experts),
+                 "shared_experts = {}: must be between 0 and experts = {}", shared, m.experts);
+  m.shared_ffn = std::llround(shared * static_cast<double>(m.expert_ffn));
 }
 
 // What sizes do not say: latent attention, prediction layers, dense first layers, windows.
@@ -115,13 +126,12 @@ void read_model(const CsvRow& row, PublishedRun& run) {
   ModelSpec& m = run.model;
   m.name = row.text("name");
   m.family = "published run";
-  m.layers = whole(row, "layers");
-  m.hidden = whole(row, "hidden");
-  m.heads = whole(row, "heads");
-  m.kv_heads = static_cast<std::int64_t>(row.number("kv_heads").value_or(static_cast<double>(m.heads)));
-  read_experts(row, m);
-  m.dense_ffn =
-      static_cast<std::int64_t>(row.number("ffn_hidden").value_or(4.0 * static_cast<double>(m.hidden)));
+  m.layers = whole(row, "layers", kMostLayers);
+  m.hidden = whole(row, "hidden", kMostWidth);
+  m.heads = whole(row, "heads", m.hidden);
+  m.kv_heads = whole_or(row, "kv_heads", m.heads, m.heads);
+  read_experts(row, run);
+  m.dense_ffn = whole_or(row, "ffn_hidden", kMostWidth, 4 * m.hidden);
   m.vocab = vocabulary(row, run);
   m.gated_ffn = has(run.source, "non-gated") ? false : (m.is_moe() || m.dense_ffn != 4 * m.hidden);
   if (!m.gated_ffn) {
@@ -138,7 +148,7 @@ void read_model(const CsvRow& row, PublishedRun& run) {
 
 void read_zero(const CsvRow& row, Layout& l) {
   const std::string& zero = row.text("zero");
-  if (zero.empty() || zero == "0") {
+  if (zero.empty() || zero == "0" || zero == "none" || zero == "ddp") {
     l.zero = Zero::kNone;
   } else if (zero == "1") {
     l.zero = Zero::kOptimizer;
@@ -147,7 +157,7 @@ void read_zero(const CsvRow& row, Layout& l) {
   } else if (zero == "3" || has(zero, "fsdp")) {
     l.zero = Zero::kSharded;
   } else {
-    throw ConfigError(fmt::format("zero = {}: must be 0, 1, 2, 3 or fsdp", zero));
+    throw ConfigError(fmt::format("zero = {}: must be 0, 1, 2, 3, ddp or fsdp", zero));
   }
 }
 
@@ -160,24 +170,31 @@ void read_world(const CsvRow& row, PublishedRun& run) {
   l.ep = size_or_one(row, "ep");
   l.etp = size_or_one(row, "etp");
   if (!run.model.is_moe()) l.ep = l.etp = 1;
-  const int stage = l.tp * l.pp * l.cp;
-  if (const auto gpus = row.number("num_gpus")) {
-    const int world = static_cast<int>(*gpus);
-    require_config(!row.text("tp").empty() && !row.text("pp").empty(), "tp and pp are missing");
+  const std::int64_t stage = static_cast<std::int64_t>(l.tp) * l.pp * l.cp;
+  require_config(
+      stage <= kMostRanks && l.pp * static_cast<std::int64_t>(l.virtual_stages) <= 2 * run.model.layers,
+      "pp*vpp = {}*{}: there are {} layers", l.pp, l.virtual_stages, run.model.layers);
+  if (!row.text("num_gpus").empty()) {
+    const int world = static_cast<int>(whole(row, "num_gpus", kMostRanks));
+    // Where every rank is data parallel nothing is left open.
+    const bool data_parallel = size_or_one(row, "dp") == world || l.zero == Zero::kSharded;
+    require_config(data_parallel || (!row.text("tp").empty() && !row.text("pp").empty()),
+                   "tp and pp are missing");
     require_config(world % stage == 0, "num_gpus = {} must be a multiple of tp*pp*cp = {}", world, stage);
-    l.dp = world / stage;
-    const auto dp = row.number("dp");
-    require_config(!dp || static_cast<int>(*dp) == l.dp,
-                   "dp = {} contradicts num_gpus/(tp*pp*cp) = {}/{} = {}", dp.value_or(0.0), world, stage,
+    l.dp = static_cast<int>(world / stage);
+    const std::int64_t dp = whole_or(row, "dp", kMostRanks, l.dp);
+    require_config(dp == l.dp, "dp = {} contradicts num_gpus/(tp*pp*cp) = {}/{} = {}", dp, world, stage,
                    l.dp);
   } else if (!row.text("dp").empty()) {
     l.dp = size_or_one(row, "dp");
   } else {
     throw ConfigError("num_gpus is missing: optimizer state is sharded over an unknown number of ranks");
   }
-  const int stage_ranks = l.dp * l.cp * l.tp;
-  require_config(stage_ranks % (l.ep * l.etp) == 0, "ep*etp = {}*{} must divide dp*cp*tp = {}", l.ep, l.etp,
-                 stage_ranks);
+  const std::int64_t stage_ranks = static_cast<std::int64_t>(l.dp) * l.cp * l.tp;
+  require_config(stage_ranks * l.pp <= kMostRanks, "tp*pp*cp*dp = {} ranks: more than {}", stage_ranks * l.pp,
+                 kMostRanks);
+  require_config(stage_ranks % (static_cast<std::int64_t>(l.ep) * l.etp) == 0,
+                 "ep*etp = {}*{} must divide dp*cp*tp = {}", l.ep, l.etp, stage_ranks);
 }
 
 // What a run's name says of its dispatcher and of the exchange's overlap.
@@ -193,8 +210,8 @@ void read_dispatcher(const CsvRow& row, PublishedRun& run) {
 
 void read_layout(const CsvRow& row, PublishedRun& run) {
   Layout& l = run.layout;
-  read_world(row, run);
   read_zero(row, l);
+  read_world(row, run);
   const std::string& recompute = row.text("recompute");
   l.recompute = parse_recompute(recompute);
   run.recompute_open = recompute.empty();
@@ -211,39 +228,14 @@ void read_layout(const CsvRow& row, PublishedRun& run) {
                       has(run.source, "model_table") || run.model.is_moe();
   l.sequence_parallel = l.tp > 1 && (modern || has(recompute, "+SP"));
   l.schedule = l.virtual_stages > 1 ? Schedule::kInterleaved : Schedule::k1F1B;
-  if (const auto micro = row.number("micro_batch")) {
-    l.micro_batch = static_cast<int>(*micro);
-    require_config(l.micro_batch >= 1, "micro_batch = {}: must be at least 1", *micro);
+  if (!row.text("micro_batch").empty()) {
+    l.micro_batch = static_cast<int>(whole(row, "micro_batch", kMostExperts));
   } else {
-    l.micro_batch = has(run.source, "tables.tex") ? static_cast<int>(run.work.global_batch) / l.dp : 1;
+    l.micro_batch =
+        has(run.source, "tables.tex") ? std::max(1, static_cast<int>(run.work.global_batch) / l.dp) : 1;
     run.assumptions.push_back(fmt::format("micro-batch of {} (not in the row)", l.micro_batch));
   }
   read_dispatcher(row, run);
-}
-
-std::string cluster_name(const CsvRow& row, const std::string& source) {
-  const std::string& gpu = row.text("gpu");
-  require_config(!gpu.empty(), "gpu is missing");
-  if (has(source, "bigscience")) return "jean-zay-a100";
-  if (has(source, "vTrain")) return "a100-80-4rail";
-  const std::pair<const char*, const char*> table[] = {{"V100-32GB", "v100-32"},
-                                                       {"A100-40GB", "a100-40"},
-                                                       {"A100-80GB", "a100-80"},
-                                                       {"A100", "a100-80"},
-                                                       {"H100-96GB-500W", "h100-96"},
-                                                       {"H100-80GB", "h100-80"},
-                                                       {"H100", "h100-80"},
-                                                       {"H200", "h200"},
-                                                       {"H800", "h800"},
-                                                       {"B200", "b200"},
-                                                       {"B300", "b300"},
-                                                       {"GB200", "gb200"},
-                                                       {"GB300", "gb300"},
-                                                       {"MI300X", "mi300x"}};
-  for (const auto& [name, cluster] : table) {
-    if (gpu == name) return cluster;
-  }
-  throw ConfigError(fmt::format("gpu = {}: not in the catalogue of clusters", gpu));
 }
 
 // A run whose weights and gradients alone exceed the memory cannot have kept them whole, whatever its column
@@ -264,45 +256,6 @@ void mend_zero(PublishedRun& run) {
   l.zero = Zero::kSharded;
 }
 
-void read_value(const CsvRow& row, PublishedRun& run) {
-  const std::string& metric = row.text("metric");
-  const double value = required(row, "value");
-  const double unit = row.text("unit") == "GB" ? 1e9 : 1073741824.0;
-  const bool device =
-      metric == "peak_mem_nvidia_smi" || metric == "peak_mem" || metric == "peak_reserved_mem";
-  run.device_memory = device;
-  if (metric == "static_alloc_mem") {
-    run.metric = Metric::kStaticMemory;
-    run.value = value * unit;
-  } else if (metric == "peak_alloc_mem" || device) {
-    run.metric = Metric::kPeakMemory;
-    // nvidia-smi counts in GiB whatever the label says.
-    run.value = value * (metric == "peak_mem_nvidia_smi" ? 1073741824.0 : unit);
-  } else if (metric == "oom") {
-    run.metric = Metric::kOutOfMemory;
-    run.value = value;
-  } else if (metric == "iteration_time") {
-    run.metric = Metric::kStepTime;
-    run.value = value;
-  } else if (metric == "tokens_per_s_per_gpu") {
-    run.metric = Metric::kStepTime;
-    run.value =
-        required(row, "global_batch") * required(row, "seq_len") / (value * required(row, "num_gpus"));
-  } else if (metric == "model_tflops_per_gpu") {
-    run.metric = Metric::kModelFlops;
-    run.value = value * 1e12;
-  } else if (metric == "hw_tflops_per_gpu") {
-    run.metric = Metric::kHardwareFlops;
-    run.value = value * 1e12;
-  } else if (metric == "mfu") {
-    run.metric = Metric::kUtilisation;
-    run.value = value / 100.0;
-  } else {
-    throw ConfigError(
-        fmt::format("metric = {}: not a figure of memory, time or FLOP/s that the planner predicts", metric));
-  }
-}
-
 }  // namespace
 
 PublishedRun published_run(const CsvRow& row) {
@@ -310,14 +263,14 @@ PublishedRun published_run(const CsvRow& row) {
   run.line = row.line;
   run.name = row.text("name");
   run.source = row.text("source");
-  read_value(row, run);
-  const std::string& precision = row.text("precision");
-  run.work.precision = precision.empty() ? "bf16" : precision;
+  require_config(row.defect.empty(), "{}", row.defect);
+  read_figure(row, run);
+  read_precision(row, run);
   run.stack = stack_of(run.source, run.work.precision);
-  run.cluster = load_cluster(cluster_name(row, run.source));
+  run.cluster = load_cluster(cluster_of(row.text("gpu"), run.source));
   read_model(row, run);
-  run.work.seq_len = required(row, "seq_len");
-  run.work.global_batch = required(row, "global_batch");
+  run.work.seq_len = static_cast<double>(whole(row, "seq_len", kMostWidth));
+  run.work.global_batch = static_cast<double>(whole(row, "global_batch", kMostWidth));
   read_layout(row, run);
   mend_zero(run);
   if (has(run.source, "last rank")) run.stage = run.layout.pp - 1;

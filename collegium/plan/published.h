@@ -19,14 +19,16 @@ namespace collegium::plan {
 struct CsvRow {
   int line = 0;
   std::map<std::string, std::string> fields;
+  std::string defect;  ///< why the row is no row of this table: another number of fields than the header
   /// The field's text; empty when the column is absent.
   const std::string& text(const std::string& column) const;
   /// The field as a number, or nothing when it is empty.
   std::optional<double> number(const std::string& column) const;
 };
 
-/// What     Reads a CSV text with a header line; quoted fields may hold commas and quotes.
-/// Throws   ConfigError: a row with another number of fields than the header, no header.
+/// What     Reads a CSV text with a header line; quoted fields may hold commas and quotes. A row with another
+///          number of fields than the header is kept with its defect.
+/// Throws   ConfigError: no header, or a column named twice.
 std::vector<CsvRow> read_csv(const std::string& text, const std::string& origin);
 
 /// What a figure measures.
@@ -67,6 +69,17 @@ struct PublishedRun {
 /// architecture,
 ///          missing or contradictory columns.
 PublishedRun published_run(const CsvRow& row);
+
+/// What     A column's positive number.
+/// Throws   ConfigError: missing, no number, or not positive.
+double required(const CsvRow& row, const std::string& column);
+/// What     Reads metric, value and unit; the precision; the cluster of the catalogue that an accelerator's
+/// name
+///          means.
+/// Throws   ConfigError with the reason why the row cannot be predicted.
+void read_figure(const CsvRow& row, PublishedRun& run);
+void read_precision(const CsvRow& row, PublishedRun& run);
+std::string cluster_of(const std::string& gpu, const std::string& source);
 
 /// What     The habits of the software a source was measured with, by its name.
 Stack stack_of(const std::string& source, const std::string& precision);

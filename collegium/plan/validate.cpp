@@ -37,9 +37,10 @@ double model_flops(const PublishedRun& run) {
          run.work.seq_len;
 }
 
-// The utilisation that its source defines: 6 N + 12 L D S per token, scores not halved, over the peak.
+// The usual utilisation: 6 N + 12 L D S per token, N what a token uses, scores not halved, over the peak.
 double utilisation_flops(const PublishedRun& run) {
-  const auto parameters = static_cast<double>(account(run.model).total);
+  const Account counts = account(run.model);
+  const auto parameters = static_cast<double>(run.model.is_moe() ? counts.active : counts.total);
   const double scores = 12.0 * static_cast<double>(run.model.layers * run.model.hidden) * run.work.seq_len;
   return (6.0 * parameters + scores) * run.work.global_batch * run.work.seq_len;
 }

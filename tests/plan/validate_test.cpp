@@ -38,8 +38,13 @@ TEST(Validate, judges_a_row_and_refuses_gaps_with_the_reason) {
 }
 
 TEST(Validate, malformed_files_are_errors) {
-  EXPECT_THROW(validate(std::string(kHeader) + "too,few\n", "test.csv"), ConfigError);
   EXPECT_THROW(validate("", "test.csv"), ConfigError);
+  EXPECT_THROW(validate(kHeader, "test.csv"), ConfigError);
+  EXPECT_THROW(validate("name,metric\nx,oom\n", "test.csv"), ConfigError);
+  EXPECT_THROW(validate("metric,value,metric\noom,1,oom\n", "test.csv"), ConfigError);
+  const Validation few = validate(std::string(kHeader) + "too,few\n" + kRow, "test.csv");
+  EXPECT_EQ(few.judged.size(), 1U);
+  EXPECT_EQ(few.refused.front().reason, "2 fields, but the header has 32 columns");
   const Validation v =
       validate(std::string(kHeader) +
                    "x,,forty,6144,,64,,,,,,51200,2048,4,4,A100-80GB,8,8,1,1,1,,,,0,full,fp16,"
@@ -47,6 +52,46 @@ TEST(Validate, malformed_files_are_errors) {
                "test.csv");
   ASSERT_EQ(v.refused.size(), 1U);
   EXPECT_THAT(v.refused.front().reason, HasSubstr("value = nan: must be a number"));
+}
+
+// Whatever stands in a field, the row is predicted or refused with a reason.
+TEST(Validate, no_value_of_any_column_is_too_odd) {
+  const std::string header(kHeader);
+  const std::string row(kRow);
+  std::vector<std::string> fields;
+  for (std::size_t at = 0; at < row.size(); at = row.find_first_of(",\n", at) + 1)
+    fields.push_back(row.substr(at, row.find_first_of(",\n", at) - at));
+  std::string csv = header;
+  std::size_t rows = 0;
+  for (std::size_t i = 0; i < fields.size(); ++i) {
+    for (const char* odd :
+         {"", "nan", "inf", "-1", "0", "1e300", "99999999999", "3.5", "abc", "1e-300", " ", "0x10"}) {
+      for (std::size_t j = 0; j < fields.size(); ++j) csv += (j == 0 ? "" : ",") + (i == j ? odd : fields[j]);
+      csv += "\n";
+      ++rows;
+    }
+  }
+  const Validation v = validate(csv, "odd.csv");
+  std::size_t refused = 0;
+  for (const RefusedRows& r : v.refused) refused += r.lines.size();
+  EXPECT_EQ(v.runs.size() + refused, rows);
+  for (const Judged& judged : v.judged) EXPECT_TRUE(std::isfinite(judged.predicted)) << judged.run->line;
+}
+
+TEST(Validate, unknown_software_and_models_are_predicted) {
+  const std::string rest = "64,2,2,,16,,,,1,,bf16,";
+  const std::string csv =
+      std::string(kHeader) + "new-13B,,40,5120,13824,40,40,,,,,32000,4096,512,1,NVIDIA H100 80GB HBM3," +
+      rest + "tokens_per_s_per_gpu,3000,tok/s,lab/stack@1 README,read\n" +
+      "new-13B,,40,5120,13824,40,40,,,,,,4096,512,1,h200," + rest +
+      "iteration_time,10000,ms,lab/stack@1 x,read\n" +
+      "new-moe,,28,2048,10944,16,16,64,6,1408,2,102400,4096,512,1,A100-SXM4-80GB,64,2,2,,16,8,,,1,,bf16," +
+      "mfu,0.4,,lab/other@1 x,read\n";
+  const Validation v = validate(csv, "new.csv");
+  EXPECT_TRUE(v.refused.empty());
+  ASSERT_EQ(v.judged.size(), 3U);
+  for (const Judged& judged : v.judged)
+    EXPECT_LT(std::abs(std::log(judged.predicted / judged.measured)), 0.7);
 }
 
 TEST(Validate, hardware_flops_of_a_gpt_follow_the_published_formula) {

@@ -43,7 +43,7 @@ def main() -> None:
         assert json.loads(trace.read_text())["traceEvents"]
         rows = pathlib.Path(folder) / "rows.csv"
         rows.write_text("name,metric\nx\n")
-        run(2, "1 fields, but the header has 2 columns", "plan", "--validate", str(rows))
+        run(2, "no column value", "plan", "--validate", str(rows))
     schedules = json.loads(
         run(0, "[", "simulate --layout pp4.dp8 --model llama3-8b --global-batch 128 --schedules --json")
     )

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// What `collegium train` itself will do, predicted before it does: bytes of every dispatch and combine,
+// memory of a rank, seconds of a step. A plain description, so that neither side needs the other's types.
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "collegium/plan/cluster.h"
+#include "collegium/plan/memory.h"
+#include "collegium/plan/model_spec.h"
+#include "collegium/plan/routing_counts.h"
+#include "collegium/plan/step_time.h"
+
+namespace collegium::plan {
+
+/// How rows reach their experts, as the run file names it.
+enum class Exchange { kUneven, kPadded, kAllgather, kTwoLevel };
+
+/// A training run: all ranks are data parallel, `ep` of them share the experts of a layer.
+struct OwnRun {
+  ModelSpec model;
+  std::string dtype = "bfloat16";  ///< compute dtype: bfloat16 (fp32 masters), float32 or float64
+  int ranks = 1;
+  int ep = 1;
+  std::vector<int> node_of_rank;  ///< which machine each rank is on; empty = all on one
+  Exchange exchange = Exchange::kUneven;
+  bool combine_fp32 = false;  ///< two_level, allgather: partial sums travel in fp32
+  std::int64_t chunks = 1;    ///< tokens travel in this many chunks
+  bool recompute = false;
+  double overlap = 0.0;  ///< share of the exchange that runs beside computation
+  std::int64_t sequence_length = 512;
+  std::int64_t global_batch = 8;     ///< sequences of an optimizer step
+  std::int64_t micro_sequences = 8;  ///< sequences of a micro-step, over all ranks
+  std::int64_t group_sequences = 1;  ///< sequences that stay on one rank together
+};
+
+/// Sent by one rank.
+struct SentBytes {
+  double within_nodes = 0.0;
+  double between_nodes = 0.0;
+  double total() const { return within_nodes + between_nodes; }
+  bool operator==(const SentBytes&) const = default;
+  SentBytes& operator+=(const SentBytes& other) {
+    within_nodes += other.within_nodes;
+    between_nodes += other.between_nodes;
+    return *this;
+  }
+};
+/// Dispatch, combine, combine backward, dispatch backward: the four phases of the ledger.
+using ArrowBytes = std::array<SentBytes, 4>;
+
+/// What     What each rank of one expert-parallel group sends for one layer and micro-step, nothing dropped.
+/// Math     uneven: the rows of experts elsewhere, and their weights (dispatch and its backward). padded:
+/// blocks of
+///          the largest count of any (rank, expert), per chunk. allgather: every token to every rank.
+///          two_level: a copy per (token, other node), then one per (token, rank with any of its experts)
+///          inside, with the weights of its (token, expert) pairs. Weights and, on demand, sums are fp32
+///          (float64 for float64).
+/// Throws   ConfigError when there are not `ep` ranks, or an expert does not exist.
+std::vector<ArrowBytes> layer_bytes(const OwnRun& run,
+                                    const std::vector<std::span<const std::int32_t>>& ids_TK,
+                                    int first_rank = 0);
+
+/// What     What each rank sends in the recorded step: exact, from the choices of every layer and micro-step.
+/// Throws   ConfigError: no such step, or records whose tokens, choices or experts are not the run's.
+std::vector<ArrowBytes> recorded_step_bytes(const OwnRun& run, const RoutingCounts& recorded,
+                                            std::int64_t step);
+/// What     The expectation of a step's bytes when every token chooses its experts uniformly; padded blocks
+/// hold the
+///          mean count. Exact for allgather.
+std::vector<ArrowBytes> expected_step_bytes(const OwnRun& run);
+
+/// What     Memory of the fullest rank: weights, gradients, masters and moments, activations of its share of
+/// a
+///          micro-step, buffers of the exchange. `imbalance` is the fullest rank's rows over the mean.
+MemoryReport own_memory(const OwnRun& run, const Cluster& cluster, double imbalance = 1.0);
+/// What     Seconds of an optimizer step on a cluster whose ranks are the run's.
+StepTime own_step(const OwnRun& run, const Cluster& cluster, double imbalance = 1.0);
+/// What     The layout, the workload and the habits of the software that the two above use.
+Layout own_layout(const OwnRun& run);
+Workload own_workload(const OwnRun& run, double imbalance);
+Stack own_stack(const OwnRun& run);
+
+}  // namespace collegium::plan
+
+namespace collegium {
+template <>
+struct EnumNames<plan::Exchange> {
+  static constexpr std::pair<std::string_view, plan::Exchange> names[] = {
+      {"uneven", plan::Exchange::kUneven},
+      {"padded", plan::Exchange::kPadded},
+      {"allgather", plan::Exchange::kAllgather},
+      {"two_level", plan::Exchange::kTwoLevel}};
+};
+}  // namespace collegium

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// Memory and seconds of our own training step.
+#include <algorithm>
+
+#include "collegium/base/error.h"
+#include "collegium/plan/own_run.h"
+
+namespace collegium::plan {
+
+Layout own_layout(const OwnRun& run) {
+  Layout l;
+  l.dp = run.ranks;
+  l.ep = run.ep;
+  l.zero = Zero::kNone;
+  l.sequence_parallel = false;
+  l.recompute.full = run.recompute;
+  // The fullest rank's share of a micro-step, in sequences.
+  const std::int64_t groups = (run.micro_sequences + run.group_sequences - 1) / run.group_sequences;
+  l.micro_batch = static_cast<int>((groups + run.ranks - 1) / run.ranks * run.group_sequences);
+  switch (run.exchange) {
+    case Exchange::kUneven:
+      l.dispatcher = Dispatcher::kAllToAll;
+      break;
+    case Exchange::kPadded:
+      l.dispatcher = Dispatcher::kPadded;
+      break;
+    case Exchange::kAllgather:
+      l.dispatcher = Dispatcher::kAllGather;
+      break;
+    case Exchange::kTwoLevel:
+      l.dispatcher = Dispatcher::kHierarchical;
+      break;
+  }
+  return l;
+}
+
+Workload own_workload(const OwnRun& run, double imbalance) {
+  const std::int64_t micro_steps = (run.global_batch + run.micro_sequences - 1) / run.micro_sequences;
+  const Layout l = own_layout(run);
+  // As many sequences as make the fullest rank's micro-steps come out.
+  return {.seq_len = static_cast<double>(run.sequence_length),
+          .global_batch = static_cast<double>(micro_steps) * l.dp * l.micro_batch,
+          .precision = run.dtype == "bfloat16" ? "bf16" : "fp32",
+          .imbalance = imbalance};
+}
+
+Stack own_stack(const OwnRun& run) {
+  Stack s;
+  const double value = run.dtype == "bfloat16" ? 2.0 : (run.dtype == "float64" ? 8.0 : 4.0);
+  const double master = run.dtype == "float64" ? 8.0 : 4.0;
+  s.weight_bytes = value;
+  s.gradient_bytes = master;
+  // Two moments, and a master where the weights are narrower.
+  s.optimizer_bytes = 2.0 * master + (value == master ? 0.0 : master);
+  s.reduce_bytes = master;
+  s.data_overlap = 0.0;
+  s.expert_overlap = run.overlap;
+  s.fragmentation = 0.0;
+  s.grouped_experts = false;
+  return s;
+}
+
+MemoryReport own_memory(const OwnRun& run, const Cluster& cluster, double imbalance) {
+  return worst_memory(run.model, own_layout(run), own_workload(run, imbalance), cluster, own_stack(run));
+}
+
+StepTime own_step(const OwnRun& run, const Cluster& cluster, double imbalance) {
+  return step_time(run.model, own_layout(run), own_workload(run, imbalance), cluster, own_stack(run));
+}
+
+}  // namespace collegium::plan

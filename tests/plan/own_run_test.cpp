@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/plan/own_run.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <numeric>
+
+#include "collegium/base/error.h"
+#include "collegium/base/rng.h"
+
+namespace collegium::plan {
+namespace {
+
+OwnRun small_run(Exchange exchange, int ranks, int ep) {
+  OwnRun run;
+  run.model = load_model("olmoe-1b-7b");
+  run.model.hidden = 8;
+  run.model.experts = 6;
+  run.model.top_k = 2;
+  run.ranks = ranks;
+  run.ep = ep;
+  run.exchange = exchange;
+  run.sequence_length = 4;
+  return run;
+}
+
+// Two ranks, three experts each; rank 0 has tokens (0,3) and (4,5), rank 1 has token (0,1).
+std::vector<ArrowBytes> of_example(const OwnRun& run) {
+  const std::vector<std::int32_t> first = {0, 3, 4, 5};
+  const std::vector<std::int32_t> second = {0, 1};
+  return layer_bytes(run, {first, second});
+}
+
+constexpr double kRow = 16.0;  // 8 x bfloat16
+constexpr double kWeight = 4.0;
+
+TEST(OwnRun, bytes_of_each_exchange_counted_by_hand) {
+  OwnRun run = small_run(Exchange::kUneven, 2, 2);
+  std::vector<ArrowBytes> bytes = of_example(run);
+  EXPECT_EQ(bytes[0][0].within_nodes, 3 * (kRow + kWeight));
+  EXPECT_EQ(bytes[1][0].within_nodes, 2 * (kRow + kWeight));
+  EXPECT_EQ(bytes[0][1].within_nodes, 2 * kRow);
+  EXPECT_EQ(bytes[1][1].within_nodes, 3 * kRow);
+  EXPECT_EQ(bytes[0][2].within_nodes, 3 * kRow);
+  EXPECT_EQ(bytes[1][3].within_nodes, 3 * (kRow + kWeight));
+  EXPECT_EQ(bytes[0][0].between_nodes, 0);
+  // The largest count of an expert is 1: a block of one row for each of the other's three experts.
+  run.exchange = Exchange::kPadded;
+  bytes = of_example(run);
+  EXPECT_EQ(bytes[0][0].within_nodes, 3 * (kRow + kWeight));
+  EXPECT_EQ(bytes[1][0].within_nodes, 3 * (kRow + kWeight));
+  run.exchange = Exchange::kAllgather;
+  run.combine_fp32 = true;
+  bytes = of_example(run);
+  EXPECT_EQ(bytes[0][0].within_nodes, 2 * kRow + 4 * kWeight);
+  EXPECT_EQ(bytes[1][1].within_nodes, 2 * 2 * kRow);
+  // One copy of each of rank 0's tokens, with one and two pairs.
+  run.exchange = Exchange::kTwoLevel;
+  run.combine_fp32 = false;
+  bytes = of_example(run);
+  EXPECT_EQ(bytes[0][0].within_nodes, 2 * kRow + 3 * kWeight);
+  EXPECT_EQ(bytes[1][0].within_nodes, kRow + 2 * kWeight);
+  run.node_of_rank = {0, 1};
+  EXPECT_EQ(of_example(run)[0][0].between_nodes, 2 * kRow + 3 * kWeight);
+}
+
+std::vector<std::int32_t> random_ids(const ModelSpec& m, std::int64_t tokens) {
+  const RandomStream random(1, "test", 0);
+  std::vector<std::int32_t> ids;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    std::vector<std::pair<double, std::int32_t>> order;
+    for (std::int32_t e = 0; e < m.experts; ++e)
+      order.emplace_back(random.normal(static_cast<std::uint64_t>(t * m.experts + e)), e);
+    std::sort(order.begin(), order.end());
+    for (std::int64_t k = 0; k < m.top_k; ++k) ids.push_back(order[static_cast<std::size_t>(k)].second);
+  }
+  return ids;
+}
+
+RoutingCounts recorded(const OwnRun& run) {
+  RoutingCounts all{.experts = run.model.experts, .top_k = run.model.top_k, .records = {}};
+  for (std::int64_t layer = 0; layer < run.model.num_moe_layers(); ++layer) {
+    RoutingRecord record;
+    record.step = 1;
+    record.layer = layer;
+    record.tokens = run.global_batch * run.sequence_length;
+    record.ids_TK = random_ids(run.model, record.tokens);
+    all.records.push_back(std::move(record));
+  }
+  return all;
+}
+
+double sum(const std::vector<ArrowBytes>& ranks) {
+  double bytes = 0.0;
+  for (const ArrowBytes& arrows : ranks) {
+    for (const SentBytes& sent : arrows) bytes += sent.total();
+  }
+  return bytes;
+}
+
+TEST(OwnRun, expectation_lies_near_the_bytes_of_a_random_routing) {
+  for (const Exchange exchange : {Exchange::kUneven, Exchange::kAllgather, Exchange::kTwoLevel}) {
+    for (const int ep : {1, 2, 4}) {
+      OwnRun run = small_run(exchange, 4, ep);
+      run.node_of_rank = {0, 0, 1, 1};
+      run.sequence_length = 512;
+      run.micro_sequences = run.global_batch = 6;  // 2, 2, 1 and 1 sequences
+      const double exact = sum(recorded_step_bytes(run, recorded(run), 1));
+      EXPECT_NEAR(sum(expected_step_bytes(run)), exact, 0.02 * exact) << enum_name(exchange) << " ep " << ep;
+      EXPECT_EQ(exact == 0.0, ep == 1);
+    }
+  }
+}
+
+TEST(OwnRun, order_of_the_exchanges_and_of_recomputation) {
+  OwnRun run = small_run(Exchange::kUneven, 4, 4);
+  run.sequence_length = 64;
+  const RoutingCounts routing = recorded(run);
+  const double uneven = sum(recorded_step_bytes(run, routing, 1));
+  run.recompute = true;
+  EXPECT_GT(sum(recorded_step_bytes(run, routing, 1)), uneven);
+  run.recompute = false;
+  run.exchange = Exchange::kPadded;
+  EXPECT_GT(sum(recorded_step_bytes(run, routing, 1)), uneven);
+  run.exchange = Exchange::kTwoLevel;
+  EXPECT_LT(sum(recorded_step_bytes(run, routing, 1)), uneven);
+}
+
+TEST(OwnRun, bad_input_is_named) {
+  const OwnRun run = small_run(Exchange::kUneven, 2, 2);
+  const RoutingCounts routing = recorded(run);
+  EXPECT_THROW(recorded_step_bytes(run, routing, 7), ConfigError);
+  OwnRun other = run;
+  other.sequence_length = 5;
+  EXPECT_THROW(recorded_step_bytes(other, routing, 1), ConfigError);
+  other = run;
+  other.ep = 3;
+  EXPECT_THROW(expected_step_bytes(other), ConfigError);
+  other = run;
+  other.dtype = "int8";
+  EXPECT_THROW(expected_step_bytes(other), ConfigError);
+}
+
+TEST(OwnRun, memory_and_time_follow_the_run) {
+  OwnRun run;
+  run.model = load_model("olmoe-1b-7b");
+  run.ranks = run.ep = 2;
+  run.global_batch = 16;
+  run.micro_sequences = 4;
+  const Cluster cluster = load_cluster("cpu-2core");
+  const MemoryReport memory = own_memory(run, cluster);
+  const double parameters = stage_weights(run.model, own_layout(run), own_stack(run), 0).dense +
+                            stage_weights(run.model, own_layout(run), own_stack(run), 0).experts;
+  EXPECT_DOUBLE_EQ(memory.lines[0].bytes + memory.lines[1].bytes + memory.lines[2].bytes, 18.0 * parameters);
+  EXPECT_EQ(memory.device_bytes, memory.peak_bytes);
+  const StepTime step = own_step(run, cluster);
+  EXPECT_DOUBLE_EQ(step.micro_batches, 4.0);
+  EXPECT_GT(own_step(run, cluster, 1.5).step_s, step.step_s);
+  run.micro_sequences = 2;
+  EXPECT_DOUBLE_EQ(own_step(run, cluster).micro_batches, 8.0);
+  EXPECT_LT(own_memory(run, cluster).peak_bytes, memory.peak_bytes);
+  run.dtype = "float32";
+  EXPECT_GT(own_step(run, cluster).step_s, step.step_s);
+}
+
+}  // namespace
+}  // namespace collegium::plan
