@@ -10,6 +10,7 @@
 #include "collegium/plan/account.h"
 #include "collegium/plan/cluster.h"
 #include "collegium/plan/compare.h"
+#include "collegium/plan/data_parallel.h"
 #include "collegium/plan/search.h"
 #include "collegium/plan/traffic.h"
 #include "collegium/plan/validate.h"
@@ -31,6 +32,7 @@ struct PlanArguments {
   std::size_t top = 20;
   bool all_schedules = false;
   bool compare = false;
+  bool data_parallel = false;
   bool shares = false;
   bool list = false;
   bool rows = false;
@@ -47,11 +49,13 @@ void print_list(bool json) {
 }
 
 plan::Workload workload(const PlanArguments& a) {
-  require_config(a.global_batch > 0, "--global-batch is missing: sequences of an optimizer step");
-  return {.seq_len = a.seq_len,
-          .global_batch = a.global_batch,
-          .precision = a.precision,
-          .imbalance = a.imbalance};
+  require_config(a.global_batch != 0.0, "--global-batch is missing: sequences of an optimizer step");
+  plan::Workload work{.seq_len = a.seq_len,
+                      .global_batch = a.global_batch,
+                      .precision = a.precision,
+                      .imbalance = a.imbalance};
+  plan::check_workload(work, "--");
+  return work;
 }
 
 void run_search(const PlanArguments& a, const plan::ModelSpec& model) {
@@ -75,15 +79,32 @@ void run_search(const PlanArguments& a, const plan::ModelSpec& model) {
     fmt::print("  {}\n", line);
 }
 
-void explain(const PlanArguments& a, const plan::ModelSpec& model) {
-  const plan::Cluster cluster = plan::load_cluster(a.cluster);
-  const plan::Workload work = workload(a);
-  const plan::Stack stack;
-  plan::Layout layout = plan::parse_layout(a.layout);
+plan::Layout given_layout(const std::string& text, const plan::ModelSpec& model, const plan::Workload& work) {
+  plan::Layout layout = plan::parse_layout(text);
   layout.sequence_parallel = layout.tp > 1;
   if (layout.virtual_stages > 1) layout.schedule = plan::Schedule::kInterleaved;
   if (const auto reason = plan::forbidden(model, layout, work))
     throw ConfigError(fmt::format("--explain: {}", *reason));
+  return layout;
+}
+
+void compare_data_parallel(const PlanArguments& a, const plan::ModelSpec& model) {
+  require_config(!a.layout.empty() || a.gpus > 1,
+                 "--data-parallel: give --gpus of at least 2, or --explain LAYOUT");
+  const plan::Cluster cluster = plan::load_cluster(a.cluster);
+  const plan::Workload work = workload(a);
+  const plan::Layout layout =
+      given_layout(a.layout.empty() ? fmt::format("dp{}", a.gpus) : a.layout, model, work);
+  const auto variants = plan::data_parallel_variants(model, layout, work, cluster, plan::Stack{});
+  fmt::print("{}", a.json ? plan::data_parallel_json(variants).dump() + "\n"
+                          : plan::format_data_parallel(variants, layout, cluster));
+}
+
+void explain(const PlanArguments& a, const plan::ModelSpec& model) {
+  const plan::Cluster cluster = plan::load_cluster(a.cluster);
+  const plan::Workload work = workload(a);
+  const plan::Stack stack;
+  const plan::Layout layout = given_layout(a.layout, model, work);
   const plan::StepTime time = plan::step_time(model, layout, work, cluster, stack);
   const plan::MemoryReport memory = plan::worst_memory(model, layout, work, cluster, stack);
   if (a.json) {
@@ -132,7 +153,9 @@ void run_plan(const PlanArguments& a) {
     return;
   }
   require_config(!a.model.empty(), "plan: give --model, --compare, --shares, --validate or --list");
+  plan::check_workload({.seq_len = a.seq_len, .imbalance = a.imbalance}, "--");
   const plan::ModelSpec model = plan::load_model(a.model);
+  if (a.data_parallel) return compare_data_parallel(a, model);
   if (!a.layout.empty()) return explain(a, model);
   if (a.gpus > 0) return run_search(a, model);
   const plan::Account counts = plan::account(model);
@@ -148,9 +171,11 @@ void add_plan(CLI::App& app) {
       app.add_subcommand("plan", "What fits, how fast, and why: parameters, memory, traffic, layouts");
   verb->add_option("--model", arguments->model,
                    "a name of the catalogue, a config.json, or a folder that holds one");
-  verb->add_option("--seq", arguments->seq_len, "positions of a sequence")->check(CLI::PositiveNumber);
+  verb->add_option("--seq", arguments->seq_len, "positions of a sequence");
   verb->add_option("--cluster", arguments->cluster, "a name of the catalogue or a TOML file");
-  verb->add_option("--gpus", arguments->gpus, "search the layouts of this many accelerators");
+  constexpr int kMostGpus = 1 << 20;
+  verb->add_option("--gpus", arguments->gpus, "search the layouts of this many accelerators")
+      ->check(CLI::Range(1, kMostGpus));
   verb->add_option("--global-batch", arguments->global_batch, "sequences of an optimizer step");
   verb->add_option("--precision", arguments->precision, "of matrix products: bf16, fp8, mxfp8, nvfp4, fp32");
   verb->add_option("--imbalance", arguments->imbalance,
@@ -159,6 +184,9 @@ void add_plan(CLI::App& app) {
   verb->add_flag("--all-schedules", arguments->all_schedules, "zero-bubble and DualPipe too");
   verb->add_option("--explain", arguments->layout,
                    "draw a layout such as tp2.pp4.dp8.ep8.mb1: ranks, groups, traffic, memory, time");
+  verb->add_flag(
+      "--data-parallel", arguments->data_parallel,
+      "parameter server, all-reduce and ZeRO 1 to 3 beside each other, of --gpus or of --explain LAYOUT");
   verb->add_flag("--shares", arguments->shares,
                  "the expert exchange's share on 2 and 32 ranks, and its remedies");
   verb->add_flag("--compare", arguments->compare, "classical published layouts beside the planner's choice");
@@ -170,6 +198,7 @@ void add_plan(CLI::App& app) {
   verb->footer(
       "Examples:\n  collegium plan --model mixtral-8x7b\n  collegium plan --model deepseek-v3 --cluster "
       "h100-80 --gpus 1024 --global-batch 4096 --seq 4096\n"
+      "  collegium plan --model llama3-8b --gpus 64 --global-batch 256 --data-parallel\n"
       "  collegium plan --validate published_runs.csv");
   verb->callback([arguments] { run_plan(*arguments); });
 }

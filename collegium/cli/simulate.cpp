@@ -37,6 +37,13 @@ Outcome run_one(const SimulateArguments& a, const plan::ModelSpec& model, plan::
   const plan::Workload work{.seq_len = a.seq_len, .global_batch = a.global_batch, .precision = a.precision};
   if (const auto reason = plan::forbidden(model, layout, work))
     throw ConfigError(fmt::format("--layout: {}", *reason));
+  const plan::Cluster cluster = plan::load_cluster(a.cluster);
+  plan::peak_flops(cluster.accelerator, work.precision);
+  constexpr double kMostPasses = 4e6;
+  const double passes = plan::num_micro_batches(layout, work) * layout.pp * layout.virtual_stages;
+  require_config(passes <= kMostPasses,
+                 "--layout: {:.0f} micro-batches x {} stages are more than {:.0f} passes",
+                 plan::num_micro_batches(layout, work), layout.pp * layout.virtual_stages, kMostPasses);
   const plan::Pipeline pipeline{.schedule = layout.schedule,
                                 .ranks = layout.pp,
                                 .virtual_stages = layout.virtual_stages,
@@ -48,8 +55,7 @@ Outcome run_one(const SimulateArguments& a, const plan::ModelSpec& model, plan::
     require_config(model.is_moe(), "--routing: {} has no experts", model.name);
     skew.recorded = std::make_shared<const plan::RoutingCounts>(plan::read_routing(a.routing));
   }
-  const plan::Durations durations =
-      plan::layout_durations(model, layout, work, plan::load_cluster(a.cluster), plan::Stack{}, skew);
+  const plan::Durations durations = plan::layout_durations(model, layout, work, cluster, plan::Stack{}, skew);
   return {enum_name(layout.schedule), plan::simulate(pipeline, durations)};
 }
 
@@ -93,7 +99,10 @@ void print(const Outcome& o) {
 }
 
 void run_simulate(const SimulateArguments& a) {
-  require_config(a.global_batch > 0, "--global-batch is missing: sequences of an optimizer step");
+  require_config(a.global_batch != 0.0, "--global-batch is missing: sequences of an optimizer step");
+  plan::check_workload(
+      {.seq_len = a.seq_len, .global_batch = a.global_batch, .precision = a.precision, .imbalance = 1.0},
+      "--");
   require_config(a.skew == 0.0 || a.routing.empty(), "--skew and --routing: give one of them");
   require_config(a.skew >= 0.0, "--skew = {}: must not be negative", a.skew);
   const std::vector<Outcome> all = run_all(a);

@@ -104,9 +104,27 @@ Cluster load_cluster(const std::string& name_or_path) {
   return parse_cluster(read_file(name_or_path), name_or_path);
 }
 
+namespace {
+
+std::string lower(const std::string& text) {
+  std::string small;
+  for (const char c : text) small.push_back(static_cast<char>(std::tolower(static_cast<unsigned char>(c))));
+  return small;
+}
+
+}  // namespace
+
+bool known_precision(const std::string& precision) {
+  const std::string small = lower(precision);
+  for (const char* part :
+       {"bf16", "fp16", "bfloat16", "float16", "fp8", "float8", "fp4", "fp32", "tf32", "float32"}) {
+    if (small.find(part) != std::string::npos) return true;
+  }
+  return small == "mixed";
+}
+
 std::string matrix_format(const std::string& precision) {
-  std::string p;
-  for (const char c : precision) p.push_back(static_cast<char>(std::tolower(static_cast<unsigned char>(c))));
+  const std::string p = lower(precision);
   if (p.find("fp4") != std::string::npos) return "fp4";
   if (p.find("fp8") != std::string::npos || p.find("float8") != std::string::npos) return "fp8";
   if (p == "fp32" || p == "float32" || p == "tf32") return "fp32";
@@ -114,6 +132,8 @@ std::string matrix_format(const std::string& precision) {
 }
 
 double peak_flops(const Accelerator& accelerator, const std::string& precision) {
+  require_config(known_precision(precision),
+                 "precision = {}: must name bf16, fp16, fp8, mxfp8, nvfp4, fp32 or tf32", precision);
   const std::string format = matrix_format(precision);
   const auto found = accelerator.peak_tflops.find(format);
   if (found == accelerator.peak_tflops.end())

@@ -122,6 +122,8 @@ std::vector<std::string> cluster_names();
 /// "fp32", ...).
 /// Throws   ConfigError when the accelerator has no such format.
 double peak_flops(const Accelerator& accelerator, const std::string& precision);
+/// What     Whether a training precision names a number format that the planner knows.
+bool known_precision(const std::string& precision);
 /// What     The format of the matrix products of a training precision: "fp16" and "amp_bf16" -> "bf16", ...
 std::string matrix_format(const std::string& precision);
 

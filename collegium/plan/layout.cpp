@@ -40,6 +40,17 @@ std::optional<std::string> bad_expert_axes(const ModelSpec& m, const Layout& l) 
 
 }  // namespace
 
+void check_workload(const Workload& w, const std::string& prefix) {
+  constexpr double kMost = 1e9;
+  for (const auto& [name, value, what] :
+       {std::tuple{"global-batch", w.global_batch, "sequences of an optimizer step"},
+        std::tuple{"seq", w.seq_len, "positions of a sequence"}})
+    require_config(value >= 1.0 && value <= kMost && value == std::floor(value),
+                   "{}{} = {}: {}, a whole number from 1 to {}", prefix, name, value, what, kMost);
+  require_config(std::isfinite(w.imbalance) && w.imbalance >= 1.0,
+                 "{}imbalance = {}: the fullest rank has at least the mean, 1", prefix, w.imbalance);
+}
+
 double num_micro_batches(const Layout& layout, const Workload& work) {
   return std::ceil(work.global_batch / (static_cast<double>(layout.dp) * layout.micro_batch) - 1e-9);
 }

@@ -93,6 +93,12 @@ struct Stack {
       0.0;  ///< host time of a layer's forward pass that nothing hides: launches wait for kernels
 };
 
+/// What     Checks what a user gives.
+/// Throws   ConfigError: positions or sequences that are no whole number from 1 to a billion, an imbalance
+/// below 1 or
+///          not finite. `prefix` is put before the field: "--".
+void check_workload(const Workload& work, const std::string& prefix);
+
 /// What     Micro-batches of one pipeline in an optimizer step: global_batch / (dp * micro_batch), rounded
 /// up.
 double num_micro_batches(const Layout& layout, const Workload& work);

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a row measured, in which unit, on which accelerator and in which precision.
-#include <fmt/ranges.h>
-
 #include <algorithm>
-#include <array>
 #include <cctype>
 
 #include "collegium/base/error.h"
@@ -103,14 +100,8 @@ void read_figure(const CsvRow& row, PublishedRun& run) {
 void read_precision(const CsvRow& row, PublishedRun& run) {
   const std::string& precision = row.text("precision");
   run.work.precision = precision.empty() ? "bf16" : precision;
-  const std::string small = lower(precision);
-  constexpr std::array<const char*, 9> kKnown = {"bf16",   "fp16", "bfloat16", "float16", "fp8",
-                                                 "float8", "fp4",  "fp32",     "tf32"};
-  const bool known = precision.empty() || std::any_of(kKnown.begin(), kKnown.end(), [&](const char* format) {
-                       return small.find(format) != std::string::npos;
-                     });
-  require_config(known || small == "float32" || small == "mixed", "precision = {}: must name one of {}",
-                 precision, fmt::join(kKnown, ", "));
+  require_config(known_precision(run.work.precision),
+                 "precision = {}: must name bf16, fp16, fp8, fp4, fp32 or tf32", precision);
 }
 
 std::string cluster_of(const std::string& gpu, const std::string& source) {

@@ -198,11 +198,8 @@ class Search {
 SearchResult search(const ModelSpec& model, const Workload& work, const Cluster& cluster, const Stack& stack,
                     const SearchOptions& options) {
   require_config(options.accelerators >= 1, "--gpus = {}: must be at least 1", options.accelerators);
-  require_config(work.global_batch >= 1.0, "--global-batch = {}: must be at least 1 sequence",
-                 work.global_batch);
-  require_config(work.seq_len >= 1.0, "--seq = {}: must be at least 1 position", work.seq_len);
-  require_config(work.imbalance >= 1.0, "--imbalance = {}: the fullest rank has at least the mean, 1",
-                 work.imbalance);
+  check_workload(work, "--");
+  peak_flops(cluster.accelerator, work.precision);
   return Search(model, work, cluster, stack, options).run();
 }
 

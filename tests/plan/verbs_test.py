@@ -37,10 +37,25 @@ def main() -> None:
     run(0, "predicted gain", "plan", "--compare")
     run(0, "fine-grained", "plan", "--shares", "--cluster", "a100-80-4rail")
     run(0, "share of the step", "plan --model olmoe-1b-7b --explain dp32.ep32 --global-batch 64")
+    variants = json.loads(run(0, "[", "plan --model llama3-8b --gpus 64 --global-batch 256 --data-parallel --json"))
+    assert [v["variant"].split()[0] for v in variants] == ["parameter", "parameter", "all-reduce"] + ["ZeRO"] * 3
+    run(2, "there is one replica only", "plan --model llama3-8b --explain pp2 --global-batch 8 --data-parallel")
+    for bad in ("--global-batch nan", "--global-batch 8.5", "--global-batch 8 --seq inf", "--global-batch -8"):
+        run(2, "a whole number", "plan --model mixtral-8x7b --gpus 8", bad)
+        run(2, "a whole number", "simulate --layout pp4.dp8.ep8", bad)
+    run(2, "precision = int8", "plan --model mixtral-8x7b --gpus 8 --global-batch 8 --precision int8")
+    run(
+        2, "has no peak_tflops.fp8", "simulate --layout pp4.dp8.ep8 --global-batch 64 --cluster a100-80 --precision fp8"
+    )
+    run(0, "cpu-2core", "plan", "--list")
     with tempfile.TemporaryDirectory() as folder:
         trace = pathlib.Path(folder) / "trace.json"
         run(0, "idle", "simulate --layout pp4.dp8.ep8 --global-batch 64 --trace", str(trace))
         assert json.loads(trace.read_text())["traceEvents"]
+        run(2, "not a routing record", "simulate --layout pp4.dp8.ep8 --global-batch 64 --routing", str(trace))
+        cluster = pathlib.Path(folder) / "cluster.toml"
+        cluster.write_text("[accelerator]\nmemory_gb_per_s = nan\n")
+        run(2, "must be finite", "plan --model llama3-8b --gpus 8 --global-batch 8 --cluster", str(cluster))
         rows = pathlib.Path(folder) / "rows.csv"
         rows.write_text("name,metric\nx\n")
         run(2, "no column value", "plan", "--validate", str(rows))
