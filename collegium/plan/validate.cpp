@@ -203,22 +203,22 @@ void find_contradictions(Validation& v) {
   }
 }
 
-// How far measurements that share a key lie from their median.
+// How far the measurements of `rows` lie from the median of all in `among` that share their key.
 template <class Key>
-std::vector<double> deviations(const std::vector<const Judged*>& rows, Key key) {
+std::vector<double> deviations(const std::vector<const Judged*>& rows,
+                               const std::vector<const Judged*>& among, Key key) {
   std::map<std::string, std::vector<double>> twins;
-  for (const Judged* row : rows) twins[key(*row->run)].push_back(row->measured);
+  for (const Judged* row : among) twins[key(*row->run)].push_back(row->measured);
   std::vector<double> all;
-  for (const auto& [text, values] : twins) {
-    if (values.size() < 2) continue;
-    const double middle = quantile(values, 0.5);
-    for (const double value : values) all.push_back(std::abs(value / middle - 1.0));
+  for (const Judged* row : rows) {
+    const std::vector<double>& values = twins[key(*row->run)];
+    if (values.size() > 1) all.push_back(std::abs(row->measured / quantile(values, 0.5) - 1.0));
   }
   return all;
 }
 
-void summarise(const std::vector<const Judged*>& rows, const std::string& source, const std::string& metric,
-               Validation& v) {
+void summarise(const std::vector<const Judged*>& rows, const std::vector<const Judged*>& among,
+               const std::string& source, const std::string& metric, Validation& v) {
   ErrorRow e{.source = source, .metric = metric, .rows = rows.size()};
   std::vector<double> errors;
   for (const Judged* row : rows) {
@@ -228,11 +228,11 @@ void summarise(const std::vector<const Judged*>& rows, const std::string& source
   e.median = quantile(errors, 0.5);
   e.percentile90 = quantile(errors, 0.9);
   e.worst = quantile(errors, 1.0);
-  const std::vector<double> equal = deviations(rows, [](const PublishedRun& run) { return run.key; });
+  const std::vector<double> equal = deviations(rows, rows, [](const PublishedRun& run) { return run.key; });
   e.repeated = equal.size();
   e.spread = quantile(equal, 0.5);
   const std::vector<double> releases =
-      deviations(rows, [](const PublishedRun& run) { return run.layout_key; });
+      deviations(rows, among, [](const PublishedRun& run) { return run.layout_key; });
   e.over_releases = releases.size();
   e.release_spread = quantile(releases, 0.5);
   v.errors.push_back(e);
@@ -246,8 +246,8 @@ void summarise_all(Validation& v) {
     all[row.metric].push_back(&row);
   }
   for (const auto& [metric, sources] : by_metric) {
-    for (const auto& [source, rows] : sources) summarise(rows, source, metric, v);
-    summarise(all[metric], "all sources", metric, v);
+    for (const auto& [source, rows] : sources) summarise(rows, all[metric], source, metric, v);
+    summarise(all[metric], all[metric], "all sources", metric, v);
   }
 }
 
@@ -257,11 +257,28 @@ struct Ranked {
 };
 
 constexpr std::size_t kSmallestSet = 6;
-// Runs with equal columns differ by 6 % in the median: closer pairs have no order to predict.
+// Runs with equal columns differ by 6 % in the median: closer pairs have no order to predict. A set that
+// repeats some of its layouts says itself how far equal runs lie apart.
 constexpr double kIndistinct = 0.06;
+constexpr std::size_t kEnoughRepeats = 3;
 
-Ranking rank(const std::string& name, const std::vector<std::pair<double, double>>& points) {
-  Ranking r{.set = name, .layouts = points.size()};
+double indistinct(const std::map<std::string, Ranked>& set) {
+  std::size_t repeats = 0;
+  double widest = 0.0;
+  for (const auto& [layout, entry] : set) {
+    if (entry.measured.size() < 2) continue;
+    repeats += entry.measured.size();
+    const auto [low, high] = std::minmax_element(entry.measured.begin(), entry.measured.end());
+    widest = std::max(widest, *high / *low - 1.0);
+  }
+  return repeats >= kEnoughRepeats ? widest : kIndistinct;
+}
+
+Ranking rank(const std::string& name, double closest, const std::vector<std::pair<double, double>>& points) {
+  Ranking r;
+  r.set = name;
+  r.layouts = points.size();
+  r.indistinct = closest;
   double compared = 0.0;
   for (std::size_t i = 0; i < points.size(); ++i) {
     for (std::size_t j = 0; j < i; ++j) {
@@ -269,7 +286,7 @@ Ranking rank(const std::string& name, const std::vector<std::pair<double, double
       const double sign = order > 0.0 ? 1.0 : (order < 0.0 ? -1.0 : 0.0);
       r.kendall_tau += sign;
       compared += 1.0;
-      if (std::abs(std::log(points[i].second / points[j].second)) > kIndistinct) {
+      if (std::abs(std::log(points[i].second / points[j].second)) > closest) {
         r.kendall_tau_distinct += sign;
         ++r.distinct_pairs;
       }
@@ -301,7 +318,7 @@ void rank_layouts(Validation& v) {
     std::vector<std::pair<double, double>> points;
     for (const auto& [layout, entry] : set)
       points.emplace_back(entry.predicted, quantile(entry.measured, 0.5));
-    v.rankings.push_back(rank(name, points));
+    v.rankings.push_back(rank(name, indistinct(set), points));
   }
 }
 

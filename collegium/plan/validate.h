@@ -65,7 +65,8 @@ struct Ranking {
   std::string set;
   std::size_t layouts = 0;
   double kendall_tau = 0.0;           ///< agreement of the orders of all pairs, from -1 to 1
-  double kendall_tau_distinct = 0.0;  ///< the same over pairs that lie further apart than equal runs do (6 %)
+  double kendall_tau_distinct = 0.0;  ///< the same over pairs that lie further apart than equal runs do
+  double indistinct = 0.0;  ///< how far: what repeats in the set differ by, or 6 % where it has too few
   std::size_t distinct_pairs = 0;
   double regret = 0.0;  ///< measured time of the layout predicted fastest, over the fastest, less 1
 };

@@ -83,12 +83,16 @@ std::string format_validation(const Validation& v, bool every_row) {
     text += fmt::format("  {:<62}{:<16} {:.3f} and {:.3f} of the peak ({} rows)\n", c.stack.substr(0, 61),
                         c.accelerator, c.efficiency_half_a, c.efficiency_half_b, c.rows);
   text += format_verdicts(v);
-  text += "\nRanking of layouts: Kendall tau over all pairs, and over pairs measured more than 6 % apart\n";
+  text +=
+      "\nRanking of layouts: Kendall tau over all pairs, and over pairs measured further apart than equal "
+      "runs are\n";
   for (const Ranking& r : v.rankings)
     text += fmt::format(
-        "  {:<70}{:>3} layouts, tau {:.2f}, {:.2f} over {} pairs; the one predicted fastest is {} slower "
-        "than the fastest\n",
-        r.set, r.layouts, r.kendall_tau, r.kendall_tau_distinct, r.distinct_pairs, percent(r.regret));
+        "  {:<70}{:>3} layouts, tau {:.2f}, {:.2f} over the {} pairs more than {} apart; the one predicted "
+        "fastest is {} "
+        "slower than the fastest\n",
+        r.set, r.layouts, r.kendall_tau, r.kendall_tau_distinct, r.distinct_pairs, percent(r.indistinct),
+        percent(r.regret));
   std::size_t refused = 0;
   for (const RefusedRows& r : v.refused) refused += r.lines.size();
   text += fmt::format("\nRefused rows: {}\n", refused);
@@ -144,6 +148,7 @@ Json validation_json(const Validation& v) {
                         {"layouts", r.layouts},
                         {"kendall_tau", r.kendall_tau},
                         {"kendall_tau_distinct", r.kendall_tau_distinct},
+                        {"indistinct", r.indistinct},
                         {"regret", r.regret}});
   return {{"errors", errors},   {"constants", constants}, {"rows", rows},
           {"refused", refused}, {"verdicts", verdicts},   {"rankings", rankings}};
