@@ -170,7 +170,10 @@ def main() -> None:
         make_environment()
     if os.getloadavg()[0] > 0.5:
         print(f"the load is {os.getloadavg()[0]:.1f}: others are running on this machine", flush=True)
-    session = run(arguments)
+    try:
+        session = run(arguments)
+    except KeyboardInterrupt:
+        sys.exit(f"\ninterrupted; the same command goes on from {arguments.out}")
     print("\n" + table.tables(session, arguments.statistic))
     if any("error" in record for record in session["records"]):
         sys.exit(1)

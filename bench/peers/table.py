@@ -91,7 +91,9 @@ def layer_table(records: list[dict], statistic: str) -> str:
     ]
 
     def row(title: str, value: Callable[[Cell], Series]) -> None:
-        rows.append([f"**{title}**", *(show(value(cell)) for _, _, cell in cells)])
+        shown = [show(value(cell)) for _, _, cell in cells]
+        if any(text != "-" for text in shown):
+            rows.append([f"**{title}**", *shown])
 
     # The floor is always the least time of its runs; so is what it is compared with.
     floors = [(name, cell.series("collegium", lambda result: result["gemm_floor_seconds"])) for _, name, cell in cells]
