@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include "collegium/model/causal_attention.h"
 #include "collegium/model/norm.h"
 
 namespace collegium::model {
@@ -22,6 +23,16 @@ at::Tensor project(const ModelConfig& c, const at::Tensor& x_BSD, const at::Tens
 
 at::Tensor repeat_heads(const at::Tensor& x_BJCA, std::int64_t times) {
   return times == 1 ? x_BJCA : at::repeat_interleave(x_BJCA, times, 1);
+}
+
+at::Tensor mix(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+               const AttentionContext& context) {
+  const bool plain = !context.mask.defined() && context.causal && q.size(2) == k.size(2);
+  if (plain && q.is_cpu()) return causal_attention(q, k, v);
+  const std::int64_t times = q.size(1) / k.size(1);
+  const std::optional<at::Tensor> mask = context.mask.defined() ? std::optional(context.mask) : std::nullopt;
+  return at::scaled_dot_product_attention(q, repeat_heads(k, times), repeat_heads(v, times), mask,
+                                          /*dropout_p=*/0.0, !mask && context.causal);
 }
 
 }  // namespace
@@ -65,11 +76,7 @@ at::Tensor attention(const ModelConfig& config, const AttentionWeights& weights,
     cache->keys_BJCA = k;
     cache->values_BJCA = v;
   }
-  const std::int64_t times = config.num_heads / config.num_kv_heads;
-  const std::optional<at::Tensor> mask = context.mask.defined() ? std::optional(context.mask) : std::nullopt;
-  const at::Tensor mixed =
-      at::scaled_dot_product_attention(q, repeat_heads(k, times), repeat_heads(v, times), mask,
-                                       /*dropout_p=*/0.0, !mask && context.causal);
+  const at::Tensor mixed = mix(q, k, v, context);
   const at::Tensor joined =
       mixed.transpose(1, 2).reshape({x_BSD.size(0), x_BSD.size(1), config.num_heads * config.head_dim});
   return at::linear(joined, weights.o);

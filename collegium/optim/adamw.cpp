@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/optim/adamw.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
 #include <cmath>
 
 #include "collegium/base/error.h"
+#include "collegium/ops/row_math.h"
 
 namespace collegium::optim {
 
@@ -15,12 +15,25 @@ namespace {
 template <typename T>
 struct Factors {
   T scale, beta1, beta2, epsilon, correction1, correction2, rate, decay;
+
+  template <typename U>
+  Factors<U> to() const {
+    return {.scale = static_cast<U>(scale),
+            .beta1 = static_cast<U>(beta1),
+            .beta2 = static_cast<U>(beta2),
+            .epsilon = static_cast<U>(epsilon),
+            .correction1 = static_cast<U>(correction1),
+            .correction2 = static_cast<U>(correction2),
+            .rate = static_cast<U>(rate),
+            .decay = static_cast<U>(decay)};
+  }
 };
 
 // `frozen` is read only when kMasked.
 template <bool kMasked, typename T, typename Value>
-void update(const Factors<T>& f, std::int64_t begin, std::int64_t end, T* w, T* g, T* m, T* v, Value* value,
-            const bool* frozen) {
+COLLEGIUM_INLINE void update_values(const Factors<T>& f, std::int64_t begin, std::int64_t end,
+                                    T* __restrict__ w, T* __restrict__ g, T* __restrict__ m,
+                                    T* __restrict__ v, Value* __restrict__ value, const bool* frozen) {
   for (std::int64_t i = begin; i < end; ++i) {
     if constexpr (kMasked) {
       if (frozen[i]) {
@@ -34,8 +47,22 @@ void update(const Factors<T>& f, std::int64_t begin, std::int64_t end, T* w, T* 
     v[i] = f.beta2 * v[i] + (T{1} - f.beta2) * gradient * gradient;
     const T direction = m[i] / f.correction1 / (std::sqrt(v[i] / f.correction2) + f.epsilon);
     w[i] -= f.rate * (direction + f.decay * w[i]);
-    if constexpr (!std::is_same_v<T, Value>) value[i] = static_cast<Value>(static_cast<float>(w[i]));
+    if constexpr (!std::is_same_v<T, Value>)
+      value[i] = ops::row_math::narrow<Value>(static_cast<float>(w[i]));
   }
+}
+
+COLLEGIUM_CLONES void update(const Factors<float>& f, std::int64_t begin, std::int64_t end, float* w,
+                             float* g, float* m, float* v, at::BFloat16* value) {
+  update_values<false>(f, begin, end, w, g, m, v, value, nullptr);
+}
+COLLEGIUM_CLONES void update(const Factors<float>& f, std::int64_t begin, std::int64_t end, float* w,
+                             float* g, float* m, float* v, float* value) {
+  update_values<false>(f, begin, end, w, g, m, v, value, nullptr);
+}
+COLLEGIUM_CLONES void update(const Factors<double>& f, std::int64_t begin, std::int64_t end, double* w,
+                             double* g, double* m, double* v, double* value) {
+  update_values<false>(f, begin, end, w, g, m, v, value, nullptr);
 }
 
 template <typename T, typename Value>
@@ -49,9 +76,9 @@ void update_slot(const Factors<T>& factors, Slot& slot) {
   const bool* frozen = slot.frozen.defined() ? slot.frozen.const_data_ptr<bool>() : nullptr;
   at::parallel_for(0, slot.master.numel(), kValuesPerTask, [&](std::int64_t begin, std::int64_t end) {
     if (frozen == nullptr) {
-      update<false>(factors, begin, end, w, g, m, v, value, frozen);
+      update(factors, begin, end, w, g, m, v, value);
     } else {
-      update<true>(factors, begin, end, w, g, m, v, value, frozen);
+      update_values<true>(factors, begin, end, w, g, m, v, value, frozen);
     }
   });
 }
@@ -74,22 +101,21 @@ void adamw_step(const AdamWOptions& o, double rate, double gradient_scale, std::
   const double correction2 = 1.0 - std::pow(o.beta2, static_cast<double>(step));
   for (Slot& slot : slots) {
     const bool decays = slot.kind != model::ParameterKind::kNorm || o.decay_norms;
-    AT_DISPATCH_FLOATING_TYPES(slot.master.scalar_type(), "adamw_step", [&] {
-      using T = scalar_t;
-      const Factors<T> factors{.scale = static_cast<T>(gradient_scale),
-                               .beta1 = static_cast<T>(o.beta1),
-                               .beta2 = static_cast<T>(o.beta2),
-                               .epsilon = static_cast<T>(o.epsilon),
-                               .correction1 = static_cast<T>(correction1),
-                               .correction2 = static_cast<T>(correction2),
-                               .rate = static_cast<T>(rate),
-                               .decay = static_cast<T>(decays ? o.weight_decay : 0.0)};
-      if (slot.value.scalar_type() == at::kBFloat16) {
-        update_slot<T, at::BFloat16>(factors, slot);
-      } else {
-        update_slot<T, T>(factors, slot);
-      }
-    });
+    const Factors<double> factors{.scale = gradient_scale,
+                                  .beta1 = o.beta1,
+                                  .beta2 = o.beta2,
+                                  .epsilon = o.epsilon,
+                                  .correction1 = correction1,
+                                  .correction2 = correction2,
+                                  .rate = rate,
+                                  .decay = decays ? o.weight_decay : 0.0};
+    if (slot.master.scalar_type() == at::kDouble) {
+      update_slot<double, double>(factors, slot);
+    } else if (slot.value.scalar_type() == at::kBFloat16) {
+      update_slot<float, at::BFloat16>(factors.to<float>(), slot);
+    } else {
+      update_slot<float, float>(factors.to<float>(), slot);
+    }
   }
 }
 
