@@ -66,8 +66,9 @@ TEST(Validate, no_value_of_any_column_is_too_odd) {
   for (std::size_t i = 0; i < fields.size(); ++i) {
     for (const char* odd :
          {"", "nan", "inf", "-1", "0", "1e300", "99999999999", "3.5", "abc", "1e-300", " ", "0x10"}) {
-      for (std::size_t j = 0; j < fields.size(); ++j) csv += (j == 0 ? "" : ",") + (i == j ? odd : fields[j]);
-      csv += "\n";
+      for (std::size_t j = 0; j < fields.size(); ++j)
+        csv.append(j == 0 ? "" : ",").append(i == j ? std::string(odd) : fields[j]);
+      csv.append("\n");
       ++rows;
     }
   }
