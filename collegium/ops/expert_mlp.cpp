@@ -122,6 +122,35 @@ std::vector<OuterTile> cut_outer(const at::Tensor& counts_E, std::int64_t out, s
   return tiles;
 }
 
+// In bf16 a GEMM's kernel is generated for its exact sizes, which costs as much as a small GEMM; rows per
+// expert differ in every step. So rows are rounded up, to multiples of 32 up to 1024 rows and of a 32nd of
+// them above, and the missing ones are zeros, which add nothing.
+std::int64_t padded_rows(std::int64_t rows, at::ScalarType dtype) {
+  if (dtype != at::kBFloat16) return rows;
+  std::int64_t step = kSizeStep;
+  while (rows > kSizeStep * step) step *= 2;
+  return (rows + step - 1) / step * step;
+}
+
+// A worker's zero-padded copies of an expert's rows.
+class PaddedRows {
+ public:
+  PaddedRows(std::int64_t most_rows, std::int64_t width, const at::Tensor& like)
+      : buffers_(at::empty({at::get_num_threads(), most_rows * width}, like.options())) {}
+
+  at::Tensor of(const at::Tensor& rows, std::int64_t padded, std::int64_t worker) const {
+    if (rows.size(0) == padded) return rows;
+    const at::Tensor copy =
+        buffers_.select(0, worker).narrow(0, 0, padded * rows.size(1)).view({padded, rows.size(1)});
+    copy.narrow(0, 0, rows.size(0)).copy_(rows);
+    copy.narrow(0, rows.size(0), padded - rows.size(0)).zero_();
+    return copy;
+  }
+
+ private:
+  at::Tensor buffers_;
+};
+
 }  // namespace
 
 at::Tensor grouped_outer(const at::Tensor& grad_RO, const at::Tensor& x_RI, const at::Tensor& counts_E) {
@@ -130,16 +159,27 @@ at::Tensor grouped_outer(const at::Tensor& grad_RO, const at::Tensor& x_RI, cons
                   x_RI.size(0));
   if (!x_RI.is_cpu()) return grouped_outer_aten(grad_RO, x_RI, counts_E);
   at::Tensor grad_EOI = at::empty({counts_E.numel(), grad_RO.size(1), x_RI.size(1)}, x_RI.options());
+  const auto dtype = x_RI.scalar_type();
   const auto tiles = cut_outer(counts_E, grad_RO.size(1), x_RI.size(1));
-  run_tasks(static_cast<std::int64_t>(tiles.size()), [&](std::int64_t i, std::int64_t) {
+  std::int64_t most_rows = 0;
+  std::int64_t widest = 0;
+  for (const OuterTile& tile : tiles) {
+    const std::int64_t padded = padded_rows(tile.rows.rows, dtype);
+    if (padded != tile.rows.rows) most_rows = std::max(most_rows, padded);
+    widest = std::max(widest, tile.count);
+  }
+  const PaddedRows grads(most_rows, widest, grad_RO);
+  const PaddedRows inputs(most_rows, x_RI.size(1), x_RI);
+  run_tasks(static_cast<std::int64_t>(tiles.size()), [&](std::int64_t i, std::int64_t worker) {
     const OuterTile& tile = tiles[static_cast<std::size_t>(i)];
-    const at::Tensor grad = grad_EOI.select(0, tile.rows.expert).narrow(0, tile.first, tile.count);
+    const at::Tensor grad_OI = grad_EOI.select(0, tile.rows.expert).narrow(0, tile.first, tile.count);
     if (tile.rows.rows == 0) {
-      grad.zero_();
+      grad_OI.zero_();
       return;
     }
-    product(rows_of(grad_RO, tile.rows).narrow(1, tile.first, tile.count).t(), rows_of(x_RI, tile.rows),
-            grad);
+    const std::int64_t padded = padded_rows(tile.rows.rows, dtype);
+    const at::Tensor grad = rows_of(grad_RO, tile.rows).narrow(1, tile.first, tile.count);
+    product(grads.of(grad, padded, worker).t(), inputs.of(rows_of(x_RI, tile.rows), padded, worker), grad_OI);
   });
   return grad_EOI;
 }
