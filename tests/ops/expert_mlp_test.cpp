@@ -21,7 +21,7 @@ using test::relative_difference;
 
 const at::ScalarType kDtypes[] = {at::kDouble, at::kFloat, at::kBFloat16};
 const std::vector<std::vector<std::int64_t>> kLoads = {
-    {0, 0, 0}, {1, 0, 0}, {0, 600, 0}, {31, 32, 33}, {127, 128, 129}, {255, 256, 257}, {7, 65, 300}};
+    {0, 0, 0}, {1, 0, 0}, {0, 600, 0}, {31, 32, 33}, {255, 256, 257}, {511, 512, 513}, {7, 65, 300}};
 
 at::ScalarType inner(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
