@@ -114,7 +114,12 @@ Json result_json(const train::RunConfig& c, const StepBenchResult& r) {
           {"all_to_all_exposed_share", r.all_to_all_exposed_s / r.mean_seconds},
           {"hidden_share", r.hidden_share},
           {"phases", phases_json(r)},
-          {"peak_rss_bytes", r.peak_rss_bytes}};
+          {"peak_rss_bytes", r.peak_rss_bytes},
+          {"counted_bytes_of_rank", r.memory.total()},
+          {"activation_bytes_per_token_and_layer",
+           {{"counted", r.activations_counted},
+            {"measured", r.activations_measured},
+            {"recomputed", r.activations_recomputed}}}};
 }
 
 void print_phases(const StepBenchResult& r) {
@@ -127,6 +132,22 @@ void print_phases(const StepBenchResult& r) {
                format_seconds(phase.transfer_s), format_seconds(phase.skew_s),
                format_seconds(phase.waiting_s));
   }
+}
+
+void print_memory(const train::RunConfig& c, const StepBenchResult& r) {
+  fmt::print("activations    {} per token and layer counted, {} measured, {} if blocks are recomputed{}\n",
+             format_bytes(r.activations_counted), format_bytes(r.activations_measured),
+             format_bytes(r.activations_recomputed), c.train.recompute ? " (they are)" : "");
+  const StepMemory& m = r.memory;
+  fmt::print("memory         {} at the peak, all ranks", format_bytes(r.peak_rss_bytes));
+  if (r.ranks == 1) fmt::print(", {} of what is counted", format_percent(r.peak_rss_bytes / m.total()));
+  fmt::print(
+      "\n               counted of a rank: program and libraries {} (measured), weights, gradients and "
+      "optimizer {}, activations {}, "
+      "while it runs {}\n"
+      "               tensors: {} counted, {} in use at the peak, {} with fragmentation\n",
+      format_bytes(m.program), format_bytes(m.state), format_bytes(m.activations), format_bytes(m.transient),
+      format_bytes(m.total() - m.program), format_bytes(m.tensors_peak), format_bytes(m.tensors_touched));
 }
 
 void print_result(const train::RunConfig& c, const StepBenchResult& r) {
@@ -143,7 +164,7 @@ void print_result(const train::RunConfig& c, const StepBenchResult& r) {
              r.tokens / r.seconds.median, format_gflops(r.flops / r.seconds.median),
              format_percent(r.flops / r.seconds.median / r.gemm_peak_flops_per_s),
              format_gflops(r.gemm_peak_flops_per_s));
-  fmt::print("memory         {} at the peak, all ranks\n", format_bytes(r.peak_rss_bytes));
+  print_memory(c, r);
   if (r.ranks == 1) return;
   fmt::print("bytes sent     {} within nodes, {} between nodes, all ranks\n",
              format_bytes(r.bytes_within_nodes), format_bytes(r.bytes_between_nodes));

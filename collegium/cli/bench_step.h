@@ -46,6 +46,18 @@ struct PhaseSums {
   double waiting_s = 0.0;
 };
 
+/// Memory of one rank in bytes: tensors as counted, the program as measured.
+struct StepMemory {
+  double program =
+      0.0;             ///< resident after the first step besides tensors: code, libraries, generated kernels
+  double state = 0.0;  ///< weights, masters, moments, gradients
+  double activations = 0.0;      ///< of a micro-step
+  double transient = 0.0;        ///< the larger of a chunk's logits and a layer's backward pass
+  double tensors_peak = 0.0;     ///< measured: most that were in use at a time
+  double tensors_touched = 0.0;  ///< measured: with what fragmentation adds
+  double total() const { return program + state + activations + transient; }
+};
+
 /// Bytes and times of communication are means over steps; times also over ranks, bytes are of all ranks.
 struct StepBenchResult {
   int ranks = 1;
@@ -64,7 +76,11 @@ struct StepBenchResult {
   double all_to_all_exposed_s = 0.0;
   double hidden_share = 0.0;  ///< of all communication
   std::vector<PhaseSums> phases;
-  double peak_rss_bytes = 0.0;  ///< of all processes
+  double peak_rss_bytes = 0.0;          ///< of all processes
+  StepMemory memory;                    ///< of rank 0
+  double activations_counted = 0.0;     ///< bytes per token and layer, as the run has it
+  double activations_measured = 0.0;    ///< the same, of a forward pass
+  double activations_recomputed = 0.0;  ///< counted, with every block recomputed
 };
 
 /// What     Writes a corpus of random tokens, and times steps for about `seconds`. The folder is removed.

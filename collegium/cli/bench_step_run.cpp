@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <fstream>
 #include <span>
 
 #include "collegium/base/rng.h"
@@ -15,7 +16,9 @@
 #include "collegium/cli/progress.h"
 #include "collegium/data/prepare.h"
 #include "collegium/model/account.h"
+#include "collegium/model/activation_bytes.h"
 #include "collegium/model/tensor_io.h"
+#include "collegium/ops/arena.h"
 #include "collegium/train/trainer.h"
 
 namespace collegium::cli {
@@ -96,6 +99,14 @@ double peak_rss_of_all_ranks(comm::Communicator& world) {
   return one_process ? extremes[2] : sum;
 }
 
+double resident_bytes() {
+  std::ifstream stat("/proc/self/statm");
+  double all = 0.0;
+  double resident = 0.0;
+  stat >> all >> resident;
+  return resident * static_cast<double>(::sysconf(_SC_PAGE_SIZE));
+}
+
 class StepBench {
  public:
   StepBench(const train::RunConfig& config, const std::shared_ptr<comm::Communicator>& world)
@@ -114,6 +125,7 @@ class StepBench {
         gemm_peak_of_all_ranks(*world_, model::parse_dtype(config_.train.dtype, "train.dtype"));
     const auto start = BenchClock::now();
     for (std::int64_t i = 0; i < kWarmUps; ++i) one_step();
+    count_memory(r);
     r.runs =
         agree_on_runs(*world_, seconds_since(start) / static_cast<double>(kWarmUps), seconds, kLeastRuns);
     seconds_.clear();
@@ -153,6 +165,51 @@ class StepBench {
     }
   }
 
+  // Tokens of a micro-step that this rank has at most.
+  std::int64_t micro_tokens() const {
+    const auto ranks = static_cast<std::int64_t>(world_->size());
+    return (config_.batch.micro_sequences + ranks - 1) / ranks * config_.data.sequence_length;
+  }
+
+  void count_memory(StepBenchResult& r) {
+    const model::ModelConfig& model = trainer_.decoder().config();
+    const auto dtype = trainer_.decoder().dtype();
+    const auto tokens = static_cast<double>(micro_tokens());
+    const auto layers = static_cast<double>(model.num_layers);
+    const model::ActivationBytes bytes = model::activation_bytes(model, dtype);
+    r.activations_recomputed = bytes.recomputed;
+    r.activations_counted = config_.train.recompute ? bytes.recomputed : bytes.layer;
+    r.activations_measured = measure_activations() / tokens / layers - bytes.outside / layers;
+    const auto width = static_cast<double>(c10::elementSize(dtype));
+    const double wide = dtype == at::kDouble ? 8.0 : 4.0;
+    double values = 0.0;
+    for (const model::Parameter& parameter : trainer_.decoder().parameters())
+      values += static_cast<double>(parameter.value.numel());
+    // Master, two moments and the summed gradient are wide; a backward pass ends with a gradient per value.
+    r.memory.program = resident_bytes() - static_cast<double>(ops::arena_statistics().touched_bytes);
+    r.memory.state = values * (4 * wide + (width < wide ? width : 0.0));
+    r.memory.activations = tokens * (layers * r.activations_counted + bytes.outside);
+    const auto vocab = static_cast<double>(model.vocab_size);
+    const double head = static_cast<double>(model.hidden_size) * vocab * (wide + width);
+    const double backward =
+        bytes.backward * tokens + (config_.train.recompute ? (bytes.layer - bytes.recomputed) * tokens : 0.0);
+    r.memory.transient =
+        std::max(head + static_cast<double>(model::kLossChunkTokens) * vocab * width, backward + head);
+  }
+
+  // What a forward pass leaves behind, of the tensors that come from the arena.
+  double measure_activations() {
+    const std::int64_t length = config_.data.sequence_length;
+    const std::int64_t sequences = micro_tokens() / length;
+    const at::Tensor ids_BS = at::zeros({sequences, length}, at::kLong);
+    model::ForwardOptions options;
+    options.context.training = true;
+    options.recompute = config_.train.recompute;
+    const auto before = static_cast<double>(ops::arena_statistics().in_use_bytes);
+    const model::ForwardResult result = trainer_.decoder().forward(ids_BS, options);
+    return static_cast<double>(ops::arena_statistics().in_use_bytes) - before;
+  }
+
   void summarize(StepBenchResult& r) {
     const std::vector<double> seconds = max_over_ranks(*world_, seconds_);
     r.seconds = spread_of(seconds);
@@ -176,6 +233,8 @@ class StepBench {
                           .waiting_s = all[4] / parts});
     }
     r.peak_rss_bytes = peak_rss_of_all_ranks(*world_);
+    r.memory.tensors_peak = static_cast<double>(ops::arena_statistics().peak_bytes);
+    r.memory.tensors_touched = static_cast<double>(ops::arena_statistics().touched_bytes);
   }
 
   static constexpr std::size_t kSums = 5;

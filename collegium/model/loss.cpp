@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "collegium/base/error.h"
+#include "collegium/model/activation_bytes.h"
 #include "collegium/model/decoder.h"
 #include "collegium/model/softmax_loss.h"
 
@@ -12,9 +13,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// Tokens whose logits exist at one time: 1024 x 8192 in bf16 are 16 MiB, about the size of a shared cache.
-constexpr std::int64_t kChunkTokens = 1024;
 
 // Gradients are computed with the loss, chunk by chunk, so that [T, V] never exists as a whole.
 class CrossEntropyFunction final : public torch::autograd::Function<CrossEntropyFunction> {
@@ -26,8 +24,8 @@ class CrossEntropyFunction final : public torch::autograd::Function<CrossEntropy
     at::Tensor grad_hidden = need_hidden ? at::empty_like(hidden_TD) : at::Tensor();
     at::Tensor grad_head =
         need_head ? at::zeros(head_VD.sizes(), head_VD.options().dtype(wide)) : at::Tensor();
-    for (std::int64_t begin = 0; begin < hidden_TD.size(0); begin += kChunkTokens) {
-      const std::int64_t size = std::min(kChunkTokens, hidden_TD.size(0) - begin);
+    for (std::int64_t begin = 0; begin < hidden_TD.size(0); begin += kLossChunkTokens) {
+      const std::int64_t size = std::min(kLossChunkTokens, hidden_TD.size(0) - begin);
       const at::Tensor chunk_TD = hidden_TD.narrow(0, begin, size);
       at::Tensor logits_TV = at::mm(chunk_TD, head_VD.t());
       loss += softmax_loss(logits_TV, targets_T.narrow(0, begin, size), need_hidden || need_head).sum();
