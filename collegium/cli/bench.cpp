@@ -73,6 +73,23 @@ std::int64_t agree_on_runs(comm::Communicator& world, double once_s, double budg
   return std::max<std::int64_t>(least, std::lround(max_over_ranks(world, {own})[0]));
 }
 
+Spread time_runs(comm::Communicator& world, double budget_s, std::int64_t& runs,
+                 const std::function<void()>& run) {
+  constexpr std::int64_t kLeastRuns = 5;
+  run();
+  const auto once = BenchClock::now();
+  run();
+  runs = agree_on_runs(world, seconds_since(once), budget_s, kLeastRuns);
+  std::vector<double> seconds;
+  for (std::int64_t i = 0; i < runs; ++i) {
+    world.barrier();
+    const auto start = BenchClock::now();
+    run();
+    seconds.push_back(seconds_since(start));
+  }
+  return spread_of(max_over_ranks(world, seconds));
+}
+
 double gemm_peak_of_all_ranks(comm::Communicator& world, at::ScalarType dtype) {
   world.barrier();
   const int threads = world.size() * at::get_num_threads();
@@ -131,11 +148,13 @@ std::string format_gflops(double flops_per_s) { return fmt::format("{:.1f} GFLOP
 
 void add_bench(CLI::App& app) {
   CLI::App* verb = app.add_subcommand(
-      "bench", "Measure an MoE layer, a whole training step or the collectives, on one rank or many");
+      "bench",
+      "Measure an MoE layer, a whole training step, the collectives or the machine, on one rank or many");
   verb->require_subcommand(1);
   add_bench_layer(*verb);
   add_bench_step(*verb);
   add_bench_comm(*verb);
+  add_bench_cluster(*verb);
 }
 
 }  // namespace collegium::cli

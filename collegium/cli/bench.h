@@ -6,6 +6,7 @@
 #include <CLI/CLI.hpp>
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -18,6 +19,7 @@ namespace collegium::cli {
 void add_bench_layer(CLI::App& bench);
 void add_bench_step(CLI::App& bench);
 void add_bench_comm(CLI::App& bench);
+void add_bench_cluster(CLI::App& bench);
 
 using BenchClock = std::chrono::steady_clock;
 inline double seconds_since(BenchClock::time_point start) {
@@ -39,6 +41,11 @@ std::vector<double> max_over_ranks(comm::Communicator& world, const std::vector<
 std::vector<double> sum_over_ranks(comm::Communicator& world, const std::vector<double>& values);
 /// What     How often to repeat what takes rank 0 `once_s` to fill its budget; the same on all ranks.
 std::int64_t agree_on_runs(comm::Communicator& world, double once_s, double budget_s, std::int64_t least);
+
+/// What     The slowest rank's seconds of each of `runs` runs, as many as fill the budget; the ranks start
+///          every run together.
+Spread time_runs(comm::Communicator& world, double budget_s, std::int64_t& runs,
+                 const std::function<void()>& run);
 
 /// What     The GEMM peaks of all ranks, measured at the same time and added, FLOP/s. Where ranks share
 /// cores, the mean rates.

@@ -43,24 +43,6 @@ struct CommRow {
       : verb(std::move(name)), bytes(buffer), memcpy_bytes_per_s(memcpy) {}
 };
 
-constexpr std::int64_t kLeastRuns = 5;
-
-Spread time_runs(comm::Communicator& world, double budget_s, std::int64_t& runs,
-                 const std::function<void()>& run) {
-  run();
-  const auto once = BenchClock::now();
-  run();
-  runs = agree_on_runs(world, seconds_since(once), budget_s, kLeastRuns);
-  std::vector<double> seconds;
-  for (std::int64_t i = 0; i < runs; ++i) {
-    world.barrier();
-    const auto start = BenchClock::now();
-    run();
-    seconds.push_back(seconds_since(start));
-  }
-  return spread_of(max_over_ranks(world, seconds));
-}
-
 // The whole buffer is `bytes`: what a rank contributes, or for all_gather what it ends up with.
 std::vector<CommCase> cases_of(comm::Communicator& world, std::int64_t bytes) {
   const std::int64_t size = world.size();

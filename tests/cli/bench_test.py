@@ -8,7 +8,10 @@ held against one of this file for the balanced routing, and the rest is looked a
 
 import json
 import math
+import pathlib
 import sys
+import tempfile
+import tomllib
 
 from small_run import collegium
 
@@ -106,7 +109,25 @@ def check_comm() -> None:
         assert row["seconds_min"] > 0.0 and (row["bytes"] == 0 or row["fraction_of_memcpy"] > 0.0), row
 
 
+def check_cluster() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "measured.toml"
+        network = ["--backend", "local", "--emulate", "nodes=2x1,intra=1GB/s:1us,inter=500MB/s:200us"]
+        done = collegium(BINARY, "bench", "cluster", "--write", str(file), "--seconds", "0.002", *network)
+        assert done.returncode == 0, done.stderr
+        cluster = tomllib.loads(file.read_text())
+        assert cluster["node_size"] == 1 and cluster["cores_per_rank"] >= 1, cluster
+        assert cluster["accelerator"]["peak_tflops"]["bf16"] > 0.0, cluster
+        link = cluster["slow_link"]
+        assert link["all_to_all_latency_us"] >= 200.0 and 0.1 < link["all_to_all_gb_per_s"] < 0.6, link
+        layout = ["--explain", "dp2.ep2", "--global-batch", "8", "--seq", "512"]
+        planned = collegium(BINARY, "plan", "--model", "olmoe-1b-7b", "--cluster", str(file), *layout)
+        assert planned.returncode == 0, planned.stderr
+
+
 def check_refusals() -> None:
+    refuses("--write cluster.txt: must end in .toml", "cluster", "--write", "cluster.txt")
+    refuses("--seconds 0: must be positive", "cluster", "--write", "a.toml", "--seconds", "0")
     refuses("--top-k 9: must be between 1 and --experts = 8", "layer", "--top-k", "9")
     refuses("--tokens 0: must be at least 1", "layer", "--tokens", "0")
     refuses("--dtype", "layer", "--dtype", "float16")
@@ -126,7 +147,7 @@ def check_refusals() -> None:
 
 
 def main() -> None:
-    for check in [check_layer, check_skews, check_layouts, check_step, check_comm, check_refusals]:
+    for check in [check_layer, check_skews, check_layouts, check_step, check_comm, check_cluster, check_refusals]:
         check()
     print("bench: fields, bytes and messages are as they should be")
 

@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+
+#include "collegium/base/error.h"
+#include "collegium/base/file.h"
+#include "collegium/base/machine.h"
+#include "collegium/cli/bench.h"
+#include "collegium/cli/launch.h"
+#include "collegium/cli/progress.h"
+#include "collegium/model/causal_attention.h"
+#include "collegium/ops/arena.h"
+#include "collegium/plan/cluster.h"
+
+namespace collegium::cli {
+
+namespace {
+
+struct ClusterBenchOptions {
+  std::string file;
+  double seconds = 0.15;
+  LaunchOptions launch;
+};
+
+constexpr double kMicro = 1e-6;
+constexpr double kGiga = 1e9;
+constexpr double kGib = 1073741824.0;
+
+/// Seconds of a FLOP against one size of a product: intercept and slope over 1/size.
+struct Line {
+  double intercept = 0.0;
+  double slope = 0.0;
+};
+
+// Least squares of relative errors, so that slow small products do not decide alone.
+Line fit(const std::vector<double>& x, const std::vector<double>& y) {
+  double w = 0.0, wx = 0.0, wy = 0.0, wxx = 0.0, wxy = 0.0;
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    const double weight = 1.0 / (y[i] * y[i]);
+    w += weight;
+    wx += weight * x[i];
+    wy += weight * y[i];
+    wxx += weight * x[i] * x[i];
+    wxy += weight * x[i] * y[i];
+  }
+  const double slope = (w * wxy - wx * wy) / (w * wxx - wx * wx);
+  return {.intercept = (wy - slope * wx) / w, .slope = slope};
+}
+
+double resident_bytes() {
+  std::ifstream stat("/proc/self/statm");
+  double all = 0.0;
+  double resident = 0.0;
+  stat >> all >> resident;
+  return resident * static_cast<double>(::sysconf(_SC_PAGE_SIZE));
+}
+
+/// What one rank reaches while all of them work. Collective: every rank makes the same measurements.
+class ClusterBench {
+ public:
+  ClusterBench(comm::Communicator& world, double seconds) : world_(world), seconds_(seconds) {}
+
+  plan::Cluster measure(const std::string& name) {
+    const at::NoGradGuard no_grad;
+    group_by_node();
+    plan::Cluster c;
+    c.name = name;
+    c.note = fmt::format("measured by collegium bench cluster: {} ranks, {} threads each, all working",
+                         world_.size(), at::get_num_threads());
+    c.node_size = c.fast_domain = ranks_of_node_;
+    c.cores_per_rank = at::get_num_threads();
+    c.accelerator = measure_rank();
+    // A link that no rank of the run uses is as fast as the memory that carries it.
+    const plan::Link unused{.gb_per_s = c.accelerator.memory_gb_per_s / 2.0,
+                            .latency_us = 1.0,
+                            .efficiency = 1.0,
+                            .all_to_all_gb_per_s = 0.0,
+                            .all_to_all_latency_us = 0.0};
+    c.fast_link = node_->size() > 1 ? measure_link(*node_, "within a node") : unused;
+    c.slow_link = across_->size() > 1 ? measure_link(*across_, "between nodes") : c.fast_link;
+    progress_.finish();
+    return c;
+  }
+
+ private:
+  void show(const std::string& what) {
+    if (world_.rank() == 0) progress_.show(what, true);
+  }
+  double time(const std::function<void()>& run) {
+    std::int64_t runs = 0;
+    return time_runs(world_, seconds_, runs, run).median;
+  }
+
+  // The ranks of this rank's node, and those with its place in their nodes: they work at the same time.
+  void group_by_node() {
+    const int own = world_.node(world_.rank());
+    int place = 0;
+    for (int rank = 0; rank < world_.size(); ++rank) {
+      ranks_of_node_ += world_.node(rank) == own ? 1 : 0;
+      place += rank < world_.rank() && world_.node(rank) == own ? 1 : 0;
+    }
+    node_ = world_.split(own, world_.rank(), "node");
+    across_ = world_.split(place, world_.rank(), "across");
+  }
+
+  plan::Accelerator measure_rank() {
+    plan::Accelerator a;
+    a.name = fmt::format("CPU, {} threads", at::get_num_threads());
+    a.gemm_efficiency = a.memory_efficiency = 1.0;
+    const bool threads = max_over_ranks(world_, {static_cast<double>(::getpid())})[0] ==
+                         -max_over_ranks(world_, {-static_cast<double>(::getpid())})[0];
+    a.memory_gib = machine_memory_bytes() / ranks_of_node_ / kGib;
+    show("a small operation");
+    a.launch_us = launch_seconds() / kMicro;
+    show("copies in memory");
+    a.memory_gb_per_s = copy_rate() / kGiga;
+    measure_products("bf16", at::kBFloat16, a);
+    measure_products("fp32", at::kFloat, a);
+    show("attention");
+    const auto [forward, backward] = attention_rates();
+    const double peak = a.peak_tflops.at("bf16") * 1e12;
+    a.attention_forward = forward / peak;
+    a.attention_backward = backward / peak;
+    const double program = resident_bytes() - static_cast<double>(ops::arena_statistics().touched_bytes);
+    a.workspace_gib = max_over_ranks(world_, {program})[0] / (threads ? world_.size() : 1) / kGib;
+    return a;
+  }
+
+  double launch_seconds() {
+    constexpr int kCalls = 1000;
+    at::Tensor one = at::zeros({1}, at::kFloat);
+    return time([&] {
+             for (int i = 0; i < kCalls; ++i) one.add_(1.0);
+           }) /
+           kCalls;
+  }
+
+  // Bytes read and written, of buffers that no cache holds.
+  double copy_rate() {
+    constexpr std::int64_t kBytes = std::int64_t{64} << 20;
+    const at::Tensor from = at::zeros({kBytes}, at::kByte);
+    at::Tensor to = at::zeros({kBytes}, at::kByte);
+    return 2.0 * static_cast<double>(kBytes) / time([&] { to.copy_(from); });
+  }
+
+  double product_seconds(at::ScalarType dtype, std::array<std::int64_t, 3> size) {
+    constexpr double kValue = 0.01;
+    const at::Tensor a = at::full({size[0], size[2]}, kValue, dtype);
+    const at::Tensor b = at::full({size[2], size[1]}, kValue, dtype);
+    at::Tensor c = at::empty({size[0], size[1]}, dtype);
+    return time([&] { at::mm_out(c, a, b); });
+  }
+
+  // Rate = peak * product over rows, columns and depth of x/(x + x0): seconds of a FLOP are linear in 1/x.
+  void measure_products(const std::string& format, at::ScalarType dtype, plan::Accelerator& a) {
+    constexpr std::int64_t kOthers = 512;
+    constexpr std::array<std::int64_t, 4> kSizes = {32, 64, 256, 1024};
+    std::array<double, 3> half{};
+    Line line;
+    double of_line = 0.0;
+    for (std::size_t axis = 0; axis < half.size(); ++axis) {
+      std::vector<double> x;
+      std::vector<double> y;
+      for (const std::int64_t size : kSizes) {
+        std::array<std::int64_t, 3> shape = {kOthers, kOthers, kOthers};
+        shape.at(axis) = size;
+        show(fmt::format("products in {}: {} x {} x {}", format, shape[0], shape[1], shape[2]));
+        const double flops = 2.0 * static_cast<double>(shape[0] * shape[1] * shape[2]);
+        const double seconds = product_seconds(dtype, shape);
+        x.push_back(1.0 / static_cast<double>(size));
+        y.push_back(std::max(0.1 * seconds, seconds - a.launch_us * kMicro) / flops);
+      }
+      line = fit(x, y);
+      half.at(axis) = std::max(0.0, line.slope / line.intercept);
+      of_line += (line.intercept + line.slope / kOthers) / static_cast<double>(half.size());
+    }
+    double reached = 1.0;
+    for (const double x0 : half) reached *= kOthers / (kOthers + x0);
+    a.peak_tflops[format] = 1e-12 / (of_line * reached);
+    a.gemm_falloff[format] = {.rows = half[0], .columns = half[1], .depth = half[2]};
+  }
+
+  // FLOP/s of the two products of causal scores, and of the five of their backward pass.
+  std::pair<double, double> attention_rates() {
+    constexpr std::int64_t kSequences = 4;
+    constexpr std::int64_t kHeads = 4;
+    constexpr std::int64_t kLength = 512;
+    constexpr std::int64_t kHeadDim = 64;
+    constexpr double kValue = 0.01;
+    const at::Tensor q =
+        at::full({kSequences, kHeads, kLength, kHeadDim}, kValue, at::kBFloat16).requires_grad_();
+    const at::Tensor k = at::full_like(q, kValue).requires_grad_();
+    const at::Tensor v = at::full_like(q, kValue).requires_grad_();
+    const at::Tensor ones = at::full_like(q, 1.0);
+    const double forward_s = time([&] { model::causal_attention(q, k, v); });
+    const double both_s = time([&] {
+      const at::AutoGradMode grad(true);
+      model::causal_attention(q, k, v).backward(ones);
+    });
+    const double flops =
+        4.0 * kSequences * kHeads * kLength * kHeadDim * static_cast<double>(kLength + 1) / 2.0;
+    constexpr double kBackwardProducts = 2.5;
+    return {flops / forward_s, kBackwardProducts * flops / std::max(0.1 * both_s, both_s - forward_s)};
+  }
+
+  plan::Link measure_link(comm::Communicator& group, const std::string& where) {
+    constexpr std::int64_t kSmall = 1024;  // floats
+    constexpr std::int64_t kLarge = std::int64_t{1} << 20;
+    const auto size = static_cast<double>(group.size());
+    const double sent = (size - 1.0) / size * 4.0 * static_cast<double>(kLarge - kSmall);
+    const std::int64_t rank_part = group.size();
+    const auto buffer = [&](std::int64_t floats) {
+      return at::zeros({floats / rank_part * rank_part}, at::kFloat);
+    };
+    const auto reduce_s = [&](std::int64_t floats) {
+      const at::Tensor all = buffer(floats);
+      return time([&] { group.all_reduce(all).wait(); });
+    };
+    const auto exchange_s = [&](std::int64_t floats) {
+      const at::Tensor from = buffer(floats);
+      const at::Tensor to = buffer(floats);
+      return time([&] { group.all_to_all(from, to).wait(); });
+    };
+    show(fmt::format("all_reduce {}", where));
+    const double reduce_small = reduce_s(kSmall);
+    const double reduce_large = reduce_s(kLarge);
+    show(fmt::format("all_to_all {}", where));
+    const double exchange_small = exchange_s(kSmall);
+    const double exchange_large = exchange_s(kLarge);
+    plan::Link link;
+    link.efficiency = 1.0;
+    link.gb_per_s = 2.0 * sent / std::max(0.1 * reduce_large, reduce_large - reduce_small) / kGiga;
+    // The planner books a reduction as two passes, each with a latency and 0.3 of one per further rank.
+    link.latency_us = reduce_small / 2.0 / (1.0 + 0.3 * (size - 1.0)) / kMicro;
+    link.all_to_all_gb_per_s = sent / std::max(0.1 * exchange_large, exchange_large - exchange_small) / kGiga;
+    link.all_to_all_latency_us = exchange_small / kMicro;
+    return link;
+  }
+
+  comm::Communicator& world_;
+  double seconds_;
+  std::shared_ptr<comm::Communicator> node_;
+  std::shared_ptr<comm::Communicator> across_;
+  int ranks_of_node_ = 0;
+  Progress progress_;
+};
+
+void run(const ClusterBenchOptions& options) {
+  require_config(options.seconds > 0.0, "--seconds {}: must be positive", options.seconds);
+  const std::filesystem::path file = options.file;
+  require_config(file.extension() == ".toml", "--write {}: must end in .toml", options.file);
+  launch(options.launch, [&](const std::shared_ptr<comm::Communicator>& world) {
+    const plan::Cluster cluster = ClusterBench(*world, options.seconds).measure(file.stem().string());
+    if (world->rank() != 0) return;
+    const std::string text = plan::cluster_toml(cluster);
+    plan::parse_cluster(text, options.file);
+    write_file_atomically(file, text);
+    fmt::print("{}\nwritten to {}\n", text, options.file);
+  });
+}
+
+}  // namespace
+
+void add_bench_cluster(CLI::App& bench) {
+  auto options = std::make_shared<ClusterBenchOptions>();
+  CLI::App* verb = bench.add_subcommand(
+      "cluster", "This machine as the planner sees it, one rank's figures while all work, into a file");
+  verb->add_option("--write", options->file, "the file (TOML), for `plan --cluster` and planner.cluster")
+      ->required();
+  verb->add_option("--seconds", options->seconds, "take each figure for about this long")
+      ->capture_default_str();
+  add_launch_options(*verb, options->launch);
+  verb->footer(
+      "Examples:\n"
+      "  collegium bench cluster --write cluster.toml --ranks 2\n"
+      "  collegium bench cluster --write slow.toml --emulate nodes=2x1,intra=3GB/s:20us,inter=500MB/s:100us\n"
+      "  collegium plan --model config.json --cluster cluster.toml --gpus 2 --global-batch 8 --seq 512");
+  verb->callback([options] { run(*options); });
+}
+
+}  // namespace collegium::cli
