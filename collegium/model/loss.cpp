@@ -45,7 +45,9 @@ class CrossEntropyFunction final : public torch::autograd::Function<CrossEntropy
       const at::Tensor gradient = value.isTensor() ? value.toTensor() : at::Tensor();
       return gradient.defined() ? (gradient * grads[0]).to(dtype) : at::Tensor();
     };
-    return {scaled("hidden"), scaled("head"), {}, {}, {}};
+    variable_list gradients = {scaled("hidden"), scaled("head"), {}, {}, {}};
+    context->saved_data.clear();  // not kept until the whole graph goes
+    return gradients;
   }
 };
 

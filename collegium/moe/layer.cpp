@@ -9,8 +9,10 @@
 #include <array>
 #include <functional>
 #include <optional>
+#include <utility>
 #include <vector>
 
+#include "collegium/base/error.h"
 #include "collegium/moe/capacity.h"
 #include "collegium/moe/experts.h"
 #include "collegium/moe/shared_expert.h"
@@ -316,7 +318,11 @@ class LayerFunction final : public torch::autograd::Function<LayerFunction> {
       inputs[i] = variables[i];
       needs[i] = inputs[i].defined() && context->needs_input_grad(edge++);
     }
-    variable_list gradients = backward_layer(inputs, needs, *holder->saved, grads[0].contiguous());
+    // Autograd frees its own tensors after each node, but what hangs on saved_data only with the whole graph: all
+    // layers' rows would stay while gradients grow.
+    const std::shared_ptr<Saved> saved = std::exchange(holder->saved, nullptr);
+    COLLEGIUM_CHECK(saved != nullptr, "a second backward pass through one MoE layer; its rows are gone");
+    variable_list gradients = backward_layer(inputs, needs, *saved, grads[0].contiguous());
     gradients.emplace_back();  // of `saved`, which is no tensor
     return gradients;
   }
