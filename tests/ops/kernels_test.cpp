@@ -8,6 +8,7 @@
 #include "collegium/ops/permute.h"
 #include "collegium/ops/swiglu.h"
 #include "collegium/ops/topk.h"
+#include "collegium/ops/wide_linear.h"
 #include "tests/support/tensors.h"
 
 namespace collegium {
@@ -103,6 +104,29 @@ TEST(Swiglu, forward_and_backward_equal_aten_form_and_autograd) {
         (out * grad).sum().backward();
         EXPECT_LE(relative_difference(ours.gate_up_RG, leaf.grad()), bound(dtype, 16));
       }
+    }
+  }
+}
+
+TEST(WideLinear, products_equal_those_of_widened_inputs) {
+  for (const auto dtype : kDtypes) {
+    const auto wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
+    for (const std::int64_t rows : {0, 1, 255, 256, 257, 5000}) {
+      const at::Tensor x = random_tensor("x", {rows, 20}, dtype);
+      const at::Tensor w = random_tensor("w", {7, 20}, wide);
+      const at::Tensor g = random_tensor("g", {rows, 7}, wide);
+      const at::Tensor share = random_tensor("share", {rows, 20}, dtype);
+      const at::Tensor x_wide = x.to(at::kDouble);
+      const at::Tensor w_wide = w.to(at::kDouble);
+      const at::Tensor g_wide = g.to(at::kDouble);
+      EXPECT_LE(relative_difference(ops::wide_linear(x, w), x_wide.mm(w_wide.t())), bound(wide, 20));
+      EXPECT_LE(relative_difference(ops::wide_linear_grad_weight(g, x), g_wide.t().mm(x_wide)),
+                bound(wide, 5000));
+      const double limit = bound(dtype, 1) + bound(wide, 8);
+      const at::Tensor dx = ops::wide_linear_grad_input(g, w, share, dtype);
+      EXPECT_EQ(dx.scalar_type(), dtype);
+      EXPECT_LE(relative_difference(dx, g_wide.mm(w_wide) + share.to(at::kDouble)), limit);
+      EXPECT_LE(relative_difference(ops::wide_linear_grad_input(g, w, {}, dtype), g_wide.mm(w_wide)), limit);
     }
   }
 }
