@@ -7,6 +7,8 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
 #include <fmt/format.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -64,6 +66,17 @@ std::vector<double> max_over_ranks(comm::Communicator& world, const std::vector<
 
 std::vector<double> sum_over_ranks(comm::Communicator& world, const std::vector<double>& values) {
   return reduce(world, values, comm::ReduceOp::kSum);
+}
+
+double peak_memory_of_a_rank(comm::Communicator& world) {
+  constexpr double kKib = 1024.0;
+  rusage usage{};
+  ::getrusage(RUSAGE_SELF, &usage);
+  const auto pid = static_cast<double>(::getpid());
+  const std::vector<double> extremes =
+      max_over_ranks(world, {pid, -pid, static_cast<double>(usage.ru_maxrss) * kKib});
+  const bool one_process = extremes[0] == -extremes[1];
+  return extremes[2] / (one_process ? world.size() : 1);
 }
 
 std::int64_t agree_on_runs(comm::Communicator& world, double once_s, double budget_s, std::int64_t least) {

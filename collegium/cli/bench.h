@@ -39,6 +39,10 @@ double mean_of(const std::vector<double>& values);
 /// Comm     one all_reduce.
 std::vector<double> max_over_ranks(comm::Communicator& world, const std::vector<double>& values);
 std::vector<double> sum_over_ranks(comm::Communicator& world, const std::vector<double>& values);
+/// What     Peak resident memory of a rank, bytes: of the fullest process, of threads their process's equal
+///          parts.
+/// Comm     one all_reduce.
+double peak_memory_of_a_rank(comm::Communicator& world);
 /// What     How often to repeat what takes rank 0 `once_s` to fill its budget; the same on all ranks.
 std::int64_t agree_on_runs(comm::Communicator& world, double once_s, double budget_s, std::int64_t least);
 

@@ -5,12 +5,13 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
 #include <limits>
+#include <numeric>
 
 #include "collegium/base/error.h"
 #include "collegium/base/log.h"
 #include "collegium/base/units.h"
+#include "collegium/cli/bench.h"
 #include "collegium/cli/progress.h"
 #include "collegium/cli/signals.h"
 #include "collegium/data/tokenizer.h"
@@ -26,11 +27,7 @@ namespace collegium::cli {
 
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
+using Clock = BenchClock;
 
 // What a resumed run may not change: its losses would no longer be those of the uninterrupted one.
 void require_same_run(const Json& saved, const Json& wanted, const std::filesystem::path& checkpoint) {
@@ -133,6 +130,36 @@ class Loop {
     return result;
   }
 
+  // Of all ranks, which therefore all come here.
+  std::vector<train::PredictedFigure> compare() {
+    if (later_seconds_.empty()) return {};
+    comm::Communicator& world = *trainer_.groups().world;
+    const double steps_s = std::accumulate(later_seconds_.begin(), later_seconds_.end(), 0.0);
+    train::MeasuredRun run{.memory_bytes = peak_memory_of_a_rank(world),
+                           .step_s = spread_of(later_seconds_).median,
+                           .all_to_all_share = 0.0,
+                           .traffic = *traffic_};
+    std::vector<double> sums = {all_to_all_s_ / steps_s / static_cast<double>(world.size())};
+    for (std::size_t arrow = 0; arrow < traffic_->measured.size(); ++arrow) {
+      for (const plan::ArrowBytes* bytes : {&traffic_->predicted, &traffic_->measured}) {
+        sums.push_back(bytes->at(arrow).within_nodes);
+        sums.push_back(bytes->at(arrow).between_nodes);
+      }
+    }
+    sums = sum_over_ranks(world, sums);
+    run.all_to_all_share = sums[0];
+    auto next = sums.begin() + 1;
+    for (std::size_t arrow = 0; arrow < traffic_->measured.size(); ++arrow) {
+      for (plan::ArrowBytes* bytes : {&run.traffic.predicted, &run.traffic.measured}) {
+        bytes->at(arrow) = {.within_nodes = next[0], .between_nodes = next[1]};
+        next += 2;
+      }
+    }
+    const std::vector<train::PredictedFigure> figures = train::compare_run(config_, trainer_.own_run(), run);
+    if (is_root()) metrics_->write(trainer_.state().step, figures);
+    return figures;
+  }
+
  private:
   static bool due(std::int64_t every, std::int64_t step) { return every > 0 && step % every == 0; }
 
@@ -171,9 +198,18 @@ class Loop {
 
   std::filesystem::path save() { return trainer_.save(elapsed_before_ + seconds_since(start_)); }
 
+  // The first step also finds the memory for the others, and gathers its routing.
   void one_step() {
+    const bool first = !traffic_.has_value();
+    if (first) trainer_.audit_next_step();
     const auto begin = Clock::now();
     const train::StepReport report = trainer_.step();
+    if (first) {
+      traffic_ = report.traffic;
+    } else {
+      later_seconds_.push_back(seconds_since(begin));
+      all_to_all_s_ += report.communication.all_to_all_s;
+    }
     if (is_root()) show(report, begin);
   }
 
@@ -211,6 +247,9 @@ class Loop {
   Clock::time_point start_;
   std::int64_t first_step_;
   double elapsed_before_;
+  std::optional<train::AuditedTraffic> traffic_;  ///< of the first step of this process
+  std::vector<double> later_seconds_;
+  double all_to_all_s_ = 0.0;  ///< of the later steps, on this rank
   double step_seconds_ = 0.0;
   double tokens_ = 0.0;
 };
@@ -266,6 +305,7 @@ TrainSummary run_training(const train::RunConfig& config, const TrainRequest& re
   summary.unigram_entropy = trainer.dataset().index().unigram_entropy;
   summary.domains = trainer.dataset().index().domains;
   if (summary.stop == Stop::kSignal) return summary;
+  summary.comparison = loop.compare();
   summary.validation = loop.validate();
   summary.sample = make_sample(config, trainer);
   return summary;

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "collegium/comm/communicator.h"
+#include "collegium/train/prediction.h"
 #include "collegium/train/run_config.h"
 #include "collegium/train/validation.h"
 
@@ -38,6 +39,7 @@ struct TrainSummary {
   std::string sample;
   std::filesystem::path checkpoint;
   std::filesystem::path metrics;
+  std::vector<train::PredictedFigure> comparison;  ///< with the planner; empty where no step was made
 };
 
 /// Comm     collective over `world`.

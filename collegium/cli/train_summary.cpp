@@ -54,6 +54,7 @@ void print_summary(const train::RunConfig& config, const TrainSummary& summary) 
     fmt::print("\ntrained for {} at {:.0f} tokens/s, {} of the GEMM peak\n", format_duration(summary.seconds),
                summary.tokens_per_s, format_percent(summary.share_of_gemm_peak));
   }
+  if (!summary.comparison.empty()) fmt::print("\n{}\n", train::comparison_text(summary.comparison));
   fmt::print("checkpoint  {}\nmetrics     {}\n", summary.checkpoint.string(), summary.metrics.string());
 }
 
@@ -77,6 +78,7 @@ Json summary_json(const TrainSummary& summary) {
           {"share_of_gemm_peak", summary.share_of_gemm_peak},
           {"specialization", layers},
           {"sample", summary.sample},
+          {"planner", train::comparison_json(summary.comparison)},
           {"checkpoint", summary.checkpoint.string()},
           {"metrics", summary.metrics.string()}};
 }

@@ -110,6 +110,10 @@ void book_padded(const OwnRun& run, const Placement& placement, const Ids& ids, 
         if (id >= 0) ++counts[static_cast<std::size_t>(id)];
       }
       block = std::max(block, *std::max_element(counts.begin(), counts.end()));
+      if (run.capacity_rows >= 0) {
+        const auto groups = static_cast<std::int64_t>(tokens) / (run.group_sequences * run.sequence_length);
+        block = std::max(block, std::min(run.capacity_rows * groups, static_cast<std::int64_t>(end - begin)));
+      }
     }
     for (int from = 0; from < run.ep; ++from) {
       for (int to = 0; to < run.ep; ++to) {

@@ -37,6 +37,8 @@ struct OwnRun {
   std::int64_t global_batch = 8;     ///< sequences of an optimizer step
   std::int64_t micro_sequences = 8;  ///< sequences of a micro-step, over all ranks
   std::int64_t group_sequences = 1;  ///< sequences that stay on one rank together
+  /// Rows that an expert takes of a group at most, and that padded blocks hold at least; -1 = any.
+  std::int64_t capacity_rows = -1;
 };
 
 /// Sent by one rank.

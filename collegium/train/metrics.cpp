@@ -92,4 +92,8 @@ void MetricsWriter::write(std::int64_t step, const ValidationResult& validation)
           {"specialization", specialization}});
 }
 
+void MetricsWriter::write(std::int64_t step, const std::vector<PredictedFigure>& comparison) {
+  append({{"kind", "planner"}, {"step", step}, {"figures", comparison_json(comparison)}});
+}
+
 }  // namespace collegium::train

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// metrics.jsonl: one JSON object a line, a record per optimizer step ("kind": "step") and per validation
-// ("validation").
+// metrics.jsonl: one JSON object a line, a record per optimizer step ("kind": "step"), per validation
+// ("validation") and at the end of a run what the planner says of it ("planner").
 
 #include <cstdio>
 #include <filesystem>
@@ -32,6 +32,7 @@ class MetricsWriter {
   void write(const StepReport& report, const StepSpeed& speed);
   /// Does nothing when this step was validated before: a resumed run sees the same weights.
   void write(std::int64_t step, const ValidationResult& validation);
+  void write(std::int64_t step, const std::vector<PredictedFigure>& comparison);
 
  private:
   void append(const Json& record);

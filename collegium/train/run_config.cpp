@@ -6,6 +6,7 @@
 #include "collegium/base/machine.h"
 #include "collegium/model/tensor_io.h"
 #include "collegium/moe/capacity.h"
+#include "collegium/plan/cluster.h"
 
 namespace collegium::train {
 
@@ -26,6 +27,7 @@ void describe_sections(Fields& fields, RunConfig& c) {
   fields("validation", c.validation, "loss on held-out documents");
   fields("logging", c.logging, "what is shown");
   fields("parallel", c.parallel, "how the run is laid out over ranks; never changes what it computes");
+  fields("planner", c.planner, "what the run is set beside at its end");
 }
 
 struct Sections {
@@ -171,6 +173,7 @@ void validate(const RunConfig& c) {
                  c.model.max_positions);
   validate_batch(c);
   parallel::validate(c.parallel);
+  if (!c.planner.cluster.empty()) plan::load_cluster(c.planner.cluster);
 }
 
 }  // namespace

@@ -101,6 +101,17 @@ void describe(Fields& fields, LoggingOptions& o) {
   fields("sample_tokens", o.sample_tokens, "length of that sample");
 }
 
+struct PlannerOptions {
+  std::string cluster;
+};
+template <class Fields>
+void describe(Fields& fields, PlannerOptions& o) {
+  fields(
+      "cluster", o.cluster,
+      "cluster, by name or as a file of 'bench cluster --write', whose predicted step time is set beside the "
+      "measured one; empty = bytes and memory only");
+}
+
 struct RunConfig {
   std::string run_folder;
   DataOptions data;
@@ -114,6 +125,7 @@ struct RunConfig {
   ValidationOptions validation;
   LoggingOptions logging;
   parallel::ParallelOptions parallel;
+  PlannerOptions planner;
 };
 
 /// What     Reads a TOML file, applies `--set a.b=value` overrides, resolves the model and checks every rule,

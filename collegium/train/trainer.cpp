@@ -48,6 +48,9 @@ void require_same_config(comm::Communicator& world, const RunConfig& config) {
   }
 }
 
+// The ledger's name for what only comparisons send.
+constexpr const char* kAudit = "audit";
+
 StepShape step_shape(const RunConfig& config) {
   return {.sequence_length = config.data.sequence_length,
           .global_batch = config.batch.global_batch,
@@ -153,7 +156,8 @@ Trainer::MicroSums Trainer::sum_over_ranks(const model::ForwardResult& forward, 
   return sums;
 }
 
-void Trainer::record(const MicroBatch& batch, const moe::RoutingKey& key, const at::Tensor& ids_TK) {
+// The choices of all ranks, in the order of the micro-step's sequences.
+at::Tensor Trainer::gather_ids(const MicroBatch& batch, const at::Tensor& ids_TK) {
   const std::int64_t length = config_.data.sequence_length;
   const StepShape shape = step_shape(config_);
   const at::Tensor all_ids_TK = at::empty({batch.all_sequences * length, ids_TK.size(1)}, ids_TK.options());
@@ -162,7 +166,15 @@ void Trainer::record(const MicroBatch& batch, const moe::RoutingKey& key, const 
           ids_TK, all_ids_TK,
           parallel::share_rows(batch.all_sequences, shape.group_sequences, groups_.dp->size(), length))
       .wait();
-  if (recorder_) recorder_->append(key, all_ids_TK, config_.model.moe.num_experts);
+  return all_ids_TK;
+}
+
+void Trainer::audit(const MicroBatch& batch, const moe::RoutingKey& key, const at::Tensor& ids_TK) {
+  const comm::WhereScope scope(groups_.dp->where(), {.step = key.step, .layer = key.layer, .phase = kAudit});
+  const at::Tensor all_ids_TK = gather_ids(batch, ids_TK);
+  audited_->experts = config_.model.moe.num_experts;
+  audited_->top_k = ids_TK.size(1);
+  audited_->records.push_back(routing_record(key, all_ids_TK, config_.model.moe.num_experts));
 }
 
 double Trainer::run_micro_step(const MicroBatch& batch, std::int64_t micro_step, bool last,
@@ -190,8 +202,12 @@ double Trainer::run_micro_step(const MicroBatch& batch, std::int64_t micro_step,
     moe::LayerRun& run = *forward.layers[i];
     run.statistics_gradient = scaled(balance.layers[i], share);
     monitors_[i].add(sums.totals[i], run.statistics.max_abs_logit);
-    if (recording_)
-      record(batch, {report.step, micro_step, static_cast<std::int64_t>(i)}, run.routing.chosen_ids_TK);
+    const moe::RoutingKey key{report.step, micro_step, static_cast<std::int64_t>(i)};
+    if (recording_) {
+      const at::Tensor all_ids_TK = gather_ids(batch, run.routing.chosen_ids_TK);
+      if (recorder_) recorder_->append(key, all_ids_TK, config_.model.moe.num_experts);
+    }
+    if (audited_) audit(batch, key, run.routing.expert_ids_TK);
   }
   // A step whose every target is masked still trains the router's balance.
   const double num_targets = std::max<double>(1.0, static_cast<double>(report.num_targets));
@@ -230,6 +246,8 @@ StepReport Trainer::compute_gradients() {
   for (const moe::MonitorSums& sums : monitors_) report.layers.push_back(sums.monitors(config_.model.moe));
   if (recorder_) recorder_->flush();
   report.communication = report_communication();
+  if (audited_) report.traffic = audit_traffic(own_run(), *audited_, report.step, groups_);
+  audited_.reset();
   return report;
 }
 
@@ -299,7 +317,8 @@ void Trainer::update_biases() {
 }
 
 CommReport Trainer::report_communication() {
-  const comm::LedgerEntry all = groups_.ledger->sum([](const comm::LedgerKey&) { return true; });
+  const comm::LedgerEntry all =
+      groups_.ledger->sum([](const comm::LedgerKey& key) { return key.phase != kAudit; });
   const comm::Overlap all_to_all = groups_.ledger->overlap(comm::Operation::kAllToAll);
   return {.bytes_within_nodes = all.bytes_within_nodes,
           .bytes_between_nodes = all.bytes_between_nodes,

@@ -21,6 +21,7 @@
 #include "collegium/parallel/groups.h"
 #include "collegium/train/batch.h"
 #include "collegium/train/checkpoint.h"
+#include "collegium/train/prediction.h"
 #include "collegium/train/run_config.h"
 
 namespace collegium::train {
@@ -47,6 +48,7 @@ struct StepReport {
   std::int64_t num_targets = 0;
   std::vector<moe::LayerMonitors> layers;
   CommReport communication;
+  std::optional<AuditedTraffic> traffic;  ///< of a step that audit_next_step() asked for
 };
 
 class Trainer {
@@ -74,6 +76,12 @@ class Trainer {
   /// The second part, on what compute_gradients() gave.
   void update_weights(StepReport& report);
 
+  /// What     The next step gathers its routing, so that its traffic can be predicted exactly.
+  /// Comm     one all_gather of the choices per layer and micro-step of that step.
+  void audit_next_step() { audited_.emplace(); }
+  /// What     The run as the planner takes it.
+  plan::OwnRun own_run() const { return train::own_run(config_, decoder_->config(), groups_); }
+
   /// Writes the steps from here on; records of earlier steps in the file stay.
   void record_routing(const std::filesystem::path& file);
   void replay_routing(const std::filesystem::path& file);
@@ -96,7 +104,8 @@ class Trainer {
                                         std::int64_t step) const;
   double run_micro_step(const MicroBatch& batch, std::int64_t micro_step, bool last, StepReport& report);
   MicroSums sum_over_ranks(const model::ForwardResult& forward, double local_loss);
-  void record(const MicroBatch& batch, const moe::RoutingKey& key, const at::Tensor& ids_TK);
+  at::Tensor gather_ids(const MicroBatch& batch, const at::Tensor& ids_TK);
+  void audit(const MicroBatch& batch, const moe::RoutingKey& key, const at::Tensor& ids_TK);
   void reduce_norm_and_monitors(StepReport& report);
   void update_biases();
   void require_tokenizer_of(const std::filesystem::path& model_folder) const;
@@ -114,6 +123,7 @@ class Trainer {
   TrainingState state_;
   std::unique_ptr<moe::RoutingRecorder> recorder_;  ///< on rank 0
   bool recording_ = false;
+  std::optional<plan::RoutingCounts> audited_;  ///< what this step's rows were sent by
   std::unique_ptr<moe::RoutingReplay> replay_;
 };
 

@@ -100,7 +100,8 @@ def received_bytes() -> int:
 
 
 def records(folder: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] != "planner"]
 
 
 def check_train(folder: pathlib.Path, run_file: pathlib.Path) -> pathlib.Path:

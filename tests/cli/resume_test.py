@@ -20,7 +20,7 @@ KILLS = 12
 
 def losses(folder: pathlib.Path) -> list[tuple]:
     records = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    return [(record["kind"], record["step"], record["loss"]) for record in records]
+    return [(record["kind"], record["step"], record["loss"]) for record in records if "loss" in record]
 
 
 def wait_for_steps(process: subprocess.Popen, folder: pathlib.Path, count: int) -> None:

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/train/prediction.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "collegium/base/file.h"
+#include "collegium/comm/local/local.h"
+#include "collegium/train/trainer.h"
+#include "tests/support/tiny_model.h"
+
+namespace collegium {
+namespace {
+
+namespace fs = std::filesystem;
+
+class Prediction : public testing::Test {
+ protected:
+  void SetUp() override {
+    folder_ = fs::temp_directory_path() /
+              ("collegium_" + std::string(testing::UnitTest::GetInstance()->current_test_info()->name()));
+    fs::remove_all(folder_);
+    test::write_counting_corpus(folder_, 24);
+    write_file_atomically(folder_ / "run.toml", test::tiny_run_file(folder_));
+  }
+  void TearDown() override { fs::remove_all(folder_); }
+
+  // Two steps of a run, both audited; every rank's ledger against the planner.
+  void expect_equal_bytes(int ranks, int ranks_per_node, const std::vector<std::string>& overrides) {
+    SCOPED_TRACE(testing::PrintToString(ranks) + " ranks: " + testing::PrintToString(overrides));
+    comm::run_ranks(ranks,
+                    [&](comm::Communicator& world) {
+                      train::Trainer trainer(train::read_run_config(folder_ / "run.toml", overrides),
+                                             world.shared_from_this());
+                      for (int step = 0; step < 2; ++step) {
+                        trainer.audit_next_step();
+                        const train::StepReport report = trainer.step();
+                        ASSERT_TRUE(report.traffic);
+                        double sent = 0.0;
+                        for (std::size_t arrow = 0; arrow < report.traffic->measured.size(); ++arrow) {
+                          const plan::SentBytes& predicted = report.traffic->predicted.at(arrow);
+                          const plan::SentBytes& measured = report.traffic->measured.at(arrow);
+                          EXPECT_EQ(predicted.within_nodes, measured.within_nodes) << "arrow " << arrow;
+                          EXPECT_EQ(predicted.between_nodes, measured.between_nodes) << "arrow " << arrow;
+                          EXPECT_GT(measured.total(), 0.0) << "arrow " << arrow;
+                        }
+                      }
+                      EXPECT_FALSE(trainer.step().traffic);
+                    },
+                    {.ranks_per_node = ranks_per_node});
+  }
+
+  fs::path folder_;
+};
+
+const std::vector<std::string> kExchanges = {"uneven", "padded", "allgather", "two_level"};
+
+TEST_F(Prediction, ledger_equals_planner_on_two_ranks) {
+  for (const std::string& exchange : kExchanges) {
+    const std::string kind = "parallel.dispatcher.kind=" + exchange;
+    expect_equal_bytes(2, 0, {kind});
+    expect_equal_bytes(2, 1, {kind, "train.dtype=bfloat16", "model.moe.capacity.drop_policy=none"});
+    expect_equal_bytes(2, 1, {kind, "train.recompute=true", "parallel.overlap.chunks=3"});
+  }
+}
+
+TEST_F(Prediction, ledger_equals_planner_on_four_ranks) {
+  for (const std::string& exchange : kExchanges) {
+    const std::string kind = "parallel.dispatcher.kind=" + exchange;
+    expect_equal_bytes(4, 2, {kind, "batch.micro_sequences=6", "train.dtype=bfloat16"});
+    expect_equal_bytes(4, 2, {kind, "parallel.ep=2", "batch.micro_sequences=5", "train.dtype=float32"});
+    if (exchange == "two_level" || exchange == "allgather")
+      expect_equal_bytes(4, 2, {kind, "parallel.dispatcher.combine_fp32=true", "train.dtype=bfloat16"});
+  }
+}
+
+TEST_F(Prediction, comparison_names_what_was_predicted) {
+  train::RunConfig config = train::read_run_config(folder_ / "run.toml", {});
+  train::Trainer trainer(config);
+  const train::MeasuredRun measured{
+      .memory_bytes = 2e9, .step_s = 0.5, .all_to_all_share = 0.25, .traffic = {}};
+  const auto untimed = train::compare_run(config, trainer.own_run(), measured);
+  EXPECT_FALSE(untimed[1].predicted);
+  EXPECT_THAT(train::comparison_text(untimed), testing::HasSubstr("500 ms"));
+  config.planner.cluster = "cpu-2core";
+  const auto timed = train::compare_run(config, trainer.own_run(), measured);
+  ASSERT_TRUE(timed[1].predicted);
+  EXPECT_GT(*timed[1].predicted, 0.0);
+  EXPECT_EQ(train::comparison_json(timed)["step"]["measured"], 0.5);
+}
+
+}  // namespace
+}  // namespace collegium
