@@ -23,8 +23,7 @@ struct ActivationBytes {
 };
 
 /// What     Counts the tensors that the functions of this module and of `moe` save. Exact for the options
-/// that
-///          change no shape; a capacity that drops rows makes it an upper bound.
+///          that change no shape; a capacity that drops rows makes it an upper bound.
 ActivationBytes activation_bytes(const ModelConfig& config, c10::ScalarType dtype);
 
 }  // namespace collegium::model

@@ -318,8 +318,8 @@ class LayerFunction final : public torch::autograd::Function<LayerFunction> {
       inputs[i] = variables[i];
       needs[i] = inputs[i].defined() && context->needs_input_grad(edge++);
     }
-    // Autograd frees its own tensors after each node, but what hangs on saved_data only with the whole graph: all
-    // layers' rows would stay while gradients grow.
+    // Autograd frees its own tensors after each node, but what hangs on saved_data only with the whole graph:
+    // all layers' rows would stay while gradients grow.
     const std::shared_ptr<Saved> saved = std::exchange(holder->saved, nullptr);
     COLLEGIUM_CHECK(saved != nullptr, "a second backward pass through one MoE layer; its rows are gone");
     variable_list gradients = backward_layer(inputs, needs, *saved, grads[0].contiguous());

@@ -37,15 +37,15 @@ struct RouterGradients {
 };
 
 /// What     logits_TE = x W^T (+ noise); K experts per token; their weights; the statistics of balance
-/// losses. Shape    x_TD [T, D] in the compute dtype; T may be 0. Order    Ties go to the lower expert id;
-/// deterministic. Throws   nothing for validated options; `replayed_ids_TK` (int32, optional) replaces the
-/// selection.
+///          losses.
+/// Shape    x_TD [T, D] in the compute dtype; T may be 0.
+/// Order    Ties go to the lower expert id; deterministic.
+/// Throws   nothing for validated options; `replayed_ids_TK` (int32, optional) replaces the selection.
 RouterOutput route(const MoeOptions& options, const RouterWeights& weights, const at::Tensor& x_TD,
                    const TokenContext& context, const at::Tensor& replayed_ids_TK = {});
 
-/// What     Gradients of sum(grad_weights * weights) + the balance losses whose dLoss/dStatistics is given,
-/// and of
-///          what the experts saw: grad_expert_input_TD, or undefined.
+/// What     Gradients of sum(grad_weights * weights) + the balance losses whose dLoss/dStatistics is
+///          given, and of what the experts saw: grad_expert_input_TD, or undefined.
 /// Shape    grad_weights_TK [T, K] router dtype; grad_expert_input_TD [T, D].
 RouterGradients route_backward(const RouterState& state, const at::Tensor& grad_weights_TK,
                                const RouterStatisticsGradient& grad_statistics,

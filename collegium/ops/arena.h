@@ -54,10 +54,9 @@ class Arena {
   ArenaStatistics statistics_;
 };
 
-/// What     From now on the CPU tensors of this process that are large enough come from one arena as large as
-/// the
-///          machine's memory; the others, and those that do not fit, from malloc. Call it once, before the
-///          first tensor.
+/// What     From now on the CPU tensors of this process that are large enough come from one arena as
+///          large as the machine's memory; the others, and those that do not fit, from malloc. Call it
+///          once, before the first tensor.
 void install_arena();
 
 /// What     Of the installed arena; zeros without one.

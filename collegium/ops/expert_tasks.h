@@ -25,27 +25,25 @@ struct ExpertRows {
 std::vector<ExpertRows> rows_of_experts(const at::Tensor& counts_E);
 
 /// What     Rows that one GEMM takes: a 64th of all rows, so that many cores have work and experts that
-/// differ even
-///          out, but at least 256 and at most 512, a multiple of kSizeStep. SwiGLU finds its result in the
-///          core's own cache; smaller GEMMs are slower (fine experts: 201, 216, 219, 222 GFLOP/s of a core
-///          with 128, 256, 384 and 512 rows).
+///          differ even out, but at least 256 and at most 512, a multiple of kSizeStep. SwiGLU finds its
+///          result in the core's own cache; smaller GEMMs are slower (fine experts: 201, 216, 219, 222
+///          GFLOP/s of a core with 128, 256, 384 and 512 rows).
 std::int64_t gemm_rows(std::int64_t num_rows);
 inline constexpr std::int64_t kSizeStep = 32;
 inline constexpr std::int64_t kMostGemmRows = 512;
 
-/// What     Rows for the forward pass and the rows' gradients: gemm_rows() each, an expert's last piece less
-/// than
-///          twice as many. Experts without rows have none.
+/// What     Rows for the forward pass and the rows' gradients: gemm_rows() each, an expert's last piece
+///          less than twice as many. Experts without rows have none.
 std::vector<ExpertRows> cut_rows(const at::Tensor& counts_E);
 
-/// What     The GEMMs of one piece of cut_rows(). In bf16 their sizes are multiples of kSizeStep, so that few
-///          kernels have to be generated (each costs as much time as a small GEMM and up to 0.6 MB): the last
-///          one begins earlier and computes rows a second time, unless the piece is shorter than it.
+/// What     The GEMMs of one piece of cut_rows(). In bf16 their sizes are multiples of kSizeStep, so that
+///          few kernels have to be generated (each costs as much time as a small GEMM and up to 0.6 MB):
+///          the last one begins earlier and computes rows a second time, unless the piece is shorter than
+///          it.
 std::vector<ExpertRows> gemms_of(const ExpertRows& piece, std::int64_t most_rows, at::ScalarType dtype);
 
 /// What     Calls task(i, worker) for i < num_tasks, in any order, from at most at::get_num_threads()
-/// workers.
-///          A single task runs on the caller, so that its GEMMs may use all threads.
+///          workers. A single task runs on the caller, so that its GEMMs may use all threads.
 void run_tasks(std::int64_t num_tasks,
                const std::function<void(std::int64_t task, std::int64_t worker)>& task);
 

@@ -30,8 +30,7 @@ at::Tensor gather_rows(const at::Tensor& x_TD, const at::Tensor& row_token_R);
 at::Tensor gather_rows_aten(const at::Tensor& x_TD, const at::Tensor& row_token_R);
 
 /// What     y[t] = sum over k of rows[slot_row[t, k]], in slot order; slots without a row add nothing.
-/// Combine forward, and
-///          dispatch backward.
+///          Combine forward, and dispatch backward.
 /// Dtype    any floating dtype; the sum is kept in fp32 (fp64 for fp64) and rounded once.
 at::Tensor combine_rows(const at::Tensor& rows_RD, const at::Tensor& slot_row_TK);
 at::Tensor combine_rows_aten(const at::Tensor& rows_RD, const at::Tensor& slot_row_TK);
