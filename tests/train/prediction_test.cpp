@@ -42,8 +42,9 @@ class Prediction : public testing::Test {
                           const plan::SentBytes& measured = report.traffic->measured.at(arrow);
                           EXPECT_EQ(predicted.within_nodes, measured.within_nodes) << "arrow " << arrow;
                           EXPECT_EQ(predicted.between_nodes, measured.between_nodes) << "arrow " << arrow;
-                          EXPECT_GT(measured.total(), 0.0) << "arrow " << arrow;
+                          sent += measured.total();
                         }
+                        EXPECT_GT(sent, 0.0);
                       }
                       EXPECT_FALSE(trainer.step().traffic);
                     },
