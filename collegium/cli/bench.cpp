@@ -68,13 +68,16 @@ std::vector<double> sum_over_ranks(comm::Communicator& world, const std::vector<
   return reduce(world, values, comm::ReduceOp::kSum);
 }
 
-double peak_memory_of_a_rank(comm::Communicator& world) {
+double peak_resident_bytes() {
   constexpr double kKib = 1024.0;
   rusage usage{};
   ::getrusage(RUSAGE_SELF, &usage);
+  return static_cast<double>(usage.ru_maxrss) * kKib;
+}
+
+double peak_memory_of_a_rank(comm::Communicator& world, double own_bytes) {
   const auto pid = static_cast<double>(::getpid());
-  const std::vector<double> extremes =
-      max_over_ranks(world, {pid, -pid, static_cast<double>(usage.ru_maxrss) * kKib});
+  const std::vector<double> extremes = max_over_ranks(world, {pid, -pid, own_bytes});
   const bool one_process = extremes[0] == -extremes[1];
   return extremes[2] / (one_process ? world.size() : 1);
 }

@@ -42,7 +42,9 @@ std::vector<double> sum_over_ranks(comm::Communicator& world, const std::vector<
 /// What     Peak resident memory of a rank, bytes: of the fullest process, of threads their process's equal
 ///          parts.
 /// Comm     one all_reduce.
-double peak_memory_of_a_rank(comm::Communicator& world);
+double peak_memory_of_a_rank(comm::Communicator& world, double own_bytes);
+/// What     Of this process, bytes.
+double peak_resident_bytes();
 /// What     How often to repeat what takes rank 0 `once_s` to fill its budget; the same on all ranks.
 std::int64_t agree_on_runs(comm::Communicator& world, double once_s, double budget_s, std::int64_t least);
 

@@ -135,7 +135,7 @@ class Loop {
     if (later_seconds_.empty()) return {};
     comm::Communicator& world = *trainer_.groups().world;
     const double steps_s = std::accumulate(later_seconds_.begin(), later_seconds_.end(), 0.0);
-    train::MeasuredRun run{.memory_bytes = peak_memory_of_a_rank(world),
+    train::MeasuredRun run{.memory_bytes = peak_memory_of_a_rank(world, peak_bytes_),
                            .step_s = spread_of(later_seconds_).median,
                            .all_to_all_share = 0.0,
                            .traffic = *traffic_};
@@ -207,6 +207,8 @@ class Loop {
     if (first) {
       traffic_ = report.traffic;
     } else {
+      // Of steps alone: validation and checkpoints come later.
+      if (later_seconds_.empty()) peak_bytes_ = peak_resident_bytes();
       later_seconds_.push_back(seconds_since(begin));
       all_to_all_s_ += report.communication.all_to_all_s;
     }
@@ -249,6 +251,7 @@ class Loop {
   double elapsed_before_;
   std::optional<train::AuditedTraffic> traffic_;  ///< of the first step of this process
   std::vector<double> later_seconds_;
+  double peak_bytes_ = 0.0;    ///< after two steps
   double all_to_all_s_ = 0.0;  ///< of the later steps, on this rank
   double step_seconds_ = 0.0;
   double tokens_ = 0.0;

@@ -77,6 +77,15 @@ std::vector<ArrowBytes> recorded_step_bytes(const OwnRun& run, const RoutingCoun
 ///          mean count. Exact for allgather.
 std::vector<ArrowBytes> expected_step_bytes(const OwnRun& run);
 
+/// Bytes that a rank's forward pass keeps, per token.
+struct OwnActivations {
+  double layers = 0.0;      ///< of all layers
+  double recomputed = 0.0;  ///< of all layers, when they are computed again
+  double outside = 0.0;
+  double backward = 0.0;  ///< largest extra of one layer's backward pass
+};
+OwnActivations own_activations(const OwnRun& run, double imbalance = 1.0);
+
 /// What     Memory of the fullest rank: weights, gradients, masters and moments, activations of its share of
 /// a
 ///          micro-step, buffers of the exchange. `imbalance` is the fullest rank's rows over the mean.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory and seconds of our own training step.
+// Seconds of our own training step.
 #include <algorithm>
 
 #include "collegium/base/error.h"
@@ -58,10 +58,6 @@ Stack own_stack(const OwnRun& run) {
   s.fragmentation = 0.0;
   s.grouped_experts = false;
   return s;
-}
-
-MemoryReport own_memory(const OwnRun& run, const Cluster& cluster, double imbalance) {
-  return worst_memory(run.model, own_layout(run), own_workload(run, imbalance), cluster, own_stack(run));
 }
 
 StepTime own_step(const OwnRun& run, const Cluster& cluster, double imbalance) {

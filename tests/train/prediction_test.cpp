@@ -6,6 +6,7 @@
 
 #include "collegium/base/file.h"
 #include "collegium/comm/local/local.h"
+#include "collegium/model/activation_bytes.h"
 #include "collegium/train/trainer.h"
 #include "tests/support/tiny_model.h"
 
@@ -72,6 +73,26 @@ TEST_F(Prediction, ledger_equals_planner_on_four_ranks) {
     expect_equal_bytes(4, 2, {kind, "parallel.ep=2", "batch.micro_sequences=5", "train.dtype=float32"});
     if (exchange == "two_level" || exchange == "allgather")
       expect_equal_bytes(4, 2, {kind, "parallel.dispatcher.combine_fp32=true", "train.dtype=bfloat16"});
+  }
+}
+
+// The planner, which knows no tensors, counts what the modules that save them count.
+TEST_F(Prediction, activations_equal_the_models_count) {
+  for (const char* dtype : {"bfloat16", "float32", "float64"}) {
+    for (const char* norm : {"none", "per_head"}) {
+      const train::RunConfig config = train::read_run_config(
+          folder_ / "run.toml", {std::string("train.dtype=") + dtype, std::string("model.qk_norm=") + norm,
+                                 "model.family=collegium_moe"});
+      train::Trainer trainer(config);
+      const plan::OwnActivations ours = plan::own_activations(trainer.own_run());
+      const model::ModelConfig& model = trainer.decoder().config();
+      const model::ActivationBytes kept = model::activation_bytes(model, trainer.decoder().dtype());
+      const auto layers = static_cast<double>(model.num_layers);
+      EXPECT_DOUBLE_EQ(ours.layers, layers * kept.layer);
+      EXPECT_DOUBLE_EQ(ours.recomputed, layers * kept.recomputed);
+      EXPECT_DOUBLE_EQ(ours.outside, kept.outside);
+      EXPECT_DOUBLE_EQ(ours.backward, kept.backward);
+    }
   }
 }
 
