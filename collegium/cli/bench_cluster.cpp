@@ -22,6 +22,7 @@
 #include "collegium/cli/launch.h"
 #include "collegium/cli/progress.h"
 #include "collegium/model/causal_attention.h"
+#include "collegium/model/norm.h"
 #include "collegium/ops/arena.h"
 #include "collegium/plan/cluster.h"
 
@@ -31,7 +32,7 @@ namespace {
 
 struct ClusterBenchOptions {
   std::string file;
-  double seconds = 0.15;
+  double seconds = 0.1;
   LaunchOptions launch;
 };
 
@@ -119,14 +120,17 @@ class ClusterBench {
   plan::Accelerator measure_rank() {
     plan::Accelerator a;
     a.name = fmt::format("CPU, {} threads", at::get_num_threads());
-    a.gemm_efficiency = a.memory_efficiency = 1.0;
+    a.gemm_efficiency = 1.0;
     const bool threads = max_over_ranks(world_, {static_cast<double>(::getpid())})[0] ==
                          -max_over_ranks(world_, {-static_cast<double>(::getpid())})[0];
     a.memory_gib = machine_memory_bytes() / ranks_of_node_ / kGib;
     show("a small operation");
     a.launch_us = launch_seconds() / kMicro;
     show("copies in memory");
-    a.memory_gb_per_s = copy_rate() / kGiga;
+    const double copied = copy_rate();
+    a.memory_gb_per_s = copied / kGiga;
+    show("a norm");
+    a.memory_efficiency = std::min(1.0, norm_rate() / copied);
     measure_products("bf16", at::kBFloat16, a);
     measure_products("fp32", at::kFloat, a);
     show("attention");
@@ -156,12 +160,29 @@ class ClusterBench {
     return 2.0 * static_cast<double>(kBytes) / time([&] { to.copy_(from); });
   }
 
+  // The same of a row kernel, which computes on what it reads: a norm of as many values as a layer has.
+  double norm_rate() {
+    constexpr std::int64_t kRows = 8192;
+    constexpr std::int64_t kWidth = 512;
+    constexpr double kEpsilon = 1e-5;
+    const at::Tensor x = at::full({kRows, kWidth}, 1.0, at::kBFloat16);
+    const at::Tensor weight = at::full({kWidth}, 1.0, at::kBFloat16);
+    return 4.0 * kRows * kWidth / time([&] { model::rms_norm(x, weight, kEpsilon); });
+  }
+
+  // Training multiplies rows by a weight as it lies (input gradients), by its transpose (forward) and by the
+  // transpose of rows (weight gradients), as often each.
   double product_seconds(at::ScalarType dtype, std::array<std::int64_t, 3> size) {
     constexpr double kValue = 0.01;
+    constexpr double kLayouts = 3.0;
     const at::Tensor a = at::full({size[0], size[2]}, kValue, dtype);
     const at::Tensor b = at::full({size[2], size[1]}, kValue, dtype);
+    const at::Tensor turned_a = at::full({size[2], size[0]}, kValue, dtype).t();
+    const at::Tensor turned_b = at::full({size[1], size[2]}, kValue, dtype).t();
     at::Tensor c = at::empty({size[0], size[1]}, dtype);
-    return time([&] { at::mm_out(c, a, b); });
+    return (time([&] { at::mm_out(c, a, b); }) + time([&] { at::mm_out(c, a, turned_b); }) +
+            time([&] { at::mm_out(c, turned_a, b); })) /
+           kLayouts;
   }
 
   // Rate = peak * product over rows, columns and depth of x/(x + x0): seconds of a FLOP are linear in 1/x.

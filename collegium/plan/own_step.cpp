@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "collegium/base/error.h"
+#include "collegium/plan/collectives.h"
 #include "collegium/plan/own_run.h"
 
 namespace collegium::plan {
@@ -57,11 +58,29 @@ Stack own_stack(const OwnRun& run) {
   s.expert_overlap = run.overlap;
   s.fragmentation = 0.0;
   s.grouped_experts = false;
+  s.fused_accumulation = false;
   return s;
 }
 
 StepTime own_step(const OwnRun& run, const Cluster& cluster, double imbalance) {
-  return step_time(run.model, own_layout(run), own_workload(run, imbalance), cluster, own_stack(run));
+  // Scores are computed in fp32 whatever the dtype: attention is as fast as where it was measured, in bf16.
+  Cluster ours = cluster;
+  if (run.dtype != "bfloat16") {
+    const double ratio = peak_flops(cluster.accelerator, "bf16") / peak_flops(cluster.accelerator, "fp32");
+    ours.accelerator.attention_forward *= ratio;
+    ours.accelerator.attention_backward *= ratio;
+  }
+  const Stack stack = own_stack(run);
+  StepTime t = step_time(run.model, own_layout(run), own_workload(run, imbalance), ours, stack);
+  // The gradients of a lone micro-step are added to the sums too.
+  if (t.micro_batches <= 1.0) {
+    const StageWeights held = stage_weights(run.model, own_layout(run), stack, 0);
+    const double seconds = stream_seconds(
+        cluster.accelerator, 2.0 * (stack.gradient_bytes + stack.weight_bytes) * (held.dense + held.experts));
+    t.optimizer_s += seconds;
+    t.step_s += seconds;
+  }
+  return t;
 }
 
 }  // namespace collegium::plan
