@@ -119,7 +119,7 @@ class ClusterBench {
 
   plan::Accelerator measure_rank() {
     plan::Accelerator a;
-    a.name = fmt::format("CPU, {} threads", at::get_num_threads());
+    a.name = fmt::format("CPU, {} thread{}", at::get_num_threads(), at::get_num_threads() == 1 ? "" : "s");
     a.gemm_efficiency = 1.0;
     const bool threads = max_over_ranks(world_, {static_cast<double>(::getpid())})[0] ==
                          -max_over_ranks(world_, {-static_cast<double>(::getpid())})[0];

@@ -226,7 +226,9 @@ ModelSpec collegium_moe(const Keys& keys) {
   m.experts = moe.require({"num_experts"});
   m.top_k = moe.require({"top_k"});
   m.expert_ffn = moe.require({"ffn_size"});
-  m.shared_ffn = moe.get("shared_ffn_size", 0);
+  const Keys shared(moe.json().contains("shared_expert") ? moe.json()["shared_expert"] : Json::object(),
+                    "moe.shared_expert");
+  m.shared_ffn = shared.get("ffn_size", 0);
   const std::string norm = keys.text("qk_norm", "none");
   m.qk_norm = norm == "per_head" ? SpecQkNorm::kPerHead
                                  : (norm == "projection" ? SpecQkNorm::kProjection : SpecQkNorm::kNone);

@@ -84,11 +84,11 @@ struct OwnActivations {
   double outside = 0.0;
   double backward = 0.0;  ///< largest extra of one layer's backward pass
 };
+/// What     The tensors that model::activation_bytes() counts; `imbalance` as below. Bytes per token.
 OwnActivations own_activations(const OwnRun& run, double imbalance = 1.0);
 
-/// What     Memory of the fullest rank: weights, gradients, masters and moments, activations of its share of
-/// a
-///          micro-step, buffers of the exchange. `imbalance` is the fullest rank's rows over the mean.
+/// What     Memory of the fullest rank: weights, gradients, masters and moments, activations of its share
+///          of a micro-step, buffers of the exchange. `imbalance` is the fullest rank's rows over the mean.
 MemoryReport own_memory(const OwnRun& run, const Cluster& cluster, double imbalance = 1.0);
 /// What     Seconds of an optimizer step on a cluster whose ranks are the run's.
 StepTime own_step(const OwnRun& run, const Cluster& cluster, double imbalance = 1.0);
