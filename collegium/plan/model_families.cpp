@@ -14,7 +14,7 @@ namespace {
 // Reads keys with the message the user needs: file, key, value, what was expected.
 class Keys {
  public:
-  Keys(const Json& json, std::string origin) : json_(json), origin_(std::move(origin)) {}
+  Keys(Json json, std::string origin) : json_(std::move(json)), origin_(std::move(origin)) {}
 
   std::int64_t require(std::initializer_list<const char*> keys) const {
     for (const char* key : keys) {
@@ -46,7 +46,7 @@ class Keys {
     return json_[key].get<std::int64_t>();
   }
 
-  const Json& json_;
+  Json json_;
   std::string origin_;
 };
 
