@@ -125,8 +125,12 @@ std::vector<OuterTile> cut_outer(const at::Tensor& counts_E, std::int64_t out, s
 // In bf16 a GEMM's kernel is generated for its exact sizes, which costs as much as a small GEMM; rows per
 // expert differ in every step. So rows are rounded up, to multiples of 32 up to 1024 rows and of a 32nd of
 // them above, and the missing ones are zeros, which add nothing.
-std::int64_t padded_rows(std::int64_t rows, at::ScalarType dtype) {
-  if (dtype != at::kBFloat16) return rows;
+// Products of more than some 10 ms are left alone: their kernel costs little beside them, and every worker
+// has copies.
+std::int64_t padded_rows(const OuterTile& tile, std::int64_t in, at::ScalarType dtype) {
+  constexpr std::int64_t kLargest = std::int64_t{1} << 30;  // multiply-adds
+  const std::int64_t rows = tile.rows.rows;
+  if (dtype != at::kBFloat16 || rows * in * tile.count > kLargest) return rows;
   std::int64_t step = kSizeStep;
   while (rows > kSizeStep * step) step *= 2;
   return (rows + step - 1) / step * step;
@@ -164,7 +168,7 @@ at::Tensor grouped_outer(const at::Tensor& grad_RO, const at::Tensor& x_RI, cons
   std::int64_t most_rows = 0;
   std::int64_t widest = 0;
   for (const OuterTile& tile : tiles) {
-    const std::int64_t padded = padded_rows(tile.rows.rows, dtype);
+    const std::int64_t padded = padded_rows(tile, x_RI.size(1), dtype);
     if (padded != tile.rows.rows) most_rows = std::max(most_rows, padded);
     widest = std::max(widest, tile.count);
   }
@@ -177,7 +181,7 @@ at::Tensor grouped_outer(const at::Tensor& grad_RO, const at::Tensor& x_RI, cons
       grad_OI.zero_();
       return;
     }
-    const std::int64_t padded = padded_rows(tile.rows.rows, dtype);
+    const std::int64_t padded = padded_rows(tile, x_RI.size(1), dtype);
     const at::Tensor grad = rows_of(grad_RO, tile.rows).narrow(1, tile.first, tile.count);
     product(grads.of(grad, padded, worker).t(), inputs.of(rows_of(x_RI, tile.rows), padded, worker), grad_OI);
   });
