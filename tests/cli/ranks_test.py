@@ -201,7 +201,10 @@ def check_threads(endless: list[str]) -> None:
     for backend in BACKENDS:
         process = start(*endless, "--ranks", "2", "--backend", backend)
         if backend == "mpi":
-            sets = [busy_cores(pid) for pid in rank_processes(process, 2).values()]
+            ranks = rank_processes(process, 2).values()
+            while min(cpu_seconds(pid) for pid in ranks) < 3:
+                time.sleep(0.05)
+            sets = [busy_cores(pid) for pid in ranks]
             sets = [set.union(*cores_of_rank) for cores_of_rank in sets if cores_of_rank]
         else:
             while cpu_seconds(process.pid) < 3:
