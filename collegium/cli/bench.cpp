@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <fstream>
 #include <numeric>
 #include <thread>
 
@@ -75,11 +76,23 @@ double peak_resident_bytes() {
   return static_cast<double>(usage.ru_maxrss) * kKib;
 }
 
-double peak_memory_of_a_rank(comm::Communicator& world, double own_bytes) {
+double resident_bytes() {
+  std::ifstream stat("/proc/self/statm");
+  double all = 0.0;
+  double resident = 0.0;
+  stat >> all >> resident;
+  return resident * static_cast<double>(::sysconf(_SC_PAGE_SIZE));
+}
+
+bool ranks_share_a_process(comm::Communicator& world) {
   const auto pid = static_cast<double>(::getpid());
-  const std::vector<double> extremes = max_over_ranks(world, {pid, -pid, own_bytes});
-  const bool one_process = extremes[0] == -extremes[1];
-  return extremes[2] / (one_process ? world.size() : 1);
+  const std::vector<double> extremes = max_over_ranks(world, {pid, -pid});
+  return extremes[0] == -extremes[1];
+}
+
+double peak_memory_of_a_rank(comm::Communicator& world, double own_bytes) {
+  const double fullest = max_over_ranks(world, {own_bytes})[0];
+  return fullest / (ranks_share_a_process(world) ? world.size() : 1);
 }
 
 std::int64_t agree_on_runs(comm::Communicator& world, double once_s, double budget_s, std::int64_t least) {

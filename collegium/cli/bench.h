@@ -41,10 +41,15 @@ std::vector<double> max_over_ranks(comm::Communicator& world, const std::vector<
 std::vector<double> sum_over_ranks(comm::Communicator& world, const std::vector<double>& values);
 /// What     Peak resident memory of a rank, bytes: of the fullest process, of threads their process's equal
 ///          parts.
-/// Comm     one all_reduce.
+/// Comm     two all_reduces.
 double peak_memory_of_a_rank(comm::Communicator& world, double own_bytes);
 /// What     Of this process, bytes.
 double peak_resident_bytes();
+/// What     Of this process now, bytes.
+double resident_bytes();
+/// What     Whether the ranks are threads of one process.
+/// Comm     one all_reduce.
+bool ranks_share_a_process(comm::Communicator& world);
 /// What     How often to repeat what takes rank 0 `once_s` to fill its budget; the same on all ranks.
 std::int64_t agree_on_runs(comm::Communicator& world, double once_s, double budget_s, std::int64_t least);
 

@@ -13,7 +13,6 @@
 #include <array>
 #include <cmath>
 #include <filesystem>
-#include <fstream>
 
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
@@ -59,14 +58,6 @@ Line fit(const std::vector<double>& x, const std::vector<double>& y) {
   }
   const double slope = (w * wxy - wx * wy) / (w * wxx - wx * wx);
   return {.intercept = (wy - slope * wx) / w, .slope = slope};
-}
-
-double resident_bytes() {
-  std::ifstream stat("/proc/self/statm");
-  double all = 0.0;
-  double resident = 0.0;
-  stat >> all >> resident;
-  return resident * static_cast<double>(::sysconf(_SC_PAGE_SIZE));
 }
 
 /// What one rank reaches while all of them work. Collective: every rank makes the same measurements.
@@ -121,8 +112,7 @@ class ClusterBench {
     plan::Accelerator a;
     a.name = fmt::format("CPU, {} thread{}", at::get_num_threads(), at::get_num_threads() == 1 ? "" : "s");
     a.gemm_efficiency = 1.0;
-    const bool threads = max_over_ranks(world_, {static_cast<double>(::getpid())})[0] ==
-                         -max_over_ranks(world_, {-static_cast<double>(::getpid())})[0];
+    const bool threads = ranks_share_a_process(world_);
     a.memory_gib = machine_memory_bytes() / ranks_of_node_ / kGib;
     show("a small operation");
     a.launch_us = launch_seconds() / kMicro;

@@ -2,12 +2,10 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <fmt/format.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <filesystem>
-#include <fstream>
 #include <span>
 
 #include "collegium/base/rng.h"
@@ -87,24 +85,8 @@ class CorpusFolder {
 };
 
 double peak_rss_of_all_ranks(comm::Communicator& world) {
-  constexpr double kKib = 1024.0;
-  rusage usage{};
-  ::getrusage(RUSAGE_SELF, &usage);
-  const double own = static_cast<double>(usage.ru_maxrss) * kKib;
-  // Ranks that are threads share one process.
-  const auto pid = static_cast<double>(::getpid());
-  const std::vector<double> extremes = max_over_ranks(world, {pid, -pid, own});
-  const bool one_process = extremes[0] == -extremes[1];
-  const double sum = sum_over_ranks(world, {own})[0];
-  return one_process ? extremes[2] : sum;
-}
-
-double resident_bytes() {
-  std::ifstream stat("/proc/self/statm");
-  double all = 0.0;
-  double resident = 0.0;
-  stat >> all >> resident;
-  return resident * static_cast<double>(::sysconf(_SC_PAGE_SIZE));
+  const double own = peak_resident_bytes();
+  return ranks_share_a_process(world) ? max_over_ranks(world, {own})[0] : sum_over_ranks(world, {own})[0];
 }
 
 class StepBench {

@@ -9,24 +9,15 @@
 #include "collegium/comm/local/local.h"
 #include "collegium/train/trainer.h"
 #include "tests/support/tensors.h"
-#include "tests/support/tiny_model.h"
+#include "tests/support/tiny_run.h"
 
 namespace collegium {
 namespace {
 
 namespace fs = std::filesystem;
 
-class Freezing : public testing::Test {
+class Freezing : public test::TinyRun {
  protected:
-  void SetUp() override {
-    folder_ = fs::temp_directory_path() /
-              ("collegium_" + std::string(testing::UnitTest::GetInstance()->current_test_info()->name()));
-    fs::remove_all(folder_);
-    test::write_counting_corpus(folder_, 24);
-    write_file_atomically(folder_ / "run.toml", test::tiny_run_file(folder_));
-  }
-  void TearDown() override { fs::remove_all(folder_); }
-
   train::RunConfig config(const std::string& patterns) const {
     return train::read_run_config(folder_ / "run.toml",
                                   {"model.freeze=" + patterns, "model.moe.router.bias_balancing=true",
@@ -50,8 +41,6 @@ class Freezing : public testing::Test {
     }
     return same;
   }
-
-  fs::path folder_;
 };
 
 std::set<std::string> names_of(const model::ModelConfig& config, const std::vector<std::string>& patterns) {

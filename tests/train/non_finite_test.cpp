@@ -12,24 +12,13 @@
 #include "collegium/base/error.h"
 #include "collegium/comm/local/local.h"
 #include "collegium/train/trainer.h"
-#include "tests/support/tiny_model.h"
+#include "tests/support/tiny_run.h"
 
 namespace collegium {
 namespace {
 
-namespace fs = std::filesystem;
-
-class NonFinite : public testing::Test {
+class NonFinite : public test::TinyRun {
  protected:
-  void SetUp() override {
-    folder_ = fs::temp_directory_path() /
-              ("collegium_" + std::string(testing::UnitTest::GetInstance()->current_test_info()->name()));
-    fs::remove_all(folder_);
-    test::write_counting_corpus(folder_, 24);
-    write_file_atomically(folder_ / "run.toml", test::tiny_run_file(folder_));
-  }
-  void TearDown() override { fs::remove_all(folder_); }
-
   // What the second step of a run says after `spoil` has changed its weights.
   std::string message(const std::vector<std::string>& overrides,
                       const std::function<void(const train::Trainer&)>& spoil) const {
@@ -50,8 +39,6 @@ class NonFinite : public testing::Test {
   std::string message(const std::string& tensor, double factor) const {
     return message({}, [&](const train::Trainer& trainer) { trainer.decoder().value(tensor).mul_(factor); });
   }
-
-  fs::path folder_;
 };
 
 // Finite values of up to 1e308, whose products are not.

@@ -8,24 +8,13 @@
 #include "collegium/comm/local/local.h"
 #include "collegium/model/activation_bytes.h"
 #include "collegium/train/trainer.h"
-#include "tests/support/tiny_model.h"
+#include "tests/support/tiny_run.h"
 
 namespace collegium {
 namespace {
 
-namespace fs = std::filesystem;
-
-class Prediction : public testing::Test {
+class Prediction : public test::TinyRun {
  protected:
-  void SetUp() override {
-    folder_ = fs::temp_directory_path() /
-              ("collegium_" + std::string(testing::UnitTest::GetInstance()->current_test_info()->name()));
-    fs::remove_all(folder_);
-    test::write_counting_corpus(folder_, 24);
-    write_file_atomically(folder_ / "run.toml", test::tiny_run_file(folder_));
-  }
-  void TearDown() override { fs::remove_all(folder_); }
-
   // Two steps of a run, both audited; every rank's ledger against the planner.
   void expect_equal_bytes(int ranks, int ranks_per_node, const std::vector<std::string>& overrides) {
     SCOPED_TRACE(testing::PrintToString(ranks) + " ranks: " + testing::PrintToString(overrides));
@@ -51,8 +40,6 @@ class Prediction : public testing::Test {
                     },
                     {.ranks_per_node = ranks_per_node});
   }
-
-  fs::path folder_;
 };
 
 const std::vector<std::string> kExchanges = {"uneven", "padded", "allgather", "two_level"};

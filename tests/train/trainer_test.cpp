@@ -9,24 +9,15 @@
 
 #include "collegium/base/error.h"
 #include "tests/support/tensors.h"
-#include "tests/support/tiny_model.h"
+#include "tests/support/tiny_run.h"
 
 namespace collegium {
 namespace {
 
 namespace fs = std::filesystem;
 
-class Training : public testing::Test {
+class Training : public test::TinyRun {
  protected:
-  void SetUp() override {
-    folder_ = fs::temp_directory_path() /
-              ("collegium_" + std::string(testing::UnitTest::GetInstance()->current_test_info()->name()));
-    fs::remove_all(folder_);
-    test::write_counting_corpus(folder_, 24);
-    write_file_atomically(folder_ / "run.toml", test::tiny_run_file(folder_));
-  }
-  void TearDown() override { fs::remove_all(folder_); }
-
   train::RunConfig config(const std::vector<std::string>& overrides = {}) const {
     return train::read_run_config(folder_ / "run.toml", overrides);
   }
@@ -36,8 +27,6 @@ class Training : public testing::Test {
       parts.push_back(slot.master.reshape({-1}).clone());
     return at::cat(parts);
   }
-
-  fs::path folder_;
 };
 
 TEST_F(Training, loss_falls) {
