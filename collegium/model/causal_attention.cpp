@@ -92,8 +92,9 @@ class Workspace {
  public:
   Workspace(std::int64_t length, std::int64_t head_dim, at::ScalarType dtype) {
     const std::int64_t queries = std::min(kQueries, length);
-    for (at::Tensor* matrix : {&q_SA, &k_SA, &v_SA, &out_SA, &grad_q_SA, &grad_k_SA, &grad_v_SA})
+    for (at::Tensor* matrix : {&q_SA, &k_SA, &v_SA, &out_SA, &grad_q_SA})
       *matrix = at::empty({length, head_dim}, dtype);
+    for (at::Tensor* matrix : {&grad_k_AS, &grad_v_AS}) *matrix = at::empty({head_dim, length}, dtype);
     scores_ = at::empty({queries * length}, dtype);
     gradients_ = at::empty({queries * length}, dtype);
   }
@@ -101,7 +102,10 @@ class Workspace {
   at::Tensor scores(std::int64_t rows, std::int64_t keys) const { return part(scores_, rows, keys); }
   at::Tensor gradients(std::int64_t rows, std::int64_t keys) const { return part(gradients_, rows, keys); }
 
-  at::Tensor q_SA, k_SA, v_SA, out_SA, grad_q_SA, grad_k_SA, grad_v_SA;
+  at::Tensor q_SA, k_SA, v_SA, out_SA, grad_q_SA;
+  // Transposed: the product whose second operand has long rows runs at 98 GFLOP/s of a core, the one whose
+  // first operand is transposed at 73 to 93.
+  at::Tensor grad_k_AS, grad_v_AS;
 
  private:
   static at::Tensor part(const at::Tensor& buffer, std::int64_t rows, std::int64_t keys) {
@@ -174,8 +178,8 @@ void backward_head(const Workspace& w, const at::Tensor& sums_S, const at::Tenso
                        sums.const_data_ptr<float>());
     }
     multiply(gradients, k, w.grad_q_SA.narrow(0, first, rows));
-    w.grad_k_SA.narrow(0, 0, keys).addmm_(gradients.t(), q);
-    w.grad_v_SA.narrow(0, 0, keys).addmm_(scores.t(), grad_out);
+    w.grad_k_AS.narrow(1, 0, keys).addmm_(q.t(), gradients);
+    w.grad_v_AS.narrow(1, 0, keys).addmm_(grad_out.t(), scores);
   });
   w.grad_q_SA.mul_(1.0 / std::sqrt(static_cast<double>(w.q_SA.size(1))));
 }
@@ -235,16 +239,16 @@ class CausalAttention final : public torch::autograd::Function<CausalAttention> 
       const Workspace& w = workspaces[static_cast<std::size_t>(worker)];
       w.k_SA.copy_(head(k, b, j));
       w.v_SA.copy_(head(v, b, j));
-      w.grad_k_SA.zero_();
-      w.grad_v_SA.zero_();
+      w.grad_k_AS.zero_();
+      w.grad_v_AS.zero_();
       for (std::int64_t h = j * times; h < (j + 1) * times; ++h) {
         load_queries(w, head(q, b, h));
         w.out_SA.copy_(head(grads[0], b, h));
         backward_head(w, head(sums_BHS, b, h), head(log_sums_BHS, b, h));
         head(grad_q, b, h).copy_(w.grad_q_SA);
       }
-      head(grad_k, b, j).copy_(w.grad_k_SA);
-      head(grad_v, b, j).copy_(w.grad_v_SA);
+      head(grad_k, b, j).copy_(w.grad_k_AS.t());
+      head(grad_v, b, j).copy_(w.grad_v_AS.t());
     });
     return {grad_q, grad_k, grad_v};
   }

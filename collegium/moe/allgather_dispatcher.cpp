@@ -69,7 +69,7 @@ class AllgatherDispatcher final : public Dispatcher {
     return Pending<DispatchedRows>([h, tokens, weights]() mutable -> DispatchedRows {
       tokens.work.wait();
       weights.work.wait();
-      return {.rows_RD = ops::gather_rows(tokens.received, h->permutation.row_token_R),
+      return {.rows = {.values_XD = tokens.received, .index_R = h->permutation.row_token_R},
               .weights_R = rows_of_slots(weights.received, h->permutation.row_slot_R)};
     });
   }
@@ -86,14 +86,14 @@ class AllgatherDispatcher final : public Dispatcher {
     });
   }
 
-  Pending<at::Tensor> combine_backward(const at::Tensor& grad_y_TD,
-                                       const std::shared_ptr<DispatchHandle>& handle) override {
+  Pending<ops::RowSource> combine_backward(const at::Tensor& grad_y_TD,
+                                           const std::shared_ptr<DispatchHandle>& handle) override {
     const auto h = std::static_pointer_cast<AllgatherHandle>(handle);
     const comm::WhereScope scope(ep_->where(), at_phase(h->where, "combine backward"));
     Exchange tokens = gather(grad_y_TD, *h);
-    return Pending<at::Tensor>([h, tokens]() mutable {
+    return Pending<ops::RowSource>([h, tokens]() mutable -> ops::RowSource {
       tokens.work.wait();
-      return ops::gather_rows(tokens.received, h->permutation.row_token_R);
+      return {.values_XD = tokens.received, .index_R = h->permutation.row_token_R};
     });
   }
 

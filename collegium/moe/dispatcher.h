@@ -20,6 +20,7 @@
 #include "collegium/base/fields.h"
 #include "collegium/comm/communicator.h"
 #include "collegium/moe/placement.h"
+#include "collegium/ops/row_source.h"
 
 namespace collegium::moe {
 
@@ -56,8 +57,9 @@ struct DispatchRequest {
 
 struct DispatchedRows {
   /// Compute dtype, grouped by local expert; within one in (source rank, token) order, for two_level in
-  /// (source's index in its node, source's node, token) order.
-  at::Tensor rows_RD;
+  /// (source's index in its node, source's node, token) order. Received rows lie where the network put them;
+  /// a row that several experts of this rank take lies there once.
+  ops::RowSource rows;
   at::Tensor weights_R;  ///< router dtype, the weight that travels with its row
 };
 
@@ -81,8 +83,8 @@ class Dispatcher {
   virtual Pending<at::Tensor> combine(const at::Tensor& rows_RD,
                                       const std::shared_ptr<DispatchHandle>& handle) = 0;
   /// Gradient of combine: the rows' gradients from the tokens'.
-  virtual Pending<at::Tensor> combine_backward(const at::Tensor& grad_y_TD,
-                                               const std::shared_ptr<DispatchHandle>& handle) = 0;
+  virtual Pending<ops::RowSource> combine_backward(const at::Tensor& grad_y_TD,
+                                                   const std::shared_ptr<DispatchHandle>& handle) = 0;
   /// Gradient of dispatch: tokens' gradients and their weights' from the rows'. `grad_rows_RD` may be
   /// undefined (on all ranks): the tokens' gradient is then not wanted.
   virtual Pending<DispatchGradients> dispatch_backward(const at::Tensor& grad_rows_RD,
@@ -129,7 +131,8 @@ struct ExpertTransport {
   OverlapOptions overlap;
 };
 
-/// What     The dispatcher of one rank that holds every expert: two row gathers, no communication.
+/// What     The dispatcher of one rank that holds every expert: rows are read where the tokens are, no
+/// communication.
 std::shared_ptr<Dispatcher> make_local_dispatcher(std::int64_t num_experts);
 
 /// What     A dispatcher over the ranks of an expert-parallel group, one file each.

@@ -14,8 +14,8 @@
 
 #include "collegium/base/error.h"
 #include "collegium/moe/capacity.h"
-#include "collegium/moe/experts.h"
 #include "collegium/moe/shared_expert.h"
+#include "collegium/ops/expert_mlp.h"
 
 namespace collegium::moe {
 
@@ -45,7 +45,7 @@ struct Chunk {
   std::int64_t begin = 0;
   std::int64_t tokens = 0;
   std::shared_ptr<DispatchHandle> handle;
-  ExpertsState experts;
+  ops::ExpertsKept experts;
 
   at::Tensor of(const at::Tensor& all_TX) const { return all_TX.narrow(0, begin, tokens); }
 };
@@ -67,6 +67,10 @@ void begin_stages(const LayerRun& run) {
 }
 void end_stage(const LayerRun& run, Stage stage) {
   if (run.stage_times != nullptr) run.stage_times->end(stage);
+}
+
+ops::ExpertWeights expert_weights(const Inputs& inputs) {
+  return {.gate_up_EGD = inputs[kGateUp], .down_EDF = inputs[kDown]};
 }
 
 SharedExpertWeights shared_weights(const Inputs& inputs) {
@@ -129,8 +133,8 @@ at::Tensor run_experts(const Inputs& inputs, const Routing& routing, Saved& save
     end_stage(*saved.run, Stage::kDispatch);
     Chunk& chunk = saved.chunks[i];
     const at::Tensor rows_RD =
-        experts_forward(dispatched.rows_RD, dispatched.weights_R, chunk.handle->row_counts_L, inputs[kGateUp],
-                        inputs[kDown], chunk.experts);
+        ops::expert_mlp(dispatched.rows, dispatched.weights_R, chunk.handle->row_counts_L,
+                        expert_weights(inputs), chunk.experts);
     end_stage(*saved.run, Stage::kExperts);
     leaving.push_back(dispatcher.combine(rows_RD, chunk.handle));
     end_stage(*saved.run, Stage::kCombine);
@@ -194,13 +198,13 @@ void add_share(const at::Tensor& share, bool only_one, at::Tensor& sum) {
 }
 
 // Gradients that the experts' backward pass gives: of tokens and weights per chunk, of the experts' weights.
-DispatchGradients run_experts_backward(const Inputs& inputs, const ExpertsNeeds& needs, const Saved& saved,
-                                       const at::Tensor& grad_routed_TD,
+DispatchGradients run_experts_backward(const Inputs& inputs, const ops::ExpertNeeds& needs,
+                                       const Saved& saved, const at::Tensor& grad_routed_TD,
                                        const std::function<void()>& meanwhile, variable_list& gradients) {
   Dispatcher& dispatcher = *saved.transport.dispatcher;
   const bool one_chunk = saved.chunks.size() == 1;
   const bool overlapped = saved.transport.overlap.weight_gradients;
-  std::vector<Pending<at::Tensor>> arriving;
+  std::vector<Pending<ops::RowSource>> arriving;
   std::vector<DispatchGradients> parts;
   std::optional<Pending<DispatchGradients>> leaving;
   const auto start = [&](std::size_t i) {
@@ -212,21 +216,22 @@ DispatchGradients run_experts_backward(const Inputs& inputs, const ExpertsNeeds&
   if (meanwhile) meanwhile();
   for (std::size_t i = 0; i < saved.chunks.size(); ++i) {
     const Chunk& chunk = saved.chunks[i];
-    ExpertsBackward backward(chunk.experts, arriving[i].wait(), needs);
+    ops::ExpertMlpBackward backward(chunk.experts, expert_weights(inputs), arriving[i].wait(), needs);
     if (i + 1 < saved.chunks.size()) start(i + 1);
     end_stage(*saved.run, Stage::kCombineBackward);
-    const RowGradients rows = backward.rows(inputs[kGateUp], inputs[kDown]);
+    const ops::ExpertRowGradients rows =
+        backward.rows(overlapped ? ops::WeightGradients::kAfterRows : ops::WeightGradients::kWithRows);
     end_stage(*saved.run, Stage::kExpertRowsBackward);
     if (leaving) parts.push_back(leaving->wait());
-    leaving.emplace(dispatcher.dispatch_backward(rows.rows_RD, rows.weights_R, chunk.handle));
+    leaving.emplace(dispatcher.dispatch_backward(rows.x_RD, rows.weights_R, chunk.handle));
     if (!overlapped) {
       parts.push_back(leaving->wait());
       leaving.reset();
     }
     end_stage(*saved.run, Stage::kDispatchBackward);
-    const ExpertWeightGradients weights = backward.weights();
-    add_share(weights.gate_up_LGD, one_chunk, gradients[kGateUp]);
-    add_share(weights.down_LDF, one_chunk, gradients[kDown]);
+    const ops::ExpertWeightGradients weights = backward.weights();
+    add_share(weights.gate_up_EGD, one_chunk, gradients[kGateUp]);
+    add_share(weights.down_EDF, one_chunk, gradients[kDown]);
     end_stage(*saved.run, Stage::kExpertWeightsBackward);
   }
   if (leaving) parts.push_back(leaving->wait());

@@ -36,7 +36,7 @@ class LocalDispatcher final : public Dispatcher {
     return Pending<DispatchedRows>([=]() -> DispatchedRows {
       const ops::Permutation& permutation = local(handle);
       const at::Tensor slots_R = permutation.row_slot_R.to(at::kLong);
-      return {.rows_RD = ops::gather_rows(x_TD, permutation.row_token_R),
+      return {.rows = {.values_XD = x_TD.contiguous(), .index_R = permutation.row_token_R},
               .weights_R = weights_TK.reshape({-1}).index_select(0, slots_R)};
     });
   }
@@ -46,9 +46,11 @@ class LocalDispatcher final : public Dispatcher {
     return Pending<at::Tensor>([=] { return ops::combine_rows(rows_RD, local(handle).slot_row_TK); });
   }
 
-  Pending<at::Tensor> combine_backward(const at::Tensor& grad_y_TD,
-                                       const std::shared_ptr<DispatchHandle>& handle) override {
-    return Pending<at::Tensor>([=] { return ops::gather_rows(grad_y_TD, local(handle).row_token_R); });
+  Pending<ops::RowSource> combine_backward(const at::Tensor& grad_y_TD,
+                                           const std::shared_ptr<DispatchHandle>& handle) override {
+    return Pending<ops::RowSource>([=]() -> ops::RowSource {
+      return {.values_XD = grad_y_TD.contiguous(), .index_R = local(handle).row_token_R};
+    });
   }
 
   Pending<DispatchGradients> dispatch_backward(const at::Tensor& grad_rows_RD,

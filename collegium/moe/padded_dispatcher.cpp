@@ -93,7 +93,7 @@ class PaddedDispatcher final : public Dispatcher {
     return Pending<DispatchedRows>([rows, weights]() mutable -> DispatchedRows {
       rows.work.wait();
       weights.work.wait();
-      return {.rows_RD = rows.received, .weights_R = weights.received};
+      return {.rows = {.values_XD = rows.received, .index_R = {}}, .weights_R = weights.received};
     });
   }
 
@@ -108,14 +108,14 @@ class PaddedDispatcher final : public Dispatcher {
     });
   }
 
-  Pending<at::Tensor> combine_backward(const at::Tensor& grad_y_TD,
-                                       const std::shared_ptr<DispatchHandle>& handle) override {
+  Pending<ops::RowSource> combine_backward(const at::Tensor& grad_y_TD,
+                                           const std::shared_ptr<DispatchHandle>& handle) override {
     const auto h = std::static_pointer_cast<PaddedHandle>(handle);
     const comm::WhereScope scope(ep_->where(), at_phase(h->where, "combine backward"));
     Exchange rows = start_exchange(*ep_, padded_rows(grad_y_TD, *h), h->by_rank, h->by_expert);
-    return Pending<at::Tensor>([rows]() mutable {
+    return Pending<ops::RowSource>([rows]() mutable -> ops::RowSource {
       rows.work.wait();
-      return rows.received;
+      return {.values_XD = rows.received, .index_R = {}};
     });
   }
 

@@ -117,7 +117,9 @@ RouterStatistics collect_statistics(const RouterState& state, const TokenContext
       by_sequence(zeros_TE.scatter_add(1, state.slot_ids_TK, importance_TK * state.chosen_TK));
   if (state.load.probability_TE.defined()) statistics.load_BE = by_sequence(state.load.probability_TE);
   statistics.squared_lse_B = by_sequence(state.lse_T1 * state.lse_T1).reshape({num_sequences});
-  statistics.entropy_B = by_sequence(-at::xlogy(probs_TE, probs_TE).sum(1, true)).reshape({num_sequences});
+  // 0 log 0 = 0; at::xlogy has no vector form.
+  const at::Tensor logs_TE = at::log(probs_TE.clamp_min(1e-37));
+  statistics.entropy_B = by_sequence(-(probs_TE * logs_TE).sum(1, true)).reshape({num_sequences});
   statistics.num_dropped = state.num_dropped;
   if (state.clean_TE.numel() > 0) statistics.max_abs_logit = state.clean_TE.abs().max().item<double>();
   return statistics;

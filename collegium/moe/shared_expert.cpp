@@ -16,14 +16,21 @@ namespace {
 
 at::Tensor all_rows(const at::Tensor& x_TD) { return at::full({1}, x_TD.size(0), at::kLong); }
 
+// As the only one of a group of experts.
+ops::ExpertWeights lone_expert(const SharedExpertWeights& weights) {
+  return {.gate_up_EGD = weights.gate_up_GD.unsqueeze(0), .down_EDF = weights.down_DF.unsqueeze(0)};
+}
+ops::RowSource in_place(const at::Tensor& rows_TD) {
+  return {.values_XD = rows_TD.contiguous(), .index_R = {}};
+}
+
 at::Tensor wide(const at::Tensor& tensor) { return tensor.to(at::toOpMathType(tensor.scalar_type())); }
 
 }  // namespace
 
 void shared_expert_forward(SharedExpert kind, const SharedExpertWeights& weights, const at::Tensor& x_TD,
                            SharedExpertState& state) {
-  state.output_TD = experts_forward(x_TD, {}, all_rows(x_TD), weights.gate_up_GD.unsqueeze(0),
-                                    weights.down_DF.unsqueeze(0), state.experts);
+  state.output_TD = ops::expert_mlp(in_place(x_TD), {}, all_rows(x_TD), lone_expert(weights), state.experts);
   if (kind == SharedExpert::kGated)
     state.gate_TX = at::sigmoid(at::mm(wide(x_TD), wide(weights.gate_1D).t()));
   if (kind == SharedExpert::kResidualMix)
@@ -69,13 +76,13 @@ SharedExpertGradients shared_expert_backward(SharedExpert kind, const SharedExpe
     gradients.weights.mix_2D = at::mm(grad_logits_T2.t(), wide(x_TD)).to(x_TD.scalar_type());
     grad_gate_x_TD = at::mm(grad_logits_T2, wide(weights.mix_2D));
   }
-  ExpertsBackward inner(state.experts, grad_shared_TD, {});
-  const RowGradients rows = inner.rows(weights.gate_up_GD.unsqueeze(0), weights.down_DF.unsqueeze(0));
-  const ExpertWeightGradients expert = inner.weights();
-  gradients.weights.gate_up_GD = expert.gate_up_LGD.squeeze(0);
-  gradients.weights.down_DF = expert.down_LDF.squeeze(0);
+  ops::ExpertMlpBackward inner(state.experts, lone_expert(weights), in_place(grad_shared_TD), {});
+  const ops::ExpertRowGradients rows = inner.rows(ops::WeightGradients::kAfterRows);
+  const ops::ExpertWeightGradients expert = inner.weights();
+  gradients.weights.gate_up_GD = expert.gate_up_EGD.squeeze(0);
+  gradients.weights.down_DF = expert.down_EDF.squeeze(0);
   gradients.x_TD =
-      grad_gate_x_TD.defined() ? (wide(rows.rows_RD) + grad_gate_x_TD).to(x_TD.scalar_type()) : rows.rows_RD;
+      grad_gate_x_TD.defined() ? (wide(rows.x_RD) + grad_gate_x_TD).to(x_TD.scalar_type()) : rows.x_RD;
   return gradients;
 }
 

@@ -5,8 +5,8 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "collegium/moe/experts.h"
 #include "collegium/moe/options.h"
+#include "collegium/ops/expert_mlp.h"
 
 namespace collegium::moe {
 
@@ -18,7 +18,7 @@ struct SharedExpertWeights {
 };
 
 struct SharedExpertState {
-  ExpertsState experts;
+  ops::ExpertsKept experts;
   at::Tensor output_TD;
   at::Tensor routed_TD;  ///< kResidualMix
   at::Tensor gate_TX;    ///< sigmoid [T, 1], or softmax [T, 2] (routed, shared), in fp32 or wider

@@ -143,7 +143,7 @@ class TwoLevelDispatcher final : public Dispatcher {
       const Transfers& second = relay->finish();
       move_on();
       const at::Tensor weights_UK = CopyExchange::arrived_weights(second.weights.received, h->node);
-      return {.rows_RD = ops::gather_rows(second.rows.received, h->local.row_token_R),
+      return {.rows = {.values_XD = second.rows.received, .index_R = h->local.row_token_R},
               .weights_R = rows_of_slots(weights_UK, h->local.row_slot_R)};
     });
   }
@@ -160,14 +160,14 @@ class TwoLevelDispatcher final : public Dispatcher {
     });
   }
 
-  Pending<at::Tensor> combine_backward(const at::Tensor& grad_y_TD,
-                                       const std::shared_ptr<DispatchHandle>& handle) override {
+  Pending<ops::RowSource> combine_backward(const at::Tensor& grad_y_TD,
+                                           const std::shared_ptr<DispatchHandle>& handle) override {
     const auto h = std::static_pointer_cast<TwoLevelHandle>(handle);
     const auto relay = start_out(grad_y_TD, {}, h, "combine backward");
-    return Pending<at::Tensor>([this, h, relay] {
+    return Pending<ops::RowSource>([this, h, relay]() -> ops::RowSource {
       const Transfers& second = relay->finish();
       move_on();
-      return ops::gather_rows(second.rows.received, h->local.row_token_R);
+      return {.values_XD = second.rows.received, .index_R = h->local.row_token_R};
     });
   }
 

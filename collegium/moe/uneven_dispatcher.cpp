@@ -59,7 +59,7 @@ class UnevenDispatcher final : public Dispatcher {
     return Pending<DispatchedRows>([h, rows, weights]() mutable -> DispatchedRows {
       rows.work.wait();
       weights.work.wait();
-      return {.rows_RD = rows.received, .weights_R = weights.received};
+      return {.rows = {.values_XD = rows.received, .index_R = {}}, .weights_R = weights.received};
     });
   }
 
@@ -74,15 +74,15 @@ class UnevenDispatcher final : public Dispatcher {
     });
   }
 
-  Pending<at::Tensor> combine_backward(const at::Tensor& grad_y_TD,
-                                       const std::shared_ptr<DispatchHandle>& handle) override {
+  Pending<ops::RowSource> combine_backward(const at::Tensor& grad_y_TD,
+                                           const std::shared_ptr<DispatchHandle>& handle) override {
     const auto h = std::static_pointer_cast<UnevenHandle>(handle);
     const comm::WhereScope scope(ep_->where(), at_phase(h->where, "combine backward"));
     Exchange rows = start_exchange(*ep_, ops::gather_rows(grad_y_TD, h->permutation.row_token_R), h->by_rank,
                                    h->by_expert);
-    return Pending<at::Tensor>([h, rows]() mutable {
+    return Pending<ops::RowSource>([h, rows]() mutable -> ops::RowSource {
       rows.work.wait();
-      return rows.received;
+      return {.values_XD = rows.received, .index_R = {}};
     });
   }
 

@@ -7,6 +7,10 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <vector>
+
+#include "collegium/ops/row_source.h"
+
 namespace collegium::ops {
 
 struct ExpertWeights {
@@ -14,38 +18,73 @@ struct ExpertWeights {
   at::Tensor down_EDF;     ///< [E, D, F]
 };
 
-/// What     y[r] = down_e (w_r silu(gate_e x_r) * up_e x_r) for the expert e of row r.
-/// Shape    x_RD [R, D], weights_R [R] or undefined (= 1), counts_E int64 on the CPU, sum = R -> y_RD [R, D];
-///          gate_up_RG [R, 2F] receives what the backward pass needs. The activation is not kept.
-/// Dtype    of x_RD and the experts' weights alike; products summed in fp32 (fp64 for fp64).
-at::Tensor expert_mlp(const at::Tensor& x_RD, const at::Tensor& weights_R, const at::Tensor& counts_E,
-                      const ExpertWeights& experts, at::Tensor& gate_up_RG);
-at::Tensor expert_mlp_aten(const at::Tensor& x_RD, const at::Tensor& weights_R, const at::Tensor& counts_E,
-                           const ExpertWeights& experts, at::Tensor& gate_up_RG);
+/// What the backward pass needs. Neither the activation nor the experts' outputs are kept.
+struct ExpertsKept {
+  RowSource x;
+  at::Tensor weights_R;
+  at::Tensor counts_E;
+  at::Tensor gate_up_RG;
+};
 
-/// What the gradients of the rows leave behind for those of the weights.
+/// What     y[r] = down_e (w_r silu(gate_e x_r) * up_e x_r) for the expert e of row r.
+/// Shape    x [R, D], weights_R [R] or undefined (= 1), counts_E int64 on the CPU, sum = R -> y_RD [R, D];
+///          `kept` receives the arguments and gate_up_RG [R, 2F].
+/// Dtype    of the rows and the experts' weights alike; products summed in fp32 (fp64 for fp64).
+at::Tensor expert_mlp(const RowSource& x, const at::Tensor& weights_R, const at::Tensor& counts_E,
+                      const ExpertWeights& experts, ExpertsKept& kept);
+at::Tensor expert_mlp_aten(const RowSource& x, const at::Tensor& weights_R, const at::Tensor& counts_E,
+                           const ExpertWeights& experts, ExpertsKept& kept);
+
+/// Which gradients the caller wants; the GEMMs of the others are skipped.
+struct ExpertNeeds {
+  bool rows = true;
+  bool gate_up = true;
+  bool down = true;
+};
+
+/// What the ranks that the rows came from wait for.
 struct ExpertRowGradients {
   at::Tensor x_RD;       ///< undefined when not needed
   at::Tensor weights_R;  ///< undefined when the forward pass had none
-  at::Tensor gate_up_RG;
-  at::Tensor activation_RF;  ///< recomputed; undefined when not needed
-};
-struct ExpertRowNeeds {
-  bool x = true;
-  bool activation = true;
 };
 
-/// What     Gradients of expert_mlp() for dLoss/dy = grad_RD with respect to the rows and their weights.
-ExpertRowGradients expert_mlp_grad_rows(const at::Tensor& grad_RD, const at::Tensor& gate_up_RG,
-                                        const at::Tensor& weights_R, const at::Tensor& counts_E,
-                                        const ExpertWeights& experts, ExpertRowNeeds needs);
-ExpertRowGradients expert_mlp_grad_rows_aten(const at::Tensor& grad_RD, const at::Tensor& gate_up_RG,
-                                             const at::Tensor& weights_R, const at::Tensor& counts_E,
-                                             const ExpertWeights& experts, ExpertRowNeeds needs);
+/// Exactly zero for an expert without rows; undefined when not needed.
+struct ExpertWeightGradients {
+  at::Tensor gate_up_EGD;
+  at::Tensor down_EDF;
+};
 
-/// What     dW_e = sum over e's rows of dy[r] x[r]^T; exactly zero for an expert without rows.
-/// Shape    grad_RO [R, O], x_RI [R, I] -> [E, O, I].
-at::Tensor grouped_outer(const at::Tensor& grad_RO, const at::Tensor& x_RI, const at::Tensor& counts_E);
-at::Tensor grouped_outer_aten(const at::Tensor& grad_RO, const at::Tensor& x_RI, const at::Tensor& counts_E);
+/// When the weights' gradients are computed: after the rows', which can travel meanwhile, or, of small
+/// experts, in one task with them, while what both need is in the core's cache. The results are the same.
+enum class WeightGradients { kAfterRows, kWithRows };
+
+/// Gradients of expert_mlp() for dLoss/dy = grad [R, D], in two steps: rows(), then weights(), once each.
+class ExpertMlpBackward {
+ public:
+  /// Keeps a reference to `kept`.
+  ExpertMlpBackward(const ExpertsKept& kept, ExpertWeights experts, RowSource grad, const ExpertNeeds& needs);
+
+  ExpertRowGradients rows(WeightGradients when);
+  ExpertWeightGradients weights();
+
+ private:
+  struct Workspace;
+
+  void rows_on_cpu(WeightGradients when);
+  void rows_in_aten();
+  void small_expert(const ExpertRows& expert, const Workspace& space, std::int64_t worker) const;
+  void piece_of_large(const ExpertRows& piece, const Workspace& space, std::int64_t worker) const;
+
+  const ExpertsKept& kept_;
+  ExpertWeights experts_;
+  RowSource grad_;
+  ExpertNeeds needs_;
+  at::Tensor row_weights_R_;       // the forward pass's, in the dtype of the inner math
+  std::vector<ExpertRows> after_;  // experts whose weights' gradients come after the rows'
+  at::Tensor grad_gate_up_RG_;     // of the rows of these experts
+  at::Tensor activation_RF_;       // recomputed, of the rows of these experts
+  ExpertRowGradients rows_;
+  ExpertWeightGradients weights_;
+};
 
 }  // namespace collegium::ops

@@ -31,24 +31,29 @@ std::int64_t gemm_rows(std::int64_t num_rows) {
   return std::clamp(num_rows / kPieces / kSizeStep * kSizeStep, kLeastGemmRows, kMostGemmRows);
 }
 
+std::vector<ExpertRows> cut_rows(const ExpertRows& expert, std::int64_t most_rows) {
+  std::vector<ExpertRows> pieces;
+  for (std::int64_t begin = expert.begin; begin < expert.end();) {
+    const std::int64_t left = expert.end() - begin;
+    const std::int64_t rows = left < 2 * most_rows ? left : most_rows;
+    pieces.push_back({.expert = expert.expert, .begin = begin, .rows = rows});
+    begin += rows;
+  }
+  return pieces;
+}
+
 std::vector<ExpertRows> cut_rows(const at::Tensor& counts_E) {
   const std::int64_t most_rows = gemm_rows(counts_E.sum().item<std::int64_t>());
   std::vector<ExpertRows> pieces;
-  for (const ExpertRows& all : rows_of_experts(counts_E)) {
-    const std::int64_t end = all.begin + all.rows;
-    for (std::int64_t begin = all.begin; begin < end;) {
-      const std::int64_t left = end - begin;
-      const std::int64_t rows = left < 2 * most_rows ? left : most_rows;
-      pieces.push_back({.expert = all.expert, .begin = begin, .rows = rows});
-      begin += rows;
-    }
+  for (const ExpertRows& expert : rows_of_experts(counts_E)) {
+    const auto cut = cut_rows(expert, most_rows);
+    pieces.insert(pieces.end(), cut.begin(), cut.end());
   }
   return pieces;
 }
 
 std::vector<ExpertRows> gemms_of(const ExpertRows& piece, std::int64_t most_rows, at::ScalarType dtype) {
   std::vector<ExpertRows> gemms;
-  const std::int64_t end = piece.begin + piece.rows;
   const auto add = [&](std::int64_t begin, std::int64_t rows) {
     gemms.push_back({.expert = piece.expert, .begin = begin, .rows = rows});
     return begin + rows;
@@ -59,15 +64,15 @@ std::vector<ExpertRows> gemms_of(const ExpertRows& piece, std::int64_t most_rows
   }
   std::int64_t begin = piece.begin;
   if (piece.rows > most_rows) begin = add(begin, most_rows);
-  const std::int64_t left = end - begin;
+  const std::int64_t left = piece.end() - begin;
   const std::int64_t rounded = (left + kSizeStep - 1) / kSizeStep * kSizeStep;
   if (rounded <= piece.rows) {
-    add(end - rounded, rounded);
+    add(piece.end() - rounded, rounded);
     return gemms;
   }
   if (left > kSizeStep) {
     add(begin, rounded - kSizeStep);
-    add(end - kSizeStep, kSizeStep);
+    add(piece.end() - kSizeStep, kSizeStep);
   } else {
     add(begin, left);
   }

@@ -18,6 +18,12 @@ struct ExpertRows {
   std::int64_t expert = 0;
   std::int64_t begin = 0;  ///< first row, counted over all experts
   std::int64_t rows = 0;
+
+  std::int64_t end() const { return begin + rows; }
+  /// These rows of a tensor over all rows; undefined stays undefined.
+  at::Tensor of(const at::Tensor& all_RX) const {
+    return all_RX.defined() ? all_RX.narrow(0, begin, rows) : all_RX;
+  }
 };
 
 /// What     Every expert's rows in one piece, experts without rows too.
@@ -35,6 +41,8 @@ inline constexpr std::int64_t kMostGemmRows = 512;
 /// What     Rows for the forward pass and the rows' gradients: gemm_rows() each, an expert's last piece
 ///          less than twice as many. Experts without rows have none.
 std::vector<ExpertRows> cut_rows(const at::Tensor& counts_E);
+/// What     The pieces of one expert's rows.
+std::vector<ExpertRows> cut_rows(const ExpertRows& expert, std::int64_t most_rows);
 
 /// What     The GEMMs of one piece of cut_rows(). In bf16 their sizes are multiples of kSizeStep, so that
 ///          few kernels have to be generated (each costs as much time as a small GEMM and up to 0.6 MB):

@@ -50,8 +50,8 @@ std::vector<Bytes> count_bytes(const test::DispatcherLayout& layout, const Routi
     const auto handle = dispatcher->plan({.chunk_ids_TK = {&ids, 1}, .where = {}})[0];
     const at::Tensor x = at::ones({ids.size(0), kWidth}, at::kBFloat16);
     const auto rows = dispatcher->dispatch(x, at::ones(ids.sizes()), handle).wait();
-    dispatcher->combine(rows.rows_RD, handle).wait();
-    const at::Tensor grad = dispatcher->combine_backward(x, handle).wait();
+    dispatcher->combine(rows.rows.tensor(), handle).wait();
+    const at::Tensor grad = dispatcher->combine_backward(x, handle).wait().tensor();
     dispatcher->dispatch_backward(grad, rows.weights_R, handle).wait();
     const auto phase = [&](const std::string& name) {
       return bytes_of(

@@ -83,12 +83,12 @@ Results run_chunk(moe::Dispatcher& dispatcher, const std::shared_ptr<moe::Dispat
                   const Tokens& tokens, std::int64_t first_expert) {
   const at::ScalarType dtype = tokens.x_TD.scalar_type();
   const auto rows = dispatcher.dispatch(tokens.x_TD, tokens.weights_TK, handle).wait();
-  EXPECT_EQ(rows.rows_RD.size(0), handle->row_counts_L.sum().item<std::int64_t>());
+  EXPECT_EQ(rows.rows.tensor().size(0), handle->row_counts_L.sum().item<std::int64_t>());
   const Experts experts(first_expert, handle->row_counts_L, dtype);
-  const at::Tensor inner_RD = experts.inner(rows.rows_RD);
+  const at::Tensor inner_RD = experts.inner(rows.rows.tensor());
   const at::Tensor weights_R1 = rows.weights_R.unsqueeze(1).to(dtype);
   const at::Tensor out_RD = weights_R1 * inner_RD;
-  const at::Tensor grad_RD = dispatcher.combine_backward(tokens.grad_y_TD, handle).wait();
+  const at::Tensor grad_RD = dispatcher.combine_backward(tokens.grad_y_TD, handle).wait().tensor();
   const at::Tensor grad_rows_RD = weights_R1 * experts.scale_R1 * grad_RD;
   const at::Tensor grad_weights_R = (grad_RD * inner_RD).sum(1).to(rows.weights_R.scalar_type());
   const auto gradients = dispatcher.dispatch_backward(grad_rows_RD, grad_weights_R, handle).wait();
@@ -213,15 +213,15 @@ TEST_P(Dispatchers, backward_arrows_are_the_transposes_of_the_forward_ones) {
       const auto handle = dispatcher->plan({.chunk_ids_TK = {&tokens.ids_TK, 1}, .where = {}})[0];
       const auto rows = dispatcher->dispatch(tokens.x_TD, tokens.weights_TK, handle).wait();
       const std::string name = std::to_string(ep->rank());
-      const at::Tensor r_RD = random_tensor("r" + name, rows.rows_RD.sizes());
+      const at::Tensor r_RD = random_tensor("r" + name, rows.rows.tensor().sizes());
       const at::Tensor s_R = random_tensor("s" + name, rows.weights_R.sizes());
       const auto gradients = dispatcher->dispatch_backward(r_RD, s_R, handle).wait();
       const at::Tensor y_TD = dispatcher->combine(r_RD, handle).wait();
-      const at::Tensor grad_RD = dispatcher->combine_backward(tokens.grad_y_TD, handle).wait();
+      const at::Tensor grad_RD = dispatcher->combine_backward(tokens.grad_y_TD, handle).wait().tensor();
       products[static_cast<std::size_t>(ep->rank())] = {
-          dot(rows.rows_RD, r_RD),     dot(tokens.x_TD, gradients.x_TD),
-          dot(rows.weights_R, s_R),    dot(tokens.weights_TK, gradients.weights_TK),
-          dot(y_TD, tokens.grad_y_TD), dot(r_RD, grad_RD)};
+          dot(rows.rows.tensor(), r_RD), dot(tokens.x_TD, gradients.x_TD),
+          dot(rows.weights_R, s_R),      dot(tokens.weights_TK, gradients.weights_TK),
+          dot(y_TD, tokens.grad_y_TD),   dot(r_RD, grad_RD)};
     });
     std::array<double, 6> sums{};
     for (const auto& of_rank : products) {
@@ -262,9 +262,9 @@ TEST(TwoLevel, hand_worked_copies) {
         const std::vector<std::vector<double>> expected_rows = {{100.0}, {10.0}, {1.0}, {1.0, 10.0}};
         const std::vector<std::vector<double>> expected_weights = {{1.0}, {0.75}, {0.5}, {0.25, 0.125}};
         const auto rank = static_cast<std::size_t>(world.rank());
-        EXPECT_TRUE(at::equal(rows.rows_RD.view({-1}), at::tensor(expected_rows[rank], at::kDouble)));
+        EXPECT_TRUE(at::equal(rows.rows.tensor().view({-1}), at::tensor(expected_rows[rank], at::kDouble)));
         EXPECT_TRUE(at::equal(rows.weights_R, at::tensor(expected_weights[rank], at::kDouble)));
-        const at::Tensor y = dispatcher->combine((world.rank() + 1.0) * rows.rows_RD, handle).wait();
+        const at::Tensor y = dispatcher->combine((world.rank() + 1.0) * rows.rows.tensor(), handle).wait();
         if (source) {
           EXPECT_TRUE(at::equal(y.view({-1}), at::tensor({7.0, 60.0, 100.0}, at::kDouble)));
         }

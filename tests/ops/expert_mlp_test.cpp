@@ -10,6 +10,7 @@
 #include <gtest/gtest.h>
 
 #include "collegium/ops/expert_tasks.h"
+#include "collegium/ops/weight_gradients.h"
 #include "tests/support/tensors.h"
 
 namespace collegium {
@@ -88,28 +89,107 @@ TEST(ExpertTasks, every_task_runs_once_for_any_number_of_threads) {
   at::set_num_threads(threads);
 }
 
+ops::RowSource in_place(const at::Tensor& rows_RD) { return {.values_XD = rows_RD, .index_R = {}}; }
+
+// The gradients by products in double precision, from the same kept values.
+struct Expected {
+  at::Tensor x_RD, weights_R, gate_up_EGD, down_EDF;
+
+  Expected(const Case& c, const at::Tensor& gate_up_RG) {
+    const auto d = [](const at::Tensor& t) { return t.to(at::kDouble); };
+    const std::int64_t width = c.experts.down_EDF.size(2);
+    x_RD = at::zeros(c.x.sizes(), at::kDouble);
+    weights_R = at::zeros(c.weights.sizes(), at::kDouble);
+    gate_up_EGD = at::zeros(c.experts.gate_up_EGD.sizes(), at::kDouble);
+    down_EDF = at::zeros(c.experts.down_EDF.sizes(), at::kDouble);
+    for (const ops::ExpertRows& rows : ops::rows_of_experts(c.counts)) {
+      const at::Tensor gate = d(rows.of(gate_up_RG)).narrow(1, 0, width);
+      const at::Tensor up = d(rows.of(gate_up_RG)).narrow(1, width, width);
+      const at::Tensor weight = d(rows.of(c.weights)).unsqueeze(1);
+      const at::Tensor sigmoid = at::sigmoid(gate);
+      const at::Tensor inner = d(rows.of(c.grad)).mm(d(c.experts.down_EDF[rows.expert]));
+      const at::Tensor grad_gate_up = at::cat(
+          {weight * inner * up * sigmoid * (1 + gate * (1 - sigmoid)), weight * inner * gate * sigmoid}, 1);
+      rows.of(weights_R).copy_((inner * gate * sigmoid * up).sum(1));
+      rows.of(x_RD).copy_(grad_gate_up.mm(d(c.experts.gate_up_EGD[rows.expert])));
+      gate_up_EGD[rows.expert].copy_(grad_gate_up.t().mm(d(rows.of(c.x))));
+      down_EDF[rows.expert].copy_(d(rows.of(c.grad)).t().mm(weight * gate * sigmoid * up));
+    }
+  }
+};
+
 // Inner results are rounded to the dtype on both sides, each sum differs by its own roundings.
 double limit(at::ScalarType dtype, std::int64_t length) {
   return 4 * bound(dtype, 1) + bound(inner(dtype), length);
 }
 
-TEST(ExpertMlp, forward_and_backward_equal_the_aten_form) {
+struct Gradients {
+  ops::ExpertRowGradients rows;
+  ops::ExpertWeightGradients weights;
+};
+
+Gradients backward_of(const ops::ExpertsKept& kept, const Case& c, ops::WeightGradients when,
+                      const ops::ExpertNeeds& needs = {}) {
+  ops::ExpertMlpBackward backward(kept, c.experts, in_place(c.grad), needs);
+  Gradients all;
+  all.rows = backward.rows(when);
+  all.weights = backward.weights();
+  return all;
+}
+
+TEST(ExpertMlp, forward_and_backward_equal_the_products_in_double_precision) {
   for (const auto dtype : kDtypes) {
     for (const auto& load : kLoads) {
       for (const std::int64_t width : {1, 15, 40}) {
         const Case c(dtype, load, width);
-        at::Tensor gate_up;
-        at::Tensor gate_up_aten;
-        const at::Tensor y = ops::expert_mlp(c.x, c.weights, c.counts, c.experts, gate_up);
-        const at::Tensor y_aten = ops::expert_mlp_aten(c.x, c.weights, c.counts, c.experts, gate_up_aten);
-        EXPECT_LE(relative_difference(gate_up, gate_up_aten), limit(dtype, 12));
+        ops::ExpertsKept kept;
+        ops::ExpertsKept kept_aten;
+        const at::Tensor y = ops::expert_mlp(in_place(c.x), c.weights, c.counts, c.experts, kept);
+        const at::Tensor y_aten =
+            ops::expert_mlp_aten(in_place(c.x), c.weights, c.counts, c.experts, kept_aten);
+        EXPECT_LE(relative_difference(kept.gate_up_RG, kept_aten.gate_up_RG), limit(dtype, 12));
         EXPECT_LE(relative_difference(y, y_aten), limit(dtype, width + 12));
-        const auto ours = ops::expert_mlp_grad_rows(c.grad, gate_up, c.weights, c.counts, c.experts, {});
-        const auto aten = ops::expert_mlp_grad_rows_aten(c.grad, gate_up, c.weights, c.counts, c.experts, {});
-        EXPECT_LE(relative_difference(ours.x_RD, aten.x_RD), limit(dtype, 2 * width + 12));
-        EXPECT_LE(relative_difference(ours.gate_up_RG, aten.gate_up_RG), limit(dtype, 12));
-        EXPECT_LE(relative_difference(ours.activation_RF, aten.activation_RF), limit(dtype, 16));
-        EXPECT_LE(relative_difference(ours.weights_R, aten.weights_R), limit(dtype, width + 12));
+        const Gradients ours = backward_of(kept, c, ops::WeightGradients::kWithRows);
+        const Expected expected(c, kept.gate_up_RG);
+        EXPECT_LE(relative_difference(ours.rows.x_RD, expected.x_RD), limit(dtype, 2 * width + 12));
+        EXPECT_LE(relative_difference(ours.rows.weights_R, expected.weights_R), limit(dtype, width + 12));
+        EXPECT_LE(relative_difference(ours.weights.down_EDF, expected.down_EDF), limit(dtype, 600 + 16));
+        EXPECT_LE(relative_difference(ours.weights.gate_up_EGD, expected.gate_up_EGD),
+                  limit(dtype, 600 + 12));
+      }
+    }
+  }
+}
+
+// Bit by bit: when the weights' gradients are computed, and whether rows lie apart or are gathered.
+TEST(ExpertMlp, neither_the_time_of_weight_gradients_nor_the_place_of_rows_matters) {
+  for (const auto dtype : kDtypes) {
+    for (const auto& load : kLoads) {
+      Case c(dtype, load, 40);
+      const std::int64_t rows = c.x.size(0);
+      // Some rows several times, some never.
+      const at::Tensor index_R =
+          at::arange(rows, at::kInt).mul(7).remainder(std::max(rows / 2, std::int64_t{1}));
+      const ops::RowSource x{.values_XD = c.x.clone(), .index_R = index_R};
+      const ops::RowSource grad{.values_XD = c.grad.clone(), .index_R = index_R};
+      c.x = x.tensor();
+      c.grad = grad.tensor();
+      ops::ExpertsKept kept;
+      ops::ExpertsKept kept_gathered;
+      const at::Tensor y = ops::expert_mlp(in_place(c.x), c.weights, c.counts, c.experts, kept);
+      EXPECT_TRUE(at::equal(y, ops::expert_mlp(x, c.weights, c.counts, c.experts, kept_gathered)));
+      const Gradients first = backward_of(kept, c, ops::WeightGradients::kAfterRows);
+      for (const auto when : {ops::WeightGradients::kAfterRows, ops::WeightGradients::kWithRows}) {
+        for (const bool gathered : {false, true}) {
+          ops::ExpertMlpBackward backward(gathered ? kept_gathered : kept, c.experts,
+                                          gathered ? grad : in_place(c.grad), {});
+          const ops::ExpertRowGradients of_rows = backward.rows(when);
+          const ops::ExpertWeightGradients of_weights = backward.weights();
+          EXPECT_TRUE(at::equal(of_rows.x_RD, first.rows.x_RD));
+          EXPECT_TRUE(at::equal(of_rows.weights_R, first.rows.weights_R));
+          EXPECT_TRUE(at::equal(of_weights.gate_up_EGD, first.weights.gate_up_EGD));
+          EXPECT_TRUE(at::equal(of_weights.down_EDF, first.weights.down_EDF));
+        }
       }
     }
   }
@@ -117,8 +197,8 @@ TEST(ExpertMlp, forward_and_backward_equal_the_aten_form) {
 
 TEST(ExpertMlp, rows_equal_the_plain_loop) {
   const Case c(at::kDouble, {3, 0, 40}, 15);
-  at::Tensor gate_up;
-  const at::Tensor y = ops::expert_mlp(c.x, c.weights, c.counts, c.experts, gate_up);
+  ops::ExpertsKept kept;
+  const at::Tensor y = ops::expert_mlp(in_place(c.x), c.weights, c.counts, c.experts, kept);
   for (std::int64_t row = 0; row < 43; ++row) {
     const std::int64_t expert = row < 3 ? 0 : 2;
     const auto x = test::to_matrix(c.x.narrow(0, row, 1)).values;
@@ -134,29 +214,35 @@ TEST(ExpertMlp, rows_equal_the_plain_loop) {
 
 TEST(ExpertMlp, weights_may_be_absent_and_unneeded_gradients_are) {
   const Case c(at::kFloat, {40, 300, 0}, 8);
-  at::Tensor gate_up;
-  at::Tensor with_ones;
-  const at::Tensor y = ops::expert_mlp(c.x, {}, c.counts, c.experts, gate_up);
-  EXPECT_TRUE(
-      at::equal(y, ops::expert_mlp(c.x, at::ones({340}, at::kFloat), c.counts, c.experts, with_ones)));
-  const auto gradients =
-      ops::expert_mlp_grad_rows(c.grad, gate_up, {}, c.counts, c.experts, {.x = false, .activation = false});
-  EXPECT_FALSE(gradients.x_RD.defined());
-  EXPECT_FALSE(gradients.weights_R.defined());
-  EXPECT_FALSE(gradients.activation_RF.defined());
-  EXPECT_TRUE(gradients.gate_up_RG.defined());
+  ops::ExpertsKept kept;
+  ops::ExpertsKept with_ones;
+  const at::Tensor y = ops::expert_mlp(in_place(c.x), {}, c.counts, c.experts, kept);
+  EXPECT_TRUE(at::equal(
+      y, ops::expert_mlp(in_place(c.x), at::ones({340}, at::kFloat), c.counts, c.experts, with_ones)));
+  for (const auto when : {ops::WeightGradients::kAfterRows, ops::WeightGradients::kWithRows}) {
+    const Gradients gradients = backward_of(kept, c, when, {.rows = false, .gate_up = true, .down = false});
+    EXPECT_FALSE(gradients.rows.x_RD.defined());
+    EXPECT_FALSE(gradients.rows.weights_R.defined());
+    EXPECT_FALSE(gradients.weights.down_EDF.defined());
+    EXPECT_EQ(gradients.weights.gate_up_EGD[2].abs().sum().item<double>(), 0.0);
+    EXPECT_GT(gradients.weights.gate_up_EGD[1].abs().sum().item<double>(), 0.0);
+  }
 }
 
-TEST(GroupedOuter, equals_one_product_per_expert) {
+TEST(WeightGradients, equal_one_product_per_expert) {
   for (const auto dtype : kDtypes) {
     for (const auto& load : kLoads) {
       const Case c(dtype, load, 10);
       const at::Tensor g = random_tensor("outer", {c.x.size(0), 10}, dtype);
-      const at::Tensor dw = ops::grouped_outer(g, c.x, c.counts);
-      EXPECT_LE(relative_difference(dw, ops::grouped_outer_aten(g, c.x, c.counts)), limit(dtype, 600));
-      for (const ops::ExpertRows& rows : ops::rows_of_experts(c.counts)) {
-        const at::Tensor x = c.x.narrow(0, rows.begin, rows.rows).to(at::kDouble);
-        const at::Tensor expected = g.narrow(0, rows.begin, rows.rows).to(at::kDouble).t().mm(x);
+      const auto experts = ops::rows_of_experts(c.counts);
+      const at::Tensor dw = at::full({3, 10, 12}, 7.0, g.options());
+      const at::Tensor dw_aten = at::full({3, 10, 12}, 7.0, g.options());
+      ops::outer_into(experts, g, c.x, dw);
+      ops::outer_into_aten(experts, g, c.x, dw_aten);
+      EXPECT_LE(relative_difference(dw, dw_aten), limit(dtype, 600));
+      for (const ops::ExpertRows& rows : experts) {
+        const at::Tensor x = rows.of(c.x).to(at::kDouble);
+        const at::Tensor expected = rows.of(g).to(at::kDouble).t().mm(x);
         EXPECT_LE(relative_difference(dw[rows.expert], expected), bound(dtype, 1) + bound(inner(dtype), 600));
         if (rows.rows == 0) {
           EXPECT_EQ(dw[rows.expert].abs().sum().item<double>(), 0.0);
@@ -170,11 +256,15 @@ TEST(ExpertMlp, results_do_not_depend_on_threads) {
   const Case c(at::kBFloat16, {511, 1, 300}, 24);
   const int threads = at::get_num_threads();
   std::vector<at::Tensor> results;
+  std::vector<at::Tensor> gate_up_gradients;
   for (const int count : {1, 2, 3}) {
     at::set_num_threads(count);
-    at::Tensor gate_up;
-    results.push_back(ops::expert_mlp(c.x, c.weights, c.counts, c.experts, gate_up));
+    ops::ExpertsKept kept;
+    results.push_back(ops::expert_mlp(in_place(c.x), c.weights, c.counts, c.experts, kept));
     EXPECT_TRUE(at::equal(results.front(), results.back()));
+    const Gradients gradients = backward_of(kept, c, ops::WeightGradients::kWithRows);
+    gate_up_gradients.push_back(gradients.weights.gate_up_EGD);
+    EXPECT_TRUE(at::equal(gate_up_gradients.front(), gate_up_gradients.back()));
   }
   at::set_num_threads(threads);
 }

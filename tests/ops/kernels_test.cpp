@@ -21,8 +21,8 @@ using test::relative_difference;
 const at::ScalarType kDtypes[] = {at::kDouble, at::kFloat, at::kBFloat16};
 
 TEST(TopK, equals_reference_and_aten_form_with_ties_and_nan) {
-  for (const std::int64_t num_columns : {1, 2, 7, 64}) {
-    // Few distinct values: many ties.
+  for (const std::int64_t num_columns : {1, 2, 7, 16, 17, 64, 100}) {
+    // Few distinct values, zeros of both signs among them: many ties.
     at::Tensor scores = (random_tensor("scores", {300, num_columns}) * 2).round();
     scores[3][0] = std::numeric_limits<double>::quiet_NaN();
     scores[4].fill_(std::numeric_limits<double>::quiet_NaN());
@@ -30,6 +30,7 @@ TEST(TopK, equals_reference_and_aten_form_with_ties_and_nan) {
     for (const std::int64_t k : {std::int64_t{1}, (num_columns + 1) / 2, num_columns}) {
       const at::Tensor ids = ops::topk_stable(scores, k);
       EXPECT_TRUE(at::equal(ids, ops::topk_stable_aten(scores, k))) << num_columns << " " << k;
+      EXPECT_TRUE(at::equal(ids, ops::topk_stable(scores.to(at::kFloat), k))) << num_columns << " " << k;
       const auto matrix = test::to_matrix(scores);
       for (std::int64_t row = 0; row < 10; ++row) {
         const std::vector<double> values(matrix.values.begin() + row * num_columns,

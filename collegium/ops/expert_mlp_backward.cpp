@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "collegium/base/error.h"
+#include "collegium/ops/expert_mlp.h"
+#include "collegium/ops/swiglu.h"
+#include "collegium/ops/weight_gradients.h"
+
+namespace collegium::ops {
+
+namespace {
+
+void product(const at::Tensor& a, const at::Tensor& b, at::Tensor out) { at::mm_out(out, a, b); }
+
+// An expert that is one task with its weights' gradients: few enough rows for the core's caches, and at most
+// some milliseconds, so that cores end together.
+bool is_small(const ExpertRows& expert, std::int64_t hidden, std::int64_t width) {
+  constexpr std::int64_t kMostRows = 1024;
+  constexpr std::int64_t kLargest = std::int64_t{1} << 27;  // multiply-adds of a GEMM
+  return expert.rows <= kMostRows && expert.rows * hidden * width <= kLargest;
+}
+
+at::Tensor empty_rows(std::int64_t rows, std::int64_t width, const at::TensorOptions& options) {
+  return at::empty({at::get_num_threads(), rows, width}, options);
+}
+
+}  // namespace
+
+// Buffers of every worker; `gate_up`, `activation` and `x` for small experts only.
+struct ExpertMlpBackward::Workspace {
+  std::int64_t most_rows;  // of a GEMM
+  at::Tensor inner;        // dLoss/d(weighted activation)
+  at::Tensor gate_up;
+  at::Tensor activation;
+  WorkerRows grad;
+  WorkerRows x;
+};
+
+ExpertMlpBackward::ExpertMlpBackward(const ExpertsKept& kept, ExpertWeights experts, RowSource grad,
+                                     const ExpertNeeds& needs)
+    : kept_(kept), experts_(std::move(experts)), grad_(std::move(grad)), needs_(needs) {
+  COLLEGIUM_CHECK(grad_.rows() == kept.x.rows(), "{} gradient rows for {} rows", grad_.rows(), kept.x.rows());
+}
+
+ExpertRowGradients ExpertMlpBackward::rows(WeightGradients when) {
+  const auto options = kept_.gate_up_RG.options();
+  if (needs_.gate_up) weights_.gate_up_EGD = at::empty(experts_.gate_up_EGD.sizes(), options);
+  if (needs_.down) weights_.down_EDF = at::empty(experts_.down_EDF.sizes(), options);
+  if (kept_.gate_up_RG.is_cpu()) {
+    rows_on_cpu(when);
+  } else {
+    rows_in_aten();
+  }
+  if (rows_.weights_R.defined()) rows_.weights_R = rows_.weights_R.to(kept_.weights_R.scalar_type());
+  return std::exchange(rows_, {});
+}
+
+void ExpertMlpBackward::rows_on_cpu(WeightGradients when) {
+  const auto options = kept_.gate_up_RG.options();
+  const auto dtype = kept_.gate_up_RG.scalar_type();
+  const std::int64_t hidden = grad_.width();
+  const std::int64_t width = experts_.down_EDF.size(2);
+  if (needs_.rows) rows_.x_RD = at::empty({grad_.rows(), hidden}, options);
+  if (kept_.weights_R.defined()) {
+    row_weights_R_ = kept_.weights_R.to(at::toOpMathType(dtype)).contiguous();
+    rows_.weights_R = at::empty_like(row_weights_R_);
+  }
+  const std::int64_t most_rows = gemm_rows(grad_.rows());
+  std::vector<ExpertRows> small;
+  std::vector<ExpertRows> pieces;
+  std::int64_t small_rows = 0;
+  for (const ExpertRows& expert : rows_of_experts(kept_.counts_E)) {
+    if (when == WeightGradients::kWithRows && is_small(expert, hidden, width)) {
+      small.push_back(expert);
+      small_rows = std::max(small_rows, padded_rows(expert.rows, dtype));
+    } else {
+      after_.push_back(expert);
+      const auto cut = cut_rows(expert, most_rows);
+      pieces.insert(pieces.end(), cut.begin(), cut.end());
+    }
+  }
+  if (!after_.empty()) {
+    grad_gate_up_RG_ = at::empty_like(kept_.gate_up_RG);
+    if (needs_.down) activation_RF_ = at::empty({grad_.rows(), width}, options);
+  }
+  const std::int64_t piece_rows = pieces.empty() ? 0 : 2 * most_rows;
+  const Workspace space{.most_rows = most_rows,
+                        .inner = empty_rows(std::max(piece_rows, small_rows), width, options),
+                        .gate_up = empty_rows(small_rows, 2 * width, options),
+                        .activation = empty_rows(small_rows, width, options),
+                        .grad = WorkerRows(grad_, std::max(piece_rows, small_rows), !small.empty()),
+                        .x = WorkerRows(kept_.x, small_rows, !small.empty())};
+  const auto num_small = static_cast<std::int64_t>(small.size());
+  const auto num_pieces = static_cast<std::int64_t>(pieces.size());
+  run_tasks(num_small + num_pieces, [&](std::int64_t i, std::int64_t worker) {
+    if (i < num_small) {
+      small_expert(small[static_cast<std::size_t>(i)], space, worker);
+    } else {
+      piece_of_large(pieces[static_cast<std::size_t>(i - num_small)], space, worker);
+    }
+  });
+}
+
+void ExpertMlpBackward::piece_of_large(const ExpertRows& piece, const Workspace& space,
+                                       std::int64_t worker) const {
+  for (const ExpertRows& rows : gemms_of(piece, space.most_rows, kept_.gate_up_RG.scalar_type())) {
+    const at::Tensor inner = space.inner.select(0, worker).narrow(0, 0, rows.rows);
+    const SwigluGradients out{.gate_up_RG = rows.of(grad_gate_up_RG_), .weights_R = rows.of(rows_.weights_R)};
+    product(space.grad.rows(rows, rows.rows, worker), experts_.down_EDF.select(0, rows.expert), inner);
+    swiglu_backward_into(inner, rows.of(kept_.gate_up_RG), rows.of(row_weights_R_), out,
+                         rows.of(activation_RF_));
+    if (needs_.rows)
+      product(out.gate_up_RG, experts_.gate_up_EGD.select(0, rows.expert), rows.of(rows_.x_RD));
+  }
+}
+
+// The GEMMs are those of a large expert, so results do not depend on when the weights' gradients are
+// computed.
+void ExpertMlpBackward::small_expert(const ExpertRows& expert, const Workspace& space,
+                                     std::int64_t worker) const {
+  const auto dtype = kept_.gate_up_RG.scalar_type();
+  const auto gradient_of = [&expert](const at::Tensor& all) {
+    return all.defined() ? all.select(0, expert.expert) : all;
+  };
+  const at::Tensor grad_down = gradient_of(weights_.down_EDF);
+  const at::Tensor grad_gate_up = gradient_of(weights_.gate_up_EGD);
+  if (expert.rows == 0) {
+    if (needs_.down) grad_down.zero_();
+    if (needs_.gate_up) grad_gate_up.zero_();
+    return;
+  }
+  const std::int64_t padded = padded_rows(expert.rows, dtype);
+  const at::Tensor grad = space.grad.rows(expert, padded, worker);
+  const at::Tensor gate_up = space.gate_up.select(0, worker).narrow(0, 0, padded);
+  const at::Tensor activation = space.activation.select(0, worker).narrow(0, 0, padded);
+  std::vector<ExpertRows> gemms;
+  for (const ExpertRows& piece : cut_rows(expert, space.most_rows)) {
+    const auto cut = gemms_of(piece, space.most_rows, dtype);
+    gemms.insert(gemms.end(), cut.begin(), cut.end());
+  }
+  const auto within = [&expert](const at::Tensor& all, const ExpertRows& rows) {
+    return all.narrow(0, rows.begin - expert.begin, rows.rows);
+  };
+  for (const ExpertRows& rows : gemms) {
+    const at::Tensor inner = space.inner.select(0, worker).narrow(0, 0, rows.rows);
+    product(within(grad, rows), experts_.down_EDF.select(0, rows.expert), inner);
+    swiglu_backward_into(inner, rows.of(kept_.gate_up_RG), rows.of(row_weights_R_),
+                         {.gate_up_RG = within(gate_up, rows), .weights_R = rows.of(rows_.weights_R)},
+                         within(activation, rows));
+  }
+  const std::int64_t missing = padded - expert.rows;
+  activation.narrow(0, expert.rows, missing).zero_();
+  gate_up.narrow(0, expert.rows, missing).zero_();
+  if (needs_.down) product(grad.t(), activation, grad_down);
+  for (const ExpertRows& rows : gemms) {
+    if (needs_.rows)
+      product(within(gate_up, rows), experts_.gate_up_EGD.select(0, rows.expert), rows.of(rows_.x_RD));
+  }
+  if (needs_.gate_up) product(gate_up.t(), space.x.rows(expert, padded, worker), grad_gate_up);
+}
+
+ExpertWeightGradients ExpertMlpBackward::weights() {
+  const auto outer = kept_.gate_up_RG.is_cpu() ? outer_into : outer_into_aten;
+  if (needs_.down && !after_.empty()) outer(after_, grad_.tensor(), activation_RF_, weights_.down_EDF);
+  if (needs_.gate_up && !after_.empty())
+    outer(after_, grad_gate_up_RG_, kept_.x.tensor(), weights_.gate_up_EGD);
+  return std::move(weights_);
+}
+
+void ExpertMlpBackward::rows_in_aten() {
+  const at::Tensor grad_RD = grad_.tensor();
+  after_ = rows_of_experts(kept_.counts_E);
+  const at::Tensor inner_RF =
+      at::empty({grad_RD.size(0), experts_.down_EDF.size(2)}, kept_.gate_up_RG.options());
+  for (const ExpertRows& rows : after_)
+    product(rows.of(grad_RD), experts_.down_EDF.select(0, rows.expert), rows.of(inner_RF));
+  const SwigluGradients inner = swiglu_backward_aten(inner_RF, kept_.gate_up_RG, kept_.weights_R);
+  rows_.weights_R = inner.weights_R;
+  grad_gate_up_RG_ = inner.gate_up_RG;
+  if (needs_.down) activation_RF_ = swiglu_aten(kept_.gate_up_RG, kept_.weights_R);
+  if (!needs_.rows) return;
+  rows_.x_RD = at::empty_like(grad_RD);
+  for (const ExpertRows& rows : after_)
+    product(rows.of(inner.gate_up_RG), experts_.gate_up_EGD.select(0, rows.expert), rows.of(rows_.x_RD));
+}
+
+}  // namespace collegium::ops
