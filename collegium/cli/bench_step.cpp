@@ -146,8 +146,9 @@ void print_memory(const train::RunConfig& c, const StepBenchResult& r) {
       "optimizer {}, activations {}, "
       "while it runs {}\n"
       "               tensors: {} counted, {} in use at the peak, {} with fragmentation\n",
-      format_bytes(m.program), format_bytes(m.state), format_bytes(m.activations), format_bytes(m.transient),
-      format_bytes(m.total() - m.program), format_bytes(m.tensors_peak), format_bytes(m.tensors_touched));
+      format_bytes(m.program), format_bytes(m.tensors.weights + m.tensors.gradients + m.tensors.optimizer),
+      format_bytes(m.tensors.activations), format_bytes(m.tensors.transient), format_bytes(m.tensors.total()),
+      format_bytes(m.tensors_peak), format_bytes(m.tensors_touched));
 }
 
 void print_result(const train::RunConfig& c, const StepBenchResult& r) {

@@ -10,6 +10,7 @@
 
 #include "collegium/cli/bench.h"
 #include "collegium/cli/launch.h"
+#include "collegium/plan/own_run.h"
 #include "collegium/train/run_config.h"
 
 namespace collegium::cli {
@@ -49,13 +50,11 @@ struct PhaseSums {
 /// Memory of one rank in bytes: tensors as counted, the program as measured.
 struct StepMemory {
   double program =
-      0.0;             ///< resident after the first step besides tensors: code, libraries, generated kernels
-  double state = 0.0;  ///< weights, masters, moments, gradients
-  double activations = 0.0;      ///< of a micro-step
-  double transient = 0.0;        ///< the larger of a chunk's logits and a layer's backward pass
+      0.0;  ///< resident after the first step besides tensors: code, libraries, generated kernels
+  plan::OwnTensors tensors;
   double tensors_peak = 0.0;     ///< measured: most that were in use at a time
   double tensors_touched = 0.0;  ///< measured: with what fragmentation adds
-  double total() const { return program + state + activations + transient; }
+  double total() const { return program + tensors.total(); }
 };
 
 /// Bytes and times of communication are means over steps; times also over ranks, bytes are of all ranks.

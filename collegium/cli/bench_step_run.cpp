@@ -14,7 +14,6 @@
 #include "collegium/cli/progress.h"
 #include "collegium/data/prepare.h"
 #include "collegium/model/account.h"
-#include "collegium/model/activation_bytes.h"
 #include "collegium/model/tensor_io.h"
 #include "collegium/ops/arena.h"
 #include "collegium/train/trainer.h"
@@ -147,49 +146,29 @@ class StepBench {
     }
   }
 
-  // Tokens of a micro-step that this rank has at most.
-  std::int64_t micro_tokens() const {
-    const auto ranks = static_cast<std::int64_t>(world_->size());
-    return (config_.batch.micro_sequences + ranks - 1) / ranks * config_.data.sequence_length;
-  }
-
   void count_memory(StepBenchResult& r) {
-    const model::ModelConfig& model = trainer_.decoder().config();
-    const auto dtype = trainer_.decoder().dtype();
-    const auto tokens = static_cast<double>(micro_tokens());
-    const auto layers = static_cast<double>(model.num_layers);
-    const model::ActivationBytes bytes = model::activation_bytes(model, dtype);
-    r.activations_recomputed = bytes.recomputed;
-    r.activations_counted = config_.train.recompute ? bytes.recomputed : bytes.layer;
-    r.activations_measured = measure_activations() / tokens / layers - bytes.outside / layers;
-    const auto width = static_cast<double>(c10::elementSize(dtype));
-    const double wide = dtype == at::kDouble ? 8.0 : 4.0;
-    double values = 0.0;
-    for (const model::Parameter& parameter : trainer_.decoder().parameters())
-      values += static_cast<double>(parameter.value.numel());
-    // Master, two moments and the summed gradient are wide; a backward pass ends with a gradient per value.
+    const plan::OwnRun run = trainer_.own_run();
+    const plan::OwnActivations bytes = plan::own_activations(run);
+    const auto layers = static_cast<double>(run.model.layers);
+    r.activations_recomputed = bytes.recomputed / layers;
+    r.activations_counted = (run.recompute ? bytes.recomputed : bytes.layers) / layers;
+    r.activations_measured = (measure_activations(run) - bytes.outside) / layers;
     r.memory.program = resident_bytes() - static_cast<double>(ops::arena_statistics().touched_bytes);
-    r.memory.state = values * (4 * wide + (width < wide ? width : 0.0));
-    r.memory.activations = tokens * (layers * r.activations_counted + bytes.outside);
-    const auto vocab = static_cast<double>(model.vocab_size);
-    const double head = static_cast<double>(model.hidden_size) * vocab * (wide + width);
-    const double backward =
-        bytes.backward * tokens + (config_.train.recompute ? (bytes.layer - bytes.recomputed) * tokens : 0.0);
-    r.memory.transient =
-        std::max(head + static_cast<double>(model::kLossChunkTokens) * vocab * width, backward + head);
+    r.memory.tensors = plan::own_tensors(run);
   }
 
-  // What a forward pass leaves behind, of the tensors that come from the arena.
-  double measure_activations() {
-    const std::int64_t length = config_.data.sequence_length;
-    const std::int64_t sequences = micro_tokens() / length;
+  // What a forward pass leaves behind per token, of the tensors that come from the arena.
+  double measure_activations(const plan::OwnRun& run) {
+    const std::int64_t length = run.sequence_length;
+    const std::int64_t sequences = plan::own_layout(run).micro_batch;
     const at::Tensor ids_BS = at::zeros({sequences, length}, at::kLong);
     model::ForwardOptions options;
     options.context.training = true;
     options.recompute = config_.train.recompute;
     const auto before = static_cast<double>(ops::arena_statistics().in_use_bytes);
     const model::ForwardResult result = trainer_.decoder().forward(ids_BS, options);
-    return static_cast<double>(ops::arena_statistics().in_use_bytes) - before;
+    const double left = static_cast<double>(ops::arena_statistics().in_use_bytes) - before;
+    return left / static_cast<double>(sequences * length);
   }
 
   void summarize(StepBenchResult& r) {

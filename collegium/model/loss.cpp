@@ -3,7 +3,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "collegium/base/error.h"
-#include "collegium/model/activation_bytes.h"
 #include "collegium/model/decoder.h"
 #include "collegium/model/softmax_loss.h"
 

@@ -219,11 +219,12 @@ DispatchGradients run_experts_backward(const Inputs& inputs, const ops::ExpertNe
     ops::ExpertMlpBackward backward(chunk.experts, expert_weights(inputs), arriving[i].wait(), needs);
     if (i + 1 < saved.chunks.size()) start(i + 1);
     end_stage(*saved.run, Stage::kCombineBackward);
-    const ops::ExpertRowGradients rows =
+    ops::ExpertRowGradients rows =
         backward.rows(overlapped ? ops::WeightGradients::kAfterRows : ops::WeightGradients::kWithRows);
     end_stage(*saved.run, Stage::kExpertRowsBackward);
     if (leaving) parts.push_back(leaving->wait());
-    leaving.emplace(dispatcher.dispatch_backward(rows.x_RD, rows.weights_R, chunk.handle));
+    // Not kept here: the weights' gradients need the memory.
+    leaving.emplace(dispatcher.dispatch_backward(std::exchange(rows.x_RD, {}), rows.weights_R, chunk.handle));
     if (!overlapped) {
       parts.push_back(leaving->wait());
       leaving.reset();

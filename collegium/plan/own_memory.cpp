@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Memory of our own training step: what its tensors are, counted as the program keeps them.
 #include <algorithm>
+#include <cmath>
 
 #include "collegium/plan/own_run.h"
 
@@ -8,9 +9,8 @@ namespace collegium::plan {
 
 namespace {
 
-constexpr double kIndex = 4.0;          // int32
-constexpr double kLong = 8.0;           // int64
-constexpr double kLossTokens = 1024.0;  // whose logits exist at one time
+constexpr double kIndex = 4.0;  // int32
+constexpr double kLong = 8.0;   // int64
 
 // Sizes of one value: of the compute dtype, and of sums and inner math.
 struct Widths {
@@ -25,20 +25,42 @@ Widths widths_of(const OwnRun& run) {
 }
 
 // Block input and its norm, q, k, v and the output, log sums; then the sum and its norm.
-double attention_bytes(const ModelSpec& m, Widths b) {
+double attention_bytes(const OwnRun& run, Widths b) {
+  const ModelSpec& m = run.model;
   const auto hidden = static_cast<double>(m.hidden);
   const auto all_heads = static_cast<double>((m.heads + m.kv_heads) * m.head_dim);
   double bytes = 4.0 * hidden * b.compute + 2.0 * b.wide + 2.0 * all_heads * b.compute +
                  static_cast<double>(m.heads) * b.wide;
   if (m.qk_norm != SpecQkNorm::kNone) bytes += all_heads * b.compute;
+  if (run.clipped_qkv) bytes += (all_heads + static_cast<double>(m.kv_heads * m.head_dim)) * b.compute;
   return bytes;
 }
 
-// Rows of this rank's experts, where they lie, and what the router saves.
-double experts_bytes(const ModelSpec& m, Widths b, double imbalance) {
+// Rows that this rank holds per token of its own, where its experts read them. Without an exchange they are
+// the tokens themselves, which the norm before keeps; two_level and allgather hold a token once.
+double held_rows(const OwnRun& run, double imbalance) {
+  if (run.ep == 1) return 0.0;
+  const auto top_k = static_cast<double>(run.model.top_k);
+  const auto ranks = static_cast<double>(run.ep);
+  switch (run.exchange) {
+    case Exchange::kAllgather:
+      return ranks;
+    case Exchange::kTwoLevel:
+      return ranks * (1.0 - std::pow(1.0 - 1.0 / ranks, top_k));
+    case Exchange::kUneven:
+    case Exchange::kPadded:
+      break;
+  }
+  return top_k * imbalance;
+}
+
+// Of this rank's experts, where their rows lie, and of the router: logits and scores; per choice ids before
+// and after drops and as an index, four weights; per token divisor and log sum.
+double experts_bytes(const OwnRun& run, Widths b, double imbalance) {
+  const ModelSpec& m = run.model;
   const auto top_k = static_cast<double>(m.top_k);
-  const double values = static_cast<double>(m.hidden + 2 * m.expert_ffn);
-  const double rows = top_k * imbalance * (values * b.compute + b.wide);
+  const double rows = top_k * imbalance * (static_cast<double>(2 * m.expert_ffn) * b.compute + b.wide) +
+                      held_rows(run, imbalance) * static_cast<double>(m.hidden) * b.compute;
   const double router = 2.0 * static_cast<double>(m.experts) * b.wide +
                         top_k * (2.0 * kIndex + kLong + 4.0 * b.wide) + 2.0 * b.wide;
   return rows + 3.0 * kIndex * top_k + router + 2.0 * static_cast<double>(m.shared_ffn) * b.compute;
@@ -66,37 +88,51 @@ OwnActivations own_activations(const OwnRun& run, double imbalance) {
   OwnActivations sum;
   for (const bool has_experts : m.moe_layers) {
     const double dense = 3.0 * static_cast<double>(m.dense_ffn) * b.compute;
-    sum.layers += attention_bytes(m, b) + (has_experts ? experts_bytes(m, b, imbalance) : dense);
+    sum.layers += attention_bytes(run, b) + (has_experts ? experts_bytes(run, b, imbalance) : dense);
     sum.recomputed += hidden * b.compute + (has_experts ? top_k * (2.0 * kIndex + b.wide) : 0.0);
   }
   sum.outside = 3.0 * hidden * b.compute + b.wide + 2.0 * kLong;
+  // The experts' rows: of output or input, of gate and up, and the activation.
   const double rows = top_k * imbalance * static_cast<double>(2 * m.hidden + 3 * m.expert_ffn) * b.compute;
   sum.backward = std::max(rows, 4.0 * static_cast<double>(m.heads * m.head_dim) * (b.compute + b.wide));
   return sum;
 }
 
-MemoryReport own_memory(const OwnRun& run, const Cluster& cluster, double imbalance) {
+OwnTensors own_tensors(const OwnRun& run, double imbalance) {
   const Widths b = widths_of(run);
-  const Layout layout = own_layout(run);
-  const auto tokens = static_cast<double>(layout.micro_batch * run.sequence_length);
+  const auto tokens = static_cast<double>(own_layout(run).micro_batch * run.sequence_length);
+  const auto layers = static_cast<double>(run.model.layers);
   const double values = values_of_rank(run);
   const OwnActivations kept = own_activations(run, imbalance);
-  const double layer = kept.layers / static_cast<double>(run.model.layers);
+  OwnTensors t;
+  t.weights = b.compute * values;
+  t.gradients = b.wide * values;
+  t.optimizer = (b.compute < b.wide ? 3.0 : 2.0) * b.wide * values;
+  t.activations = tokens * ((run.recompute ? kept.recomputed : kept.layers) + kept.outside);
+  // The head's gradient exists from the loss on: first beside logits, then beside what a layer's backward
+  // pass needs. When it has reached the first layer, the gradients of all others are there instead of what
+  // they kept.
+  const double embedding = static_cast<double>(run.model.vocab) * static_cast<double>(run.model.hidden);
+  const double head = embedding * (b.wide + b.compute);
+  const double again = run.recompute ? (kept.layers - kept.recomputed) / layers : 0.0;
+  const double logits = std::min(tokens, static_cast<double>(run.loss_tokens)) *
+                        static_cast<double>(run.model.vocab) * b.compute;
+  const double last = tokens * (kept.layers / layers + kept.backward) + b.compute * (values - embedding);
+  t.transient = std::max(head + std::max(logits, tokens * (kept.backward + again)), last - t.activations);
+  return t;
+}
+
+MemoryReport own_memory(const OwnRun& run, const Cluster& cluster, double imbalance) {
+  const OwnTensors t = own_tensors(run, imbalance);
   MemoryReport r;
   const auto add = [&r](const char* name, double bytes) { r.lines.push_back({name, bytes}); };
-  add("weights", b.compute * values);
-  add("summed gradients", b.wide * values);
-  add("optimizer state", (b.compute < b.wide ? 3.0 : 2.0) * b.wide * values);
+  add("weights", t.weights);
+  add("summed gradients", t.gradients);
+  add("optimizer state", t.optimizer);
   add("the program", cluster.accelerator.workspace_gib * 1073741824.0);
   for (const MemoryLine& line : r.lines) r.static_bytes += line.bytes;
-  add("activations", tokens * ((run.recompute ? kept.recomputed : kept.layers) + kept.outside));
-  // The head's gradient exists from the loss on: first beside logits, then beside what a layer's backward
-  // pass needs.
-  const double vocab = static_cast<double>(run.model.vocab);
-  const double head = static_cast<double>(run.model.hidden) * vocab * (b.wide + b.compute);
-  const double again = run.recompute ? layer - kept.recomputed / static_cast<double>(run.model.layers) : 0.0;
-  add("loss or a layer's backward pass",
-      head + std::max(std::min(tokens, kLossTokens) * vocab * b.compute, tokens * (kept.backward + again)));
+  add("activations", t.activations);
+  add("loss or a layer's backward pass", t.transient);
   for (const MemoryLine& line : r.lines) r.peak_bytes += line.bytes;
   r.device_bytes = r.peak_bytes;
   return r;

@@ -32,7 +32,9 @@ struct OwnRun {
   bool combine_fp32 = false;  ///< two_level, allgather: partial sums travel in fp32
   std::int64_t chunks = 1;    ///< tokens travel in this many chunks
   bool recompute = false;
-  double overlap = 0.0;  ///< share of the exchange that runs beside computation
+  bool clipped_qkv = false;         ///< projections are clipped, which keeps them a second time
+  std::int64_t loss_tokens = 1024;  ///< whose logits exist at one time
+  double overlap = 0.0;             ///< share of the exchange that runs beside computation
   std::int64_t sequence_length = 512;
   std::int64_t global_batch = 8;     ///< sequences of an optimizer step
   std::int64_t micro_sequences = 8;  ///< sequences of a micro-step, over all ranks
@@ -80,15 +82,28 @@ std::vector<ArrowBytes> expected_step_bytes(const OwnRun& run);
 /// Bytes that a rank's forward pass keeps, per token.
 struct OwnActivations {
   double layers = 0.0;      ///< of all layers
-  double recomputed = 0.0;  ///< of all layers, when they are computed again
-  double outside = 0.0;
-  double backward = 0.0;  ///< largest extra of one layer's backward pass
+  double recomputed = 0.0;  ///< of all layers when they are computed again: inputs, and what routers chose
+  double outside = 0.0;     ///< of all layers: final norm, the loss's gradient, ids
+  double backward = 0.0;    ///< largest extra of one layer's backward pass
 };
-/// What     The tensors that model::activation_bytes() counts; `imbalance` as below. Bytes per token.
+/// What     The tensors that `model` and `moe` save for the backward pass, per token; `imbalance` as below.
+///          Exact for the options that change no shape; a capacity that drops rows makes it an upper bound.
 OwnActivations own_activations(const OwnRun& run, double imbalance = 1.0);
 
-/// What     Memory of the fullest rank: weights, gradients, masters and moments, activations of its share
-///          of a micro-step, buffers of the exchange. `imbalance` is the fullest rank's rows over the mean.
+/// Bytes of the tensors of one rank.
+struct OwnTensors {
+  double weights = 0.0;
+  double gradients = 0.0;    ///< sums, in the masters' dtype
+  double optimizer = 0.0;    ///< moments, and masters where weights are narrower
+  double activations = 0.0;  ///< of a micro-step
+  double transient = 0.0;    ///< the larger of a chunk's logits and one layer's backward pass
+  double total() const { return weights + gradients + optimizer + activations + transient; }
+};
+/// What     Tensors of the fullest rank.
+OwnTensors own_tensors(const OwnRun& run, double imbalance = 1.0);
+
+/// What     Memory of the fullest rank: own_tensors() and the program. `imbalance` is the fullest rank's rows
+/// over the mean.
 MemoryReport own_memory(const OwnRun& run, const Cluster& cluster, double imbalance = 1.0);
 /// What     Seconds of an optimizer step on a cluster whose ranks are the run's.
 StepTime own_step(const OwnRun& run, const Cluster& cluster, double imbalance = 1.0);

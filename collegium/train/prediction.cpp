@@ -7,6 +7,7 @@
 
 #include "collegium/base/error.h"
 #include "collegium/base/units.h"
+#include "collegium/model/softmax_loss.h"
 #include "collegium/moe/capacity.h"
 
 namespace collegium::train {
@@ -17,32 +18,6 @@ constexpr std::array kArrows = {"dispatch", "combine", "combine backward", "disp
 
 // Built in: what memory is counted with where no cluster is named.
 constexpr const char* kDefaultCluster = "cpu-2core";
-
-plan::ModelSpec model_spec(const model::ModelConfig& c) {
-  plan::ModelSpec m;
-  m.name = "the run's model";
-  m.vocab = c.vocab_size;
-  m.hidden = c.hidden_size;
-  m.layers = c.num_layers;
-  m.heads = c.num_heads;
-  m.kv_heads = c.num_kv_heads;
-  m.head_dim = c.head_dim;
-  m.dense_ffn = c.dense_ffn_size;
-  m.max_positions = c.max_positions;
-  m.tied_embeddings = c.tie_embeddings;
-  if (c.qk_norm == model::QkNorm::kPerHead) m.qk_norm = plan::SpecQkNorm::kPerHead;
-  if (c.qk_norm == model::QkNorm::kProjection) m.qk_norm = plan::SpecQkNorm::kProjection;
-  m.experts = c.moe.num_experts;
-  m.top_k = moe::record_width(c.moe);
-  m.expert_ffn = c.moe.ffn_size;
-  if (c.moe.shared_expert.kind != moe::SharedExpert::kNone) m.shared_ffn = c.moe.shared_expert.ffn_size;
-  m.moe_layers = c.moe_layers;
-  if (c.sliding_window > 0 && c.sliding_window < c.max_positions) {
-    m.window = c.sliding_window;
-    m.window_layers.assign(static_cast<std::size_t>(c.num_layers), true);
-  }
-  return m;
-}
 
 plan::Exchange exchange_of(moe::DispatcherKind kind) {
   switch (kind) {
@@ -74,6 +49,32 @@ std::string difference_text(const PredictedFigure& figure) {
 
 }  // namespace
 
+plan::ModelSpec model_spec(const model::ModelConfig& c) {
+  plan::ModelSpec m;
+  m.name = "the run's model";
+  m.vocab = c.vocab_size;
+  m.hidden = c.hidden_size;
+  m.layers = c.num_layers;
+  m.heads = c.num_heads;
+  m.kv_heads = c.num_kv_heads;
+  m.head_dim = c.head_dim;
+  m.dense_ffn = c.dense_ffn_size;
+  m.max_positions = c.max_positions;
+  m.tied_embeddings = c.tie_embeddings;
+  if (c.qk_norm == model::QkNorm::kPerHead) m.qk_norm = plan::SpecQkNorm::kPerHead;
+  if (c.qk_norm == model::QkNorm::kProjection) m.qk_norm = plan::SpecQkNorm::kProjection;
+  m.experts = c.moe.num_experts;
+  m.top_k = moe::record_width(c.moe);
+  m.expert_ffn = c.moe.ffn_size;
+  if (c.moe.shared_expert.kind != moe::SharedExpert::kNone) m.shared_ffn = c.moe.shared_expert.ffn_size;
+  m.moe_layers = c.moe_layers;
+  if (c.sliding_window > 0 && c.sliding_window < c.max_positions) {
+    m.window = c.sliding_window;
+    m.window_layers.assign(static_cast<std::size_t>(c.num_layers), true);
+  }
+  return m;
+}
+
 plan::OwnRun own_run(const RunConfig& config, const model::ModelConfig& model,
                      const parallel::Groups& groups) {
   const moe::MoeOptions& moe = model.moe;
@@ -88,6 +89,8 @@ plan::OwnRun own_run(const RunConfig& config, const model::ModelConfig& model,
   run.combine_fp32 = config.parallel.dispatcher.combine_fp32;
   run.chunks = overlap.chunks;
   run.recompute = config.train.recompute;
+  run.clipped_qkv = model.clip_qkv > 0.0;
+  run.loss_tokens = model::kLossChunkTokens;
   // Of several chunks all but the one that begins or ends the layer travel beside another's computation.
   run.overlap = 1.0 - 1.0 / static_cast<double>(overlap.chunks);
   run.sequence_length = config.data.sequence_length;

@@ -17,6 +17,9 @@
 
 namespace collegium::train {
 
+/// What     The model as the planner takes it. `model` is complete (vocabulary, head size).
+plan::ModelSpec model_spec(const model::ModelConfig& model);
+
 /// What     The run as the planner takes it. `model` is complete (vocabulary, head size).
 plan::OwnRun own_run(const RunConfig& config, const model::ModelConfig& model,
                      const parallel::Groups& groups);

@@ -6,7 +6,6 @@
 
 #include "collegium/base/file.h"
 #include "collegium/comm/local/local.h"
-#include "collegium/model/activation_bytes.h"
 #include "collegium/train/trainer.h"
 #include "tests/support/tiny_run.h"
 
@@ -63,22 +62,26 @@ TEST_F(Prediction, ledger_equals_planner_on_four_ranks) {
   }
 }
 
-// The planner, which knows no tensors, counts what the modules that save them count.
-TEST_F(Prediction, activations_equal_the_models_count) {
+// The planner, which knows no tensors, counts the values that a rank holds.
+TEST_F(Prediction, tensors_of_a_rank_are_those_it_has) {
   for (const char* dtype : {"bfloat16", "float32", "float64"}) {
     for (const char* norm : {"none", "per_head"}) {
-      const train::RunConfig config = train::read_run_config(
+      const train::Trainer trainer(train::read_run_config(
           folder_ / "run.toml", {std::string("train.dtype=") + dtype, std::string("model.qk_norm=") + norm,
-                                 "model.family=collegium_moe"});
-      train::Trainer trainer(config);
-      const plan::OwnActivations ours = plan::own_activations(trainer.own_run());
-      const model::ModelConfig& model = trainer.decoder().config();
-      const model::ActivationBytes kept = model::activation_bytes(model, trainer.decoder().dtype());
-      const auto layers = static_cast<double>(model.num_layers);
-      EXPECT_DOUBLE_EQ(ours.layers, layers * kept.layer);
-      EXPECT_DOUBLE_EQ(ours.recomputed, layers * kept.recomputed);
-      EXPECT_DOUBLE_EQ(ours.outside, kept.outside);
-      EXPECT_DOUBLE_EQ(ours.backward, kept.backward);
+                                 "model.family=collegium_moe"}));
+      double weights = 0.0;
+      double optimizer = 0.0;
+      double gradients = 0.0;
+      for (const optim::Slot& slot : trainer.masters().slots()) {
+        weights += static_cast<double>(slot.value.nbytes());
+        gradients += static_cast<double>(slot.gradient.nbytes());
+        optimizer += static_cast<double>(slot.first_moment.nbytes() + slot.second_moment.nbytes());
+        if (!slot.master.is_alias_of(slot.value)) optimizer += static_cast<double>(slot.master.nbytes());
+      }
+      const plan::OwnTensors tensors = plan::own_tensors(trainer.own_run());
+      EXPECT_EQ(tensors.weights, weights);
+      EXPECT_EQ(tensors.gradients, gradients);
+      EXPECT_EQ(tensors.optimizer, optimizer);
     }
   }
 }

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// The count of what a forward pass keeps against what it leaves in the arena.
-
-#include "collegium/model/activation_bytes.h"
+// The planner's count of what a forward pass keeps against what it leaves in the arena.
 
 #include <gtest/gtest.h>
 
 #include "collegium/model/decoder.h"
 #include "collegium/model/parameters.h"
 #include "collegium/ops/arena.h"
+#include "collegium/train/prediction.h"
 
 namespace collegium {
 namespace {
@@ -48,18 +47,25 @@ double measured(const model::ModelConfig& c, bool recompute) {
   return static_cast<double>(ops::arena_statistics().in_use_bytes) - before;
 }
 
-TEST(ActivationBytes, equal_what_a_forward_pass_leaves_behind) {
+TEST(Activations, equal_what_a_forward_pass_leaves_behind) {
   ops::install_arena();
-  const model::ModelConfig c = config();
-  const model::ActivationBytes bytes = model::activation_bytes(c, at::kFloat);
-  const double tokens = kSequences * kLength;
-  // The arena does not hold tensors below 64 KiB (one fp32 per token is 16 KiB), and the loss, which
-  // `outside` counts with one hidden state and the targets, has not run. Both are a few hundredths of the
-  // whole.
-  const double outside = bytes.outside - 64 * 4.0 - 16.0;
-  EXPECT_NEAR(measured(c, false) / (tokens * (3 * bytes.layer + outside)), 1.0, 0.03);
-  EXPECT_NEAR(measured(c, true) / (tokens * (3 * bytes.recomputed + outside)), 1.0, 0.1);
-  EXPECT_LT(bytes.recomputed, bytes.layer / 5);
+  for (const bool clipped : {false, true}) {
+    model::ModelConfig c = config();
+    if (clipped) c.clip_qkv = 8.0;
+    plan::OwnRun run;
+    run.model = train::model_spec(c);
+    run.dtype = "float32";
+    run.clipped_qkv = clipped;
+    const plan::OwnActivations bytes = plan::own_activations(run);
+    const double tokens = kSequences * kLength;
+    // The arena does not hold tensors below 64 KiB (one fp32 per token is 16 KiB), and the loss, which
+    // `outside` counts with one hidden state and the targets, has not run. Both are a few hundredths of the
+    // whole.
+    const double outside = bytes.outside - 64 * 4.0 - 16.0;
+    EXPECT_NEAR(measured(c, false) / (tokens * (bytes.layers + outside)), 1.0, 0.03);
+    EXPECT_NEAR(measured(c, true) / (tokens * (bytes.recomputed + outside)), 1.0, 0.1);
+    EXPECT_LT(bytes.recomputed, bytes.layers / 5);
+  }
 }
 
 }  // namespace
