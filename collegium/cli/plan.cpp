@@ -144,7 +144,9 @@ void run_plan(const PlanArguments& a) {
     return;
   }
   if (a.shares) {
-    fmt::print("{}", plan::format_exchange_shares(plan::load_cluster(a.cluster), a.seq_len));
+    const plan::Cluster cluster = plan::load_cluster(a.cluster);
+    fmt::print("{}", a.json ? plan::exchange_shares_json(cluster, a.seq_len).dump() + "\n"
+                            : plan::format_exchange_shares(cluster, a.seq_len));
     return;
   }
   if (a.compare) {

@@ -82,26 +82,75 @@ std::string explain_layout(const ModelSpec& m, const Layout& l, const Workload& 
   return text;
 }
 
-std::string format_exchange_shares(const Cluster& cluster, double seq_len) {
-  std::string text = fmt::format(
-      "Expert exchange's share of the step on {} ({} per fast domain), one sequence of {} per rank, nothing "
-      "hidden "
-      "unless it says so\n",
-      cluster.accelerator.name, cluster.fast_domain, seq_len);
+namespace {
+
+constexpr double kPublishedShareLeast = 0.444;
+constexpr double kPublishedShareMost = 0.684;
+
+struct ModelShares {
+  std::string kind;
+  std::string model;
+  std::int64_t top_k = 0;
+  std::int64_t experts = 0;
+  int ranks = 0;
+  std::vector<ExchangeShare> variants;
+};
+
+std::vector<ModelShares> shares_of_models(const Cluster& cluster, double seq_len) {
+  std::vector<ModelShares> all;
   for (const auto& [kind, name] :
        {std::pair{"coarse", "gpt-oss-20b"}, std::pair{"fine-grained", "deepseek-v2-lite"}}) {
     const ModelSpec model = load_model(name);
     for (const int ranks : {2, 32}) {
       const Layout layout = parse_layout(fmt::format("dp{}.ep{}", ranks, ranks));
       const Workload work{.seq_len = seq_len, .global_batch = static_cast<double>(ranks)};
-      text +=
-          fmt::format("{} experts ({}, {} of {}), {} ranks\n", kind, name, model.top_k, model.experts, ranks);
-      for (const ExchangeShare& share : exchange_shares(model, layout, work, cluster, Stack{}))
-        text +=
-            fmt::format("  {:<54}{:>6.1f} % of {:.4g} s\n", share.variant, 100.0 * share.share, share.step_s);
+      all.push_back({.kind = kind,
+                     .model = name,
+                     .top_k = model.top_k,
+                     .experts = model.experts,
+                     .ranks = ranks,
+                     .variants = exchange_shares(model, layout, work, cluster, Stack{})});
     }
   }
-  return text + "Published for 32 accelerators: 44.4 to 68.4 % of the iteration time\n";
+  return all;
+}
+
+}  // namespace
+
+std::string format_exchange_shares(const Cluster& cluster, double seq_len) {
+  std::string text = fmt::format(
+      "Expert exchange's share of the step on {} ({} per fast domain), one sequence of {} per rank, nothing "
+      "hidden "
+      "unless it says so\n",
+      cluster.accelerator.name, cluster.fast_domain, seq_len);
+  for (const ModelShares& m : shares_of_models(cluster, seq_len)) {
+    text +=
+        fmt::format("{} experts ({}, {} of {}), {} ranks\n", m.kind, m.model, m.top_k, m.experts, m.ranks);
+    for (const ExchangeShare& share : m.variants)
+      text +=
+          fmt::format("  {:<54}{:>6.1f} % of {:.4g} s\n", share.variant, 100.0 * share.share, share.step_s);
+  }
+  return text + fmt::format("Published for 32 accelerators: {:.1f} to {:.1f} % of the iteration time\n",
+                            100.0 * kPublishedShareLeast, 100.0 * kPublishedShareMost);
+}
+
+Json exchange_shares_json(const Cluster& cluster, double seq_len) {
+  Json models = Json::array();
+  for (const ModelShares& m : shares_of_models(cluster, seq_len)) {
+    Json variants = Json::array();
+    for (const ExchangeShare& share : m.variants)
+      variants.push_back({{"variant", share.variant}, {"share", share.share}, {"step_s", share.step_s}});
+    models.push_back({{"kind", m.kind},
+                      {"model", m.model},
+                      {"top_k", m.top_k},
+                      {"experts", m.experts},
+                      {"ranks", m.ranks},
+                      {"variants", variants}});
+  }
+  return {{"cluster", cluster.name},
+          {"sequence_length", seq_len},
+          {"models", models},
+          {"published_share_of_32", {kPublishedShareLeast, kPublishedShareMost}}};
 }
 
 }  // namespace collegium::plan

@@ -55,5 +55,7 @@ std::vector<ExchangeShare> exchange_shares(const ModelSpec& model, const Layout&
 /// beside the
 ///          44.4 to 68.4 % that were published for 32 accelerators.
 std::string format_exchange_shares(const Cluster& cluster, double seq_len);
+/// The same as JSON.
+Json exchange_shares_json(const Cluster& cluster, double seq_len);
 
 }  // namespace collegium::plan

@@ -36,6 +36,14 @@ def main() -> None:
     assert dispatch, explained
     run(0, "predicted gain", "plan", "--compare")
     run(0, "fine-grained", "plan", "--shares", "--cluster", "a100-80-4rail")
+    shares = json.loads(run(0, "{", "plan --shares --json --cluster a100-80-4rail"))
+    assert [(m["kind"], m["ranks"]) for m in shares["models"]] == [
+        ("coarse", 2),
+        ("coarse", 32),
+        ("fine-grained", 2),
+        ("fine-grained", 32),
+    ]
+    assert all(0.0 < v["share"] < 1.0 for m in shares["models"] for v in m["variants"])
     run(0, "share of the step", "plan --model olmoe-1b-7b --explain dp32.ep32 --global-batch 64")
     variants = json.loads(run(0, "[", "plan --model llama3-8b --gpus 64 --global-batch 256 --data-parallel --json"))
     assert [v["variant"].split()[0] for v in variants] == ["parameter", "parameter", "all-reduce"] + ["ZeRO"] * 3
