@@ -5,7 +5,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
@@ -135,8 +134,6 @@ void for_each_block(std::int64_t length, const Work& work) {
   }
 }
 
-void multiply(const at::Tensor& a, const at::Tensor& b, at::Tensor out) { at::mm_out(out, a, b); }
-
 // q / sqrt(A): the scores need no scaling of their own.
 void load_queries(const Workspace& w, const at::Tensor& q_SA) {
   w.q_SA.copy_(q_SA);
@@ -146,14 +143,14 @@ void load_queries(const Workspace& w, const at::Tensor& q_SA) {
 void forward_head(const Workspace& w, const at::Tensor& log_sums_S) {
   for_each_block(w.q_SA.size(0), [&](std::int64_t first, std::int64_t rows, std::int64_t keys) {
     const at::Tensor scores = w.scores(rows, keys);
-    multiply(w.q_SA.narrow(0, first, rows), w.k_SA.narrow(0, 0, keys).t(), scores);
+    ops::product_into(w.q_SA.narrow(0, first, rows), w.k_SA.narrow(0, 0, keys).t(), scores);
     const at::Tensor log_sums = log_sums_S.narrow(0, first, rows);
     if (scores.scalar_type() == at::kDouble) {
       softmax(score_rows<double>(scores, first, log_sums));
     } else {
       softmax(score_rows<float>(scores, first, log_sums));
     }
-    multiply(scores, w.v_SA.narrow(0, 0, keys), w.out_SA.narrow(0, first, rows));
+    ops::product_into(scores, w.v_SA.narrow(0, 0, keys), w.out_SA.narrow(0, first, rows));
   });
 }
 
@@ -166,8 +163,8 @@ void backward_head(const Workspace& w, const at::Tensor& sums_S, const at::Tenso
     const at::Tensor k = w.k_SA.narrow(0, 0, keys);
     const at::Tensor scores = w.scores(rows, keys);
     const at::Tensor gradients = w.gradients(rows, keys);
-    multiply(q, k.t(), scores);
-    multiply(grad_out, w.v_SA.narrow(0, 0, keys).t(), gradients);
+    ops::product_into(q, k.t(), scores);
+    ops::product_into(grad_out, w.v_SA.narrow(0, 0, keys).t(), gradients);
     const at::Tensor sums = sums_S.narrow(0, first, rows);
     const at::Tensor log_sums = log_sums_S.narrow(0, first, rows);
     if (scores.scalar_type() == at::kDouble) {
@@ -177,7 +174,7 @@ void backward_head(const Workspace& w, const at::Tensor& sums_S, const at::Tenso
       softmax_gradient(score_rows<float>(scores, first, log_sums), gradients.mutable_data_ptr<float>(),
                        sums.const_data_ptr<float>());
     }
-    multiply(gradients, k, w.grad_q_SA.narrow(0, first, rows));
+    ops::product_into(gradients, k, w.grad_q_SA.narrow(0, first, rows));
     w.grad_k_AS.narrow(1, 0, keys).addmm_(q.t(), gradients);
     w.grad_v_AS.narrow(1, 0, keys).addmm_(grad_out.t(), scores);
   });

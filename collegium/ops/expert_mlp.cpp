@@ -5,7 +5,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
 
 #include "collegium/base/error.h"
 #include "collegium/ops/swiglu.h"
@@ -23,8 +22,6 @@ void keep(const RowSource& x, const at::Tensor& weights_R, const at::Tensor& cou
           .counts_E = counts_E,
           .gate_up_RG = at::empty({total, experts.gate_up_EGD.size(1)}, x.values_XD.options())};
 }
-
-void product(const at::Tensor& a, const at::Tensor& b, at::Tensor out) { at::mm_out(out, a, b); }
 
 }  // namespace
 
@@ -46,9 +43,10 @@ at::Tensor expert_mlp(const RowSource& x, const at::Tensor& weights_R, const at:
     for (const ExpertRows& rows : gemms_of(pieces[static_cast<std::size_t>(i)], most_rows, dtype)) {
       const at::Tensor gate_up = rows.of(kept.gate_up_RG);
       const at::Tensor activation = activations.select(0, worker).narrow(0, 0, rows.rows);
-      product(inputs.rows(rows, rows.rows, worker), experts.gate_up_EGD.select(0, rows.expert).t(), gate_up);
+      product_into(inputs.rows(rows, rows.rows, worker), experts.gate_up_EGD.select(0, rows.expert).t(),
+                   gate_up);
       swiglu_into(gate_up, rows.of(weights), activation);
-      product(activation, experts.down_EDF.select(0, rows.expert).t(), rows.of(y_RD));
+      product_into(activation, experts.down_EDF.select(0, rows.expert).t(), rows.of(y_RD));
     }
   });
   return y_RD;
@@ -60,10 +58,10 @@ at::Tensor expert_mlp_aten(const RowSource& x, const at::Tensor& weights_R, cons
   const at::Tensor x_RD = x.tensor();
   at::Tensor y_RD = at::empty_like(x_RD);
   for (const ExpertRows& rows : rows_of_experts(counts_E))
-    product(rows.of(x_RD), experts.gate_up_EGD.select(0, rows.expert).t(), rows.of(kept.gate_up_RG));
+    product_into(rows.of(x_RD), experts.gate_up_EGD.select(0, rows.expert).t(), rows.of(kept.gate_up_RG));
   const at::Tensor activation_RF = swiglu_aten(kept.gate_up_RG, weights_R);
   for (const ExpertRows& rows : rows_of_experts(counts_E))
-    product(rows.of(activation_RF), experts.down_EDF.select(0, rows.expert).t(), rows.of(y_RD));
+    product_into(rows.of(activation_RF), experts.down_EDF.select(0, rows.expert).t(), rows.of(y_RD));
   return y_RD;
 }
 

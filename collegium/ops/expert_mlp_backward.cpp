@@ -3,7 +3,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
 
 #include <algorithm>
 #include <utility>
@@ -16,8 +15,6 @@
 namespace collegium::ops {
 
 namespace {
-
-void product(const at::Tensor& a, const at::Tensor& b, at::Tensor out) { at::mm_out(out, a, b); }
 
 // An expert that is one task with its weights' gradients: few enough rows for the core's caches, and at most
 // some milliseconds, so that cores end together.
@@ -113,11 +110,11 @@ void ExpertMlpBackward::piece_of_large(const ExpertRows& piece, const Workspace&
   for (const ExpertRows& rows : gemms_of(piece, space.most_rows, kept_.gate_up_RG.scalar_type())) {
     const at::Tensor inner = space.inner.select(0, worker).narrow(0, 0, rows.rows);
     const SwigluGradients out{.gate_up_RG = rows.of(grad_gate_up_RG_), .weights_R = rows.of(rows_.weights_R)};
-    product(space.grad.rows(rows, rows.rows, worker), experts_.down_EDF.select(0, rows.expert), inner);
+    product_into(space.grad.rows(rows, rows.rows, worker), experts_.down_EDF.select(0, rows.expert), inner);
     swiglu_backward_into(inner, rows.of(kept_.gate_up_RG), rows.of(row_weights_R_), out,
                          rows.of(activation_RF_));
     if (needs_.rows)
-      product(out.gate_up_RG, experts_.gate_up_EGD.select(0, rows.expert), rows.of(rows_.x_RD));
+      product_into(out.gate_up_RG, experts_.gate_up_EGD.select(0, rows.expert), rows.of(rows_.x_RD));
   }
 }
 
@@ -150,7 +147,7 @@ void ExpertMlpBackward::small_expert(const ExpertRows& expert, const Workspace& 
   };
   for (const ExpertRows& rows : gemms) {
     const at::Tensor inner = space.inner.select(0, worker).narrow(0, 0, rows.rows);
-    product(within(grad, rows), experts_.down_EDF.select(0, rows.expert), inner);
+    product_into(within(grad, rows), experts_.down_EDF.select(0, rows.expert), inner);
     swiglu_backward_into(inner, rows.of(kept_.gate_up_RG), rows.of(row_weights_R_),
                          {.gate_up_RG = within(gate_up, rows), .weights_R = rows.of(rows_.weights_R)},
                          within(activation, rows));
@@ -158,12 +155,12 @@ void ExpertMlpBackward::small_expert(const ExpertRows& expert, const Workspace& 
   const std::int64_t missing = padded - expert.rows;
   activation.narrow(0, expert.rows, missing).zero_();
   gate_up.narrow(0, expert.rows, missing).zero_();
-  if (needs_.down) product(grad.t(), activation, grad_down);
+  if (needs_.down) product_into(grad.t(), activation, grad_down);
   for (const ExpertRows& rows : gemms) {
     if (needs_.rows)
-      product(within(gate_up, rows), experts_.gate_up_EGD.select(0, rows.expert), rows.of(rows_.x_RD));
+      product_into(within(gate_up, rows), experts_.gate_up_EGD.select(0, rows.expert), rows.of(rows_.x_RD));
   }
-  if (needs_.gate_up) product(gate_up.t(), space.x.rows(expert, padded, worker), grad_gate_up);
+  if (needs_.gate_up) product_into(gate_up.t(), space.x.rows(expert, padded, worker), grad_gate_up);
 }
 
 ExpertWeightGradients ExpertMlpBackward::weights() {
@@ -180,7 +177,7 @@ void ExpertMlpBackward::rows_in_aten() {
   const at::Tensor inner_RF =
       at::empty({grad_RD.size(0), experts_.down_EDF.size(2)}, kept_.gate_up_RG.options());
   for (const ExpertRows& rows : after_)
-    product(rows.of(grad_RD), experts_.down_EDF.select(0, rows.expert), rows.of(inner_RF));
+    product_into(rows.of(grad_RD), experts_.down_EDF.select(0, rows.expert), rows.of(inner_RF));
   const SwigluGradients inner = swiglu_backward_aten(inner_RF, kept_.gate_up_RG, kept_.weights_R);
   rows_.weights_R = inner.weights_R;
   grad_gate_up_RG_ = inner.gate_up_RG;
@@ -188,7 +185,7 @@ void ExpertMlpBackward::rows_in_aten() {
   if (!needs_.rows) return;
   rows_.x_RD = at::empty_like(grad_RD);
   for (const ExpertRows& rows : after_)
-    product(rows.of(inner.gate_up_RG), experts_.gate_up_EGD.select(0, rows.expert), rows.of(rows_.x_RD));
+    product_into(rows.of(inner.gate_up_RG), experts_.gate_up_EGD.select(0, rows.expert), rows.of(rows_.x_RD));
 }
 
 }  // namespace collegium::ops

@@ -50,6 +50,9 @@ std::vector<ExpertRows> cut_rows(const ExpertRows& expert, std::int64_t most_row
 ///          it.
 std::vector<ExpertRows> gemms_of(const ExpertRows& piece, std::int64_t most_rows, at::ScalarType dtype);
 
+/// What     out = a b, into memory that is there already, such as some rows of a larger tensor.
+void product_into(const at::Tensor& a, const at::Tensor& b, at::Tensor out);
+
 /// What     Calls task(i, worker) for i < num_tasks, in any order, from at most at::get_num_threads()
 ///          workers. A single task runs on the caller, so that its GEMMs may use all threads.
 void run_tasks(std::int64_t num_tasks,

@@ -91,20 +91,22 @@ Permutation group_by_expert_aten(const at::Tensor& expert_ids_TK, std::int64_t n
 
 at::Tensor gather_rows(const at::Tensor& x_TD, const at::Tensor& row_token_R) {
   if (!x_TD.is_cpu()) return gather_rows_aten(x_TD, row_token_R);
-  const at::Tensor x = x_TD.contiguous();
-  const std::int64_t num_rows = row_token_R.numel();
-  at::Tensor rows_RD = at::empty({num_rows, x.size(1)}, x.options());
-  const auto row_bytes = static_cast<std::size_t>(x.size(1)) * x.element_size();
+  at::Tensor rows_RD = at::empty({row_token_R.numel(), x_TD.size(1)}, x_TD.options());
+  gather_rows_into(x_TD.contiguous(), row_token_R, rows_RD);
+  return rows_RD;
+}
+
+void gather_rows_into(const at::Tensor& x_TD, const at::Tensor& row_token_R, const at::Tensor& rows_RD) {
+  const auto row_bytes = static_cast<std::size_t>(x_TD.size(1)) * x_TD.element_size();
   const auto* tokens = row_token_R.const_data_ptr<std::int32_t>();
-  const auto* source = static_cast<const char*>(x.const_data_ptr());
+  const auto* source = static_cast<const char*>(x_TD.const_data_ptr());
   auto* target = static_cast<char*>(rows_RD.mutable_data_ptr());
-  at::parallel_for(0, num_rows, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+  at::parallel_for(0, row_token_R.numel(), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
       std::memcpy(target + static_cast<std::size_t>(row) * row_bytes,
                   source + static_cast<std::size_t>(tokens[row]) * row_bytes, row_bytes);
     }
   });
-  return rows_RD;
 }
 
 at::Tensor gather_rows_aten(const at::Tensor& x_TD, const at::Tensor& row_token_R) {

@@ -4,7 +4,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
-#include <cstring>
 #include <utility>
 
 #include "collegium/base/error.h"
@@ -26,19 +25,13 @@ at::Tensor WorkerRows::rows(const ExpertRows& range, std::int64_t padded, std::i
   const bool indexed = source_.index_R.defined();
   if (!indexed && padded == range.rows) return range.of(source_.values_XD);
   at::Tensor out = buffers_.select(0, worker).narrow(0, 0, padded);
-  const auto row_bytes =
-      static_cast<std::size_t>(source_.width()) * static_cast<std::size_t>(out.element_size());
-  const auto bytes_of = [row_bytes](std::int64_t rows) { return static_cast<std::size_t>(rows) * row_bytes; };
-  const auto* source = static_cast<const char*>(source_.values_XD.const_data_ptr());
-  auto* target = static_cast<char*>(out.mutable_data_ptr());
+  const at::Tensor copy = out.narrow(0, 0, range.rows);
   if (indexed) {
-    const auto* index = source_.index_R.const_data_ptr<std::int32_t>() + range.begin;
-    for (std::int64_t row = 0; row < range.rows; ++row)
-      std::memcpy(target + bytes_of(row), source + bytes_of(index[row]), row_bytes);
+    gather_rows_into(source_.values_XD, range.of(source_.index_R), copy);
   } else {
-    std::memcpy(target, source + bytes_of(range.begin), bytes_of(range.rows));
+    copy.copy_(range.of(source_.values_XD));
   }
-  std::memset(target + bytes_of(range.rows), 0, bytes_of(padded - range.rows));
+  out.narrow(0, range.rows, padded - range.rows).zero_();
   return out;
 }
 

@@ -3,7 +3,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 
 #include <algorithm>
 
@@ -12,8 +11,6 @@
 namespace collegium::ops {
 
 namespace {
-
-void product(const at::Tensor& a, const at::Tensor& b, at::Tensor out) { at::mm_out(out, a, b); }
 
 void check(const at::Tensor& grad_RO, const at::Tensor& x_RI) {
   COLLEGIUM_CHECK(grad_RO.size(0) == x_RI.size(0), "{} gradient rows for {} rows", grad_RO.size(0),
@@ -99,8 +96,8 @@ void outer_into(const std::vector<ExpertRows>& experts, const at::Tensor& grad_R
       return;
     }
     const at::Tensor grad = tile.rows.of(grad_RO).narrow(1, tile.first, tile.count);
-    product(grads.of(grad, tile.padded, worker).t(), inputs.of(tile.rows.of(x_RI), tile.padded, worker),
-            grad_OI);
+    product_into(grads.of(grad, tile.padded, worker).t(), inputs.of(tile.rows.of(x_RI), tile.padded, worker),
+                 grad_OI);
   });
 }
 
@@ -112,7 +109,7 @@ void outer_into_aten(const std::vector<ExpertRows>& experts, const at::Tensor& g
     if (rows.rows == 0) {
       grad_OI.zero_();
     } else {
-      product(rows.of(grad_RO).t(), rows.of(x_RI), grad_OI);
+      product_into(rows.of(grad_RO).t(), rows.of(x_RI), grad_OI);
     }
   }
 }
