@@ -4,8 +4,10 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/ones_like.h>
 #include <fmt/format.h>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -19,6 +21,7 @@
 #include "collegium/base/error.h"
 #include "collegium/cli/verb.h"
 #include "collegium/ops/gemm_peak.h"
+#include "collegium/ops/product.h"
 
 namespace collegium::cli {
 
@@ -38,9 +41,9 @@ double mean_gemm_rate(at::ScalarType dtype) {
   constexpr double kFlops = 2.0 * kSize * kSize * kSize;
   constexpr double kBudgetSeconds = 0.5;
   const at::NoGradGuard no_grad;
-  const at::Tensor a = at::ones({kSize, kSize}, dtype);
-  const at::Tensor b = at::ones({kSize, kSize}, dtype);
-  at::Tensor c = at::empty({kSize, kSize}, dtype);
+  const at::Tensor a = at::ones({kSize, kSize}, ops::product_dtype(dtype));
+  const at::Tensor b = at::ones_like(a);
+  at::Tensor c = at::empty_like(a);
   const auto start = BenchClock::now();
   std::int64_t products = 0;
   for (; products == 0 || seconds_since(start) < kBudgetSeconds; ++products) at::mm_out(c, a, b);

@@ -4,7 +4,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/full_like.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <fmt/format.h>
 #include <unistd.h>
@@ -22,7 +21,11 @@
 #include "collegium/cli/progress.h"
 #include "collegium/model/causal_attention.h"
 #include "collegium/model/norm.h"
+#include "collegium/model/rotary.h"
 #include "collegium/ops/arena.h"
+#include "collegium/ops/product.h"
+#include "collegium/ops/swiglu.h"
+#include "collegium/optim/adamw.h"
 #include "collegium/plan/cluster.h"
 
 namespace collegium::cli {
@@ -119,8 +122,10 @@ class ClusterBench {
     show("copies in memory");
     const double copied = copy_rate();
     a.memory_gb_per_s = copied / kGiga;
-    show("a norm");
-    a.memory_efficiency = std::min(1.0, norm_rate() / copied);
+    show("row kernels");
+    a.memory_efficiency = std::min(1.0, row_kernel_rate() / copied);
+    show("the optimizer");
+    a.optimizer_efficiency = std::min(1.0, optimizer_rate() / copied);
     measure_products("bf16", at::kBFloat16, a);
     measure_products("fp32", at::kFloat, a);
     show("attention");
@@ -150,14 +155,45 @@ class ClusterBench {
     return 2.0 * static_cast<double>(kBytes) / time([&] { to.copy_(from); });
   }
 
-  // The same of a row kernel, which computes on what it reads: a norm of as many values as a layer has.
-  double norm_rate() {
+  // The same of row kernels, which compute on what they read: those of a block, on the bytes that the planner
+  // books for them.
+  double row_kernel_rate() {
     constexpr std::int64_t kRows = 8192;
     constexpr std::int64_t kWidth = 512;
+    constexpr std::int64_t kHeadDim = 64;
     constexpr double kEpsilon = 1e-5;
+    constexpr double kTheta = 10000.0;
     const at::Tensor x = at::full({kRows, kWidth}, 1.0, at::kBFloat16);
+    const at::Tensor gate_up = at::full({kRows, 2 * kWidth}, 1.0, at::kBFloat16);
     const at::Tensor weight = at::full({kWidth}, 1.0, at::kBFloat16);
-    return 4.0 * kRows * kWidth / time([&] { model::rms_norm(x, weight, kEpsilon); });
+    const at::Tensor heads = x.view({1, kRows, kWidth / kHeadDim, kHeadDim});
+    const model::RotaryTables tables = model::rotary_tables(0, kRows, kHeadDim, kTheta, at::kBFloat16);
+    const double seconds = time([&] {
+      model::rms_norm(x, weight, kEpsilon);
+      model::apply_rotary(heads, tables);
+      ops::swiglu(gate_up, {});
+      x.add(x);
+    });
+    constexpr double kBytes = 4.0 + 4.0 + 6.0 + 6.0;
+    return kBytes * kRows * kWidth / seconds;
+  }
+
+  // Gradients read twice and cleared, masters and moments read and written, weights written.
+  double optimizer_rate() {
+    constexpr std::int64_t kValues = std::int64_t{1} << 22;
+    constexpr double kBytes = 2.0 * 4.0 + 2.0 * 12.0 + 2.0;
+    constexpr double kRate = 1e-3;
+    const auto zeros = [](at::ScalarType dtype) { return at::zeros({kValues}, dtype); };
+    optim::Slot slot;
+    slot.name = "measured";
+    slot.value = zeros(at::kBFloat16);
+    for (at::Tensor* state : {&slot.master, &slot.gradient, &slot.first_moment, &slot.second_moment})
+      *state = zeros(at::kFloat);
+    std::vector<optim::Slot> slots = {slot};
+    return kBytes * kValues / time([&] {
+             optim::gradient_squares(slots);
+             optim::adamw_step({}, kRate, 1.0, 1, slots);
+           });
   }
 
   // Training multiplies rows by a weight as it lies (input gradients), by its transpose (forward) and by the
@@ -169,16 +205,16 @@ class ClusterBench {
     const at::Tensor b = at::full({size[2], size[1]}, kValue, dtype);
     const at::Tensor turned_a = at::full({size[2], size[0]}, kValue, dtype).t();
     const at::Tensor turned_b = at::full({size[1], size[2]}, kValue, dtype).t();
-    at::Tensor c = at::empty({size[0], size[1]}, dtype);
-    return (time([&] { at::mm_out(c, a, b); }) + time([&] { at::mm_out(c, a, turned_b); }) +
-            time([&] { at::mm_out(c, turned_a, b); })) /
+    const at::Tensor c = at::empty({size[0], size[1]}, dtype);
+    return (time([&] { ops::product_into(a, b, c); }) + time([&] { ops::product_into(a, turned_b, c); }) +
+            time([&] { ops::product_into(turned_a, b, c); })) /
            kLayouts;
   }
 
   // Rate = peak * product over rows, columns and depth of x/(x + x0): seconds of a FLOP are linear in 1/x.
   void measure_products(const std::string& format, at::ScalarType dtype, plan::Accelerator& a) {
     constexpr std::int64_t kOthers = 512;
-    constexpr std::array<std::int64_t, 4> kSizes = {32, 64, 256, 1024};
+    constexpr std::array<std::int64_t, 5> kSizes = {32, 64, 256, 1024, 4096};
     std::array<double, 3> half{};
     Line line;
     double of_line = 0.0;

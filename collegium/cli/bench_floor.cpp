@@ -9,6 +9,7 @@
 #include <atomic>
 
 #include "collegium/cli/bench.h"
+#include "collegium/ops/product.h"
 
 namespace collegium::cli {
 
@@ -25,7 +26,8 @@ at::Tensor turned(const at::Tensor& m) { return m.view({m.size(1), m.size(0)}); 
 }  // namespace
 
 GemmFloor::GemmFloor(std::span<const std::int64_t> row_counts_L, std::int64_t hidden, std::int64_t ffn,
-                     at::ScalarType dtype) {
+                     at::ScalarType compute_dtype) {
+  const at::ScalarType dtype = ops::product_dtype(compute_dtype);
   for (const std::int64_t rows : row_counts_L) {
     if (rows == 0) continue;
     const auto x = matrix(rows, hidden, dtype);

@@ -20,6 +20,7 @@
 #include "collegium/cli/verb.h"
 #include "collegium/comm/mpi/mpi.h"
 #include "collegium/ops/gemm_peak.h"
+#include "collegium/ops/product.h"
 #include "collegium/ops/threads.h"
 
 namespace collegium::cli {
@@ -91,11 +92,12 @@ Json examine() {
 void print(const Json& j) {
   const auto isa = j["instruction_sets"].get<std::vector<std::string>>();
   const auto libraries = j["openmp_libraries"].get<std::vector<std::string>>();
-  const bool bf16 = std::find(isa.begin(), isa.end(), "avx512_bf16") != isa.end() ||
-                    std::find(isa.begin(), isa.end(), "amx_bf16") != isa.end();
+  const bool bf16 = ops::has_bf16_products();
   fmt::print("cores        {} with {}\n", j["cores"].get<int>(), fmt::join(isa, ", "));
-  fmt::print("             {}\n", bf16 ? "bfloat16 runs in hardware: train with dtype = \"bfloat16\""
-                                       : "no bfloat16 in hardware: dtype = \"float32\" is faster here");
+  fmt::print("             {}\n",
+             bf16 ? "bfloat16 runs in hardware: train with dtype = \"bfloat16\""
+                  : "no bfloat16 in hardware: its products run in fp32, so dtype = \"float32\" is as fast, "
+                    "and \"bfloat16\" saves memory");
   fmt::print("memory       {}\n", format_bytes(j["memory_bytes"].get<double>()));
   fmt::print("threads      {}, {}\n", j["threads"].get<int>(),
              j["threads_bound"].get<bool>() ? "each bound to a core"

@@ -137,9 +137,9 @@ class Loop {
     const double steps_s = std::accumulate(later_seconds_.begin(), later_seconds_.end(), 0.0);
     train::MeasuredRun run{.memory_bytes = peak_memory_of_a_rank(world, peak_bytes_),
                            .step_s = spread_of(later_seconds_).median,
-                           .all_to_all_share = 0.0,
+                           .all_to_all_share = least_all_to_all_s() / steps_s,
                            .traffic = *traffic_};
-    std::vector<double> sums = {all_to_all_s_ / steps_s / static_cast<double>(world.size())};
+    std::vector<double> sums;
     for (std::size_t arrow = 0; arrow < traffic_->measured.size(); ++arrow) {
       for (const plan::ArrowBytes* bytes : {&traffic_->predicted, &traffic_->measured}) {
         sums.push_back(bytes->at(arrow).within_nodes);
@@ -147,8 +147,7 @@ class Loop {
       }
     }
     sums = sum_over_ranks(world, sums);
-    run.all_to_all_share = sums[0];
-    auto next = sums.begin() + 1;
+    auto next = sums.begin();
     for (std::size_t arrow = 0; arrow < traffic_->measured.size(); ++arrow) {
       for (plan::ArrowBytes* bytes : {&run.traffic.predicted, &run.traffic.measured}) {
         bytes->at(arrow) = {.within_nodes = next[0], .between_nodes = next[1]};
@@ -161,6 +160,14 @@ class Loop {
   }
 
  private:
+  // In every step of the rank that waited least for others there: over MPI waiting cannot be told from
+  // sending.
+  double least_all_to_all_s() const {
+    std::vector<double> negative;
+    for (const double seconds : later_all_to_all_) negative.push_back(-seconds);
+    const std::vector<double> least = max_over_ranks(*trainer_.groups().world, negative);
+    return -std::accumulate(least.begin(), least.end(), 0.0);
+  }
   static bool due(std::int64_t every, std::int64_t step) { return every > 0 && step % every == 0; }
 
   bool is_root() const { return trainer_.groups().is_root(); }
@@ -210,7 +217,7 @@ class Loop {
       // Of steps alone: validation and checkpoints come later.
       if (later_seconds_.empty()) peak_bytes_ = peak_resident_bytes();
       later_seconds_.push_back(seconds_since(begin));
-      all_to_all_s_ += report.communication.all_to_all_s;
+      later_all_to_all_.push_back(report.communication.all_to_all_s);
     }
     if (is_root()) show(report, begin);
   }
@@ -251,8 +258,8 @@ class Loop {
   double elapsed_before_;
   std::optional<train::AuditedTraffic> traffic_;  ///< of the first step of this process
   std::vector<double> later_seconds_;
-  double peak_bytes_ = 0.0;    ///< after two steps
-  double all_to_all_s_ = 0.0;  ///< of the later steps, on this rank
+  std::vector<double> later_all_to_all_;  ///< seconds of the same steps, on this rank
+  double peak_bytes_ = 0.0;               ///< after two steps
   double step_seconds_ = 0.0;
   double tokens_ = 0.0;
 };

@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include "collegium/model/causal_attention.h"
+#include "collegium/model/linear.h"
 #include "collegium/model/norm.h"
 
 namespace collegium::model {
@@ -13,7 +14,7 @@ namespace {
 // [B, S, D] -> [B, S, n, A], normalised and clipped as the family does it.
 at::Tensor project(const ModelConfig& c, const at::Tensor& x_BSD, const at::Tensor& weight,
                    const at::Tensor& norm, std::int64_t num_heads) {
-  at::Tensor y = at::linear(x_BSD, weight);
+  at::Tensor y = model::linear(x_BSD, weight);
   if (norm.defined() && c.qk_norm == QkNorm::kProjection) y = rms_norm(y, norm, c.norm_eps);
   if (c.clip_qkv > 0.0) y = at::clamp(y, -c.clip_qkv, c.clip_qkv);
   y = y.view({y.size(0), y.size(1), num_heads, c.head_dim});
@@ -79,7 +80,7 @@ at::Tensor attention(const ModelConfig& config, const AttentionWeights& weights,
   const at::Tensor mixed = mix(q, k, v, context);
   const at::Tensor joined =
       mixed.transpose(1, 2).reshape({x_BSD.size(0), x_BSD.size(1), config.num_heads * config.head_dim});
-  return at::linear(joined, weights.o);
+  return model::linear(joined, weights.o);
 }
 
 }  // namespace collegium::model

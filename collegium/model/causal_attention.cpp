@@ -12,6 +12,7 @@
 
 #include "collegium/base/error.h"
 #include "collegium/ops/expert_tasks.h"
+#include "collegium/ops/product.h"
 #include "collegium/ops/row_math.h"
 
 namespace collegium::model {

@@ -8,6 +8,7 @@
 #include "collegium/base/error.h"
 #include "collegium/model/dense_ffn.h"
 #include "collegium/model/embedding.h"
+#include "collegium/model/linear.h"
 #include "collegium/model/norm.h"
 #include "collegium/model/recompute.h"
 
@@ -153,6 +154,6 @@ const at::Tensor& Decoder::output_matrix() const {
   return value(config_.tie_embeddings ? "embed_tokens" : "lm_head");
 }
 
-at::Tensor Decoder::logits(const at::Tensor& hidden) const { return at::linear(hidden, output_matrix()); }
+at::Tensor Decoder::logits(const at::Tensor& hidden) const { return model::linear(hidden, output_matrix()); }
 
 }  // namespace collegium::model

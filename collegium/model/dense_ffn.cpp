@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/model/dense_ffn.h"
 
-#include <ATen/ops/linear.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "collegium/model/linear.h"
 #include "collegium/ops/swiglu.h"
 
 namespace collegium::model {
@@ -27,7 +27,7 @@ class SwigluFunction final : public torch::autograd::Function<SwigluFunction> {
 }  // namespace
 
 at::Tensor dense_ffn(const at::Tensor& x_TD, const at::Tensor& gate_up_GD, const at::Tensor& down_DF) {
-  return at::linear(SwigluFunction::apply(at::linear(x_TD, gate_up_GD)), down_DF);
+  return model::linear(SwigluFunction::apply(model::linear(x_TD, gate_up_GD)), down_DF);
 }
 
 }  // namespace collegium::model

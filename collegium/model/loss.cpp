@@ -5,6 +5,7 @@
 #include "collegium/base/error.h"
 #include "collegium/model/decoder.h"
 #include "collegium/model/softmax_loss.h"
+#include "collegium/ops/product.h"
 
 namespace collegium::model {
 
@@ -23,13 +24,15 @@ class CrossEntropyFunction final : public torch::autograd::Function<CrossEntropy
     at::Tensor grad_hidden = need_hidden ? at::empty_like(hidden_TD) : at::Tensor();
     at::Tensor grad_head =
         need_head ? at::zeros(head_VD.sizes(), head_VD.options().dtype(wide)) : at::Tensor();
+    const at::Tensor head = head_VD.to(head_VD.is_cpu() ? ops::product_dtype(head_VD.scalar_type())
+                                                        : head_VD.scalar_type());  // once, not per chunk
     for (std::int64_t begin = 0; begin < hidden_TD.size(0); begin += kLossChunkTokens) {
       const std::int64_t size = std::min(kLossChunkTokens, hidden_TD.size(0) - begin);
       const at::Tensor chunk_TD = hidden_TD.narrow(0, begin, size);
-      at::Tensor logits_TV = at::mm(chunk_TD, head_VD.t());
+      at::Tensor logits_TV = ops::product(chunk_TD, head.t());
       loss += softmax_loss(logits_TV, targets_T.narrow(0, begin, size), need_hidden || need_head).sum();
-      if (need_hidden) grad_hidden.narrow(0, begin, size).copy_(at::mm(logits_TV, head_VD));
-      if (need_head) grad_head += at::mm(logits_TV.t(), chunk_TD);
+      if (need_hidden) grad_hidden.narrow(0, begin, size).copy_(ops::product(logits_TV, head));
+      if (need_head) grad_head += ops::product(logits_TV.t(), chunk_TD);
     }
     context->saved_data["hidden"] = grad_hidden;
     context->saved_data["head"] = grad_head;

@@ -7,7 +7,9 @@
 #include <ATen/ops/empty_like.h>
 
 #include "collegium/base/error.h"
+#include "collegium/ops/product.h"
 #include "collegium/ops/swiglu.h"
+#include "collegium/ops/worker_weights.h"
 
 namespace collegium::ops {
 
@@ -38,15 +40,18 @@ at::Tensor expert_mlp(const RowSource& x, const at::Tensor& weights_R, const at:
   const at::Tensor activations =
       at::empty({at::get_num_threads(), 2 * most_rows, experts.down_EDF.size(2)}, x.values_XD.options());
   const WorkerRows inputs(x, 2 * most_rows, /*padded=*/false);
+  WorkerWeights gate_up_weights(experts.gate_up_EGD);
+  WorkerWeights down_weights(experts.down_EDF);
   const auto pieces = cut_rows(counts_E);
   run_tasks(static_cast<std::int64_t>(pieces.size()), [&](std::int64_t i, std::int64_t worker) {
-    for (const ExpertRows& rows : gemms_of(pieces[static_cast<std::size_t>(i)], most_rows, dtype)) {
+    for (const ExpertRows& rows :
+         gemms_of(pieces[static_cast<std::size_t>(i)], most_rows, product_dtype(dtype))) {
       const at::Tensor gate_up = rows.of(kept.gate_up_RG);
       const at::Tensor activation = activations.select(0, worker).narrow(0, 0, rows.rows);
-      product_into(inputs.rows(rows, rows.rows, worker), experts.gate_up_EGD.select(0, rows.expert).t(),
+      product_into(inputs.rows(rows, rows.rows, worker), gate_up_weights.of(rows.expert, worker).t(),
                    gate_up);
       swiglu_into(gate_up, rows.of(weights), activation);
-      product_into(activation, experts.down_EDF.select(0, rows.expert).t(), rows.of(y_RD));
+      product_into(activation, down_weights.of(rows.expert, worker).t(), rows.of(y_RD));
     }
   });
   return y_RD;

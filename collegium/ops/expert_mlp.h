@@ -72,8 +72,8 @@ class ExpertMlpBackward {
 
   void rows_on_cpu(WeightGradients when);
   void rows_in_aten();
-  void small_expert(const ExpertRows& expert, const Workspace& space, std::int64_t worker) const;
-  void piece_of_large(const ExpertRows& piece, const Workspace& space, std::int64_t worker) const;
+  void small_expert(const ExpertRows& expert, Workspace& space, std::int64_t worker) const;
+  void piece_of_large(const ExpertRows& piece, Workspace& space, std::int64_t worker) const;
 
   const ExpertsKept& kept_;
   ExpertWeights experts_;

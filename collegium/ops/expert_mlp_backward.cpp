@@ -9,8 +9,10 @@
 
 #include "collegium/base/error.h"
 #include "collegium/ops/expert_mlp.h"
+#include "collegium/ops/product.h"
 #include "collegium/ops/swiglu.h"
 #include "collegium/ops/weight_gradients.h"
+#include "collegium/ops/worker_weights.h"
 
 namespace collegium::ops {
 
@@ -38,6 +40,8 @@ struct ExpertMlpBackward::Workspace {
   at::Tensor activation;
   WorkerRows grad;
   WorkerRows x;
+  WorkerWeights gate_up_weights;
+  WorkerWeights down_weights;
 };
 
 ExpertMlpBackward::ExpertMlpBackward(const ExpertsKept& kept, ExpertWeights experts, RowSource grad,
@@ -61,12 +65,12 @@ ExpertRowGradients ExpertMlpBackward::rows(WeightGradients when) {
 
 void ExpertMlpBackward::rows_on_cpu(WeightGradients when) {
   const auto options = kept_.gate_up_RG.options();
-  const auto dtype = kept_.gate_up_RG.scalar_type();
+  const auto dtype = product_dtype(kept_.gate_up_RG.scalar_type());
   const std::int64_t hidden = grad_.width();
   const std::int64_t width = experts_.down_EDF.size(2);
   if (needs_.rows) rows_.x_RD = at::empty({grad_.rows(), hidden}, options);
   if (kept_.weights_R.defined()) {
-    row_weights_R_ = kept_.weights_R.to(at::toOpMathType(dtype)).contiguous();
+    row_weights_R_ = kept_.weights_R.to(at::toOpMathType(options.dtype().toScalarType())).contiguous();
     rows_.weights_R = at::empty_like(row_weights_R_);
   }
   const std::int64_t most_rows = gemm_rows(grad_.rows());
@@ -88,12 +92,14 @@ void ExpertMlpBackward::rows_on_cpu(WeightGradients when) {
     if (needs_.down) activation_RF_ = at::empty({grad_.rows(), width}, options);
   }
   const std::int64_t piece_rows = pieces.empty() ? 0 : 2 * most_rows;
-  const Workspace space{.most_rows = most_rows,
-                        .inner = empty_rows(std::max(piece_rows, small_rows), width, options),
-                        .gate_up = empty_rows(small_rows, 2 * width, options),
-                        .activation = empty_rows(small_rows, width, options),
-                        .grad = WorkerRows(grad_, std::max(piece_rows, small_rows), !small.empty()),
-                        .x = WorkerRows(kept_.x, small_rows, !small.empty())};
+  Workspace space{.most_rows = most_rows,
+                  .inner = empty_rows(std::max(piece_rows, small_rows), width, options),
+                  .gate_up = empty_rows(small_rows, 2 * width, options),
+                  .activation = empty_rows(small_rows, width, options),
+                  .grad = WorkerRows(grad_, std::max(piece_rows, small_rows), !small.empty()),
+                  .x = WorkerRows(kept_.x, small_rows, !small.empty()),
+                  .gate_up_weights = WorkerWeights(experts_.gate_up_EGD),
+                  .down_weights = WorkerWeights(experts_.down_EDF)};
   const auto num_small = static_cast<std::int64_t>(small.size());
   const auto num_pieces = static_cast<std::int64_t>(pieces.size());
   run_tasks(num_small + num_pieces, [&](std::int64_t i, std::int64_t worker) {
@@ -105,24 +111,23 @@ void ExpertMlpBackward::rows_on_cpu(WeightGradients when) {
   });
 }
 
-void ExpertMlpBackward::piece_of_large(const ExpertRows& piece, const Workspace& space,
-                                       std::int64_t worker) const {
-  for (const ExpertRows& rows : gemms_of(piece, space.most_rows, kept_.gate_up_RG.scalar_type())) {
+void ExpertMlpBackward::piece_of_large(const ExpertRows& piece, Workspace& space, std::int64_t worker) const {
+  for (const ExpertRows& rows :
+       gemms_of(piece, space.most_rows, product_dtype(kept_.gate_up_RG.scalar_type()))) {
     const at::Tensor inner = space.inner.select(0, worker).narrow(0, 0, rows.rows);
     const SwigluGradients out{.gate_up_RG = rows.of(grad_gate_up_RG_), .weights_R = rows.of(rows_.weights_R)};
-    product_into(space.grad.rows(rows, rows.rows, worker), experts_.down_EDF.select(0, rows.expert), inner);
+    product_into(space.grad.rows(rows, rows.rows, worker), space.down_weights.of(rows.expert, worker), inner);
     swiglu_backward_into(inner, rows.of(kept_.gate_up_RG), rows.of(row_weights_R_), out,
                          rows.of(activation_RF_));
     if (needs_.rows)
-      product_into(out.gate_up_RG, experts_.gate_up_EGD.select(0, rows.expert), rows.of(rows_.x_RD));
+      product_into(out.gate_up_RG, space.gate_up_weights.of(rows.expert, worker), rows.of(rows_.x_RD));
   }
 }
 
 // The GEMMs are those of a large expert, so results do not depend on when the weights' gradients are
 // computed.
-void ExpertMlpBackward::small_expert(const ExpertRows& expert, const Workspace& space,
-                                     std::int64_t worker) const {
-  const auto dtype = kept_.gate_up_RG.scalar_type();
+void ExpertMlpBackward::small_expert(const ExpertRows& expert, Workspace& space, std::int64_t worker) const {
+  const auto dtype = product_dtype(kept_.gate_up_RG.scalar_type());
   const auto gradient_of = [&expert](const at::Tensor& all) {
     return all.defined() ? all.select(0, expert.expert) : all;
   };
@@ -147,7 +152,7 @@ void ExpertMlpBackward::small_expert(const ExpertRows& expert, const Workspace& 
   };
   for (const ExpertRows& rows : gemms) {
     const at::Tensor inner = space.inner.select(0, worker).narrow(0, 0, rows.rows);
-    product_into(within(grad, rows), experts_.down_EDF.select(0, rows.expert), inner);
+    product_into(within(grad, rows), space.down_weights.of(rows.expert, worker), inner);
     swiglu_backward_into(inner, rows.of(kept_.gate_up_RG), rows.of(row_weights_R_),
                          {.gate_up_RG = within(gate_up, rows), .weights_R = rows.of(rows_.weights_R)},
                          within(activation, rows));
@@ -158,7 +163,7 @@ void ExpertMlpBackward::small_expert(const ExpertRows& expert, const Workspace& 
   if (needs_.down) product_into(grad.t(), activation, grad_down);
   for (const ExpertRows& rows : gemms) {
     if (needs_.rows)
-      product_into(within(gate_up, rows), experts_.gate_up_EGD.select(0, rows.expert), rows.of(rows_.x_RD));
+      product_into(within(gate_up, rows), space.gate_up_weights.of(rows.expert, worker), rows.of(rows_.x_RD));
   }
   if (needs_.gate_up) product_into(gate_up.t(), space.x.rows(expert, padded, worker), grad_gate_up);
 }

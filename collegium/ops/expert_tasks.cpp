@@ -3,7 +3,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/mm.h>
 
 #include <algorithm>
 #include <atomic>
@@ -79,8 +78,6 @@ std::vector<ExpertRows> gemms_of(const ExpertRows& piece, std::int64_t most_rows
   }
   return gemms;
 }
-
-void product_into(const at::Tensor& a, const at::Tensor& b, at::Tensor out) { at::mm_out(out, a, b); }
 
 void run_tasks(std::int64_t num_tasks, const std::function<void(std::int64_t, std::int64_t)>& task) {
   // Worker threads do not inherit the caller's grad mode, and out= variants refuse weights that require grad.

@@ -44,14 +44,11 @@ std::vector<ExpertRows> cut_rows(const at::Tensor& counts_E);
 /// What     The pieces of one expert's rows.
 std::vector<ExpertRows> cut_rows(const ExpertRows& expert, std::int64_t most_rows);
 
-/// What     The GEMMs of one piece of cut_rows(). In bf16 their sizes are multiples of kSizeStep, so that
-///          few kernels have to be generated (each costs as much time as a small GEMM and up to 0.6 MB):
-///          the last one begins earlier and computes rows a second time, unless the piece is shorter than
-///          it.
+/// What     The GEMMs of one piece of cut_rows(). Where products are in bf16 their sizes are multiples of
+///          kSizeStep, so that few kernels have to be generated (each costs as much time as a small GEMM
+///          and up to 0.6 MB): the last one begins earlier and computes rows a second time, unless the
+///          piece is shorter than it. `dtype` is product_dtype().
 std::vector<ExpertRows> gemms_of(const ExpertRows& piece, std::int64_t most_rows, at::ScalarType dtype);
-
-/// What     out = a b, into memory that is there already, such as some rows of a larger tensor.
-void product_into(const at::Tensor& a, const at::Tensor& b, at::Tensor out);
 
 /// What     Calls task(i, worker) for i < num_tasks, in any order, from at most at::get_num_threads()
 ///          workers. A single task runs on the caller, so that its GEMMs may use all threads.

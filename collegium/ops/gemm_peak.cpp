@@ -3,12 +3,15 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/ones_like.h>
 
 #include <algorithm>
 #include <chrono>
+
+#include "collegium/ops/product.h"
 
 namespace collegium::ops {
 
@@ -18,9 +21,9 @@ double measure_gemm_peak(at::ScalarType dtype) {
   constexpr double kFlops = 2.0 * kSize * kSize * kSize;
   constexpr double kBudgetSeconds = 0.3;
   const at::NoGradGuard no_grad;
-  const at::Tensor a = at::ones({kSize, kSize}, dtype);
-  const at::Tensor b = at::ones({kSize, kSize}, dtype);
-  at::Tensor c = at::empty({kSize, kSize}, dtype);
+  const at::Tensor a = at::ones({kSize, kSize}, product_dtype(dtype));
+  const at::Tensor b = at::ones_like(a);
+  at::Tensor c = at::empty_like(a);
   double best = 0.0;
   double spent = 0.0;
   at::mm_out(c, a, b);

@@ -96,7 +96,33 @@ at::Tensor gather_rows(const at::Tensor& x_TD, const at::Tensor& row_token_R) {
   return rows_RD;
 }
 
+namespace {
+
+COLLEGIUM_CLONES void widen_row(const c10::BFloat16* from, std::int64_t count, float* __restrict__ to) {
+  for (std::int64_t i = 0; i < count; ++i) to[i] = row_math::widen(from[i]);
+}
+
+void gather_widened(const at::Tensor& x_TD, const at::Tensor& row_token_R, const at::Tensor& rows_RD) {
+  COLLEGIUM_CHECK(x_TD.scalar_type() == at::kBFloat16 && rows_RD.scalar_type() == at::kFloat,
+                  "rows of {} gathered as {}", c10::toString(x_TD.scalar_type()),
+                  c10::toString(rows_RD.scalar_type()));
+  const std::int64_t width = x_TD.size(1);
+  const auto* tokens = row_token_R.const_data_ptr<std::int32_t>();
+  const auto* source = x_TD.const_data_ptr<c10::BFloat16>();
+  auto* target = rows_RD.mutable_data_ptr<float>();
+  at::parallel_for(0, row_token_R.numel(), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t row = begin; row < end; ++row)
+      widen_row(source + tokens[row] * width, width, target + row * width);
+  });
+}
+
+}  // namespace
+
 void gather_rows_into(const at::Tensor& x_TD, const at::Tensor& row_token_R, const at::Tensor& rows_RD) {
+  if (rows_RD.scalar_type() != x_TD.scalar_type()) {
+    gather_widened(x_TD, row_token_R, rows_RD);
+    return;
+  }
   const auto row_bytes = static_cast<std::size_t>(x_TD.size(1)) * x_TD.element_size();
   const auto* tokens = row_token_R.const_data_ptr<std::int32_t>();
   const auto* source = static_cast<const char*>(x_TD.const_data_ptr());

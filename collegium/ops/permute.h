@@ -28,7 +28,7 @@ Permutation group_by_expert_aten(const at::Tensor& expert_ids_TK, std::int64_t n
 /// Shape    x_TD [T, D], row_token_R int32 [R] -> [R, D], any floating dtype.
 at::Tensor gather_rows(const at::Tensor& x_TD, const at::Tensor& row_token_R);
 at::Tensor gather_rows_aten(const at::Tensor& x_TD, const at::Tensor& row_token_R);
-/// The same on the CPU, from contiguous rows into contiguous memory.
+/// The same on the CPU, from contiguous rows into contiguous memory, of x's dtype or fp32 for bf16.
 void gather_rows_into(const at::Tensor& x_TD, const at::Tensor& row_token_R, const at::Tensor& rows_RD);
 
 /// What     y[t] = sum over k of rows[slot_row[t, k]], in slot order; slots without a row add nothing.

@@ -8,6 +8,7 @@
 
 #include "collegium/base/error.h"
 #include "collegium/ops/permute.h"
+#include "collegium/ops/product.h"
 
 namespace collegium::ops {
 
@@ -18,7 +19,8 @@ at::Tensor RowSource::tensor() const {
 WorkerRows::WorkerRows(RowSource source, std::int64_t most_rows, bool padded) : source_(std::move(source)) {
   COLLEGIUM_CHECK(source_.values_XD.is_contiguous(), "rows must be contiguous");
   if (!source_.index_R.defined() && !padded) return;
-  buffers_ = at::empty({at::get_num_threads(), most_rows, source_.width()}, source_.values_XD.options());
+  buffers_ = at::empty({at::get_num_threads(), most_rows, source_.width()},
+                       source_.values_XD.options().dtype(product_dtype(source_.values_XD.scalar_type())));
 }
 
 at::Tensor WorkerRows::rows(const ExpertRows& range, std::int64_t padded, std::int64_t worker) const {

@@ -25,7 +25,7 @@ struct RowSource {
   at::Tensor tensor() const;
 };
 
-/// A buffer per worker that rows are gathered into.
+/// A buffer per worker that rows are gathered into, in the dtype that products are computed in.
 class WorkerRows {
  public:
   /// What     Space for `most_rows` rows of every worker. Without an index rows are read in place unless

@@ -55,6 +55,11 @@ double stream_seconds(const Accelerator& a, double bytes) {
   return bytes / (a.memory_gb_per_s * 1e9 * a.memory_efficiency);
 }
 
+double update_seconds(const Accelerator& a, double bytes) {
+  if (a.optimizer_efficiency == 0.0) return stream_seconds(a, bytes);
+  return bytes / (a.memory_gb_per_s * 1e9 * a.optimizer_efficiency);
+}
+
 Group group_of(const Cluster& cluster, int ranks, int stride) {
   const int inside = std::max(1, cluster.fast_domain / std::max(1, stride));
   return {.ranks = static_cast<double>(ranks), .in_domain = static_cast<double>(std::min(ranks, inside))};

@@ -26,6 +26,8 @@ double gemm_seconds(const Accelerator& accelerator, const std::string& format, d
                     double groups = 1.0);
 /// What     Seconds of a kernel that streams `bytes` through memory.
 double stream_seconds(const Accelerator& accelerator, double bytes);
+/// What     The same of passes over weights, gradients and optimizer state.
+double update_seconds(const Accelerator& accelerator, double bytes);
 
 /// A group of ranks: how many, and how many of them lie in one fast domain.
 struct Group {

@@ -131,7 +131,7 @@ double elementwise_seconds(const Context& x, bool moe) {
   const double rotary = x.tokens / x.l.tp * 4.0 * qkv;
   // Unfused stacks read and write once more for biases, masks and casts.
   const double factor = x.s.fused_elementwise ? 1.0 : 1.5;
-  return x.stream((residual + rotary + network) * factor, kernels * factor);
+  return x.stream((residual + rotary + network) * factor * x.s.value_scale, kernels * factor);
 }
 
 double network_gemms(const Context& x, bool moe) {

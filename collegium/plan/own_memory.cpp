@@ -116,7 +116,8 @@ OwnTensors own_tensors(const OwnRun& run, double imbalance) {
   const double head = embedding * (b.wide + b.compute);
   const double again = run.recompute ? (kept.layers - kept.recomputed) / layers : 0.0;
   const double logits = std::min(tokens, static_cast<double>(run.loss_tokens)) *
-                        static_cast<double>(run.model.vocab) * b.compute;
+                            static_cast<double>(run.model.vocab) * b.compute +
+                        (run.widened_products ? b.wide * embedding : 0.0);
   const double last = tokens * (kept.layers / layers + kept.backward) + b.compute * (values - embedding);
   t.transient = std::max(head + std::max(logits, tokens * (kept.backward + again)), last - t.activations);
   return t;

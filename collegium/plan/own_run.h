@@ -34,6 +34,7 @@ struct OwnRun {
   bool recompute = false;
   bool clipped_qkv = false;         ///< projections are clipped, which keeps them a second time
   std::int64_t loss_tokens = 1024;  ///< whose logits exist at one time
+  bool widened_products = false;    ///< bfloat16 without the instructions: multiplied in fp32
   double overlap = 0.0;             ///< share of the exchange that runs beside computation
   std::int64_t sequence_length = 512;
   std::int64_t global_batch = 8;     ///< sequences of an optimizer step

@@ -62,6 +62,7 @@ Stack own_stack(const OwnRun& run) {
   const double value = run.dtype == "bfloat16" ? 2.0 : (run.dtype == "float64" ? 8.0 : 4.0);
   const double master = run.dtype == "float64" ? 8.0 : 4.0;
   s.weight_bytes = value;
+  s.value_scale = value / 2.0;
   s.gradient_bytes = master;
   // Two moments, and a master where the weights are narrower.
   s.optimizer_bytes = 2.0 * master + (value == master ? 0.0 : master);
@@ -91,7 +92,7 @@ StepTime own_step(const OwnRun& run, const Cluster& cluster, double imbalance) {
   // The gradients of a lone micro-step are added to the sums too.
   if (t.micro_batches <= 1.0) {
     const StageWeights held = stage_weights(run.model, own_layout(run), stack, 0);
-    const double seconds = stream_seconds(
+    const double seconds = update_seconds(
         cluster.accelerator, 2.0 * (stack.gradient_bytes + stack.weight_bytes) * (held.dense + held.experts));
     t.optimizer_s += seconds;
     t.step_s += seconds;

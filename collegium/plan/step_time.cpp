@@ -80,7 +80,7 @@ class Stages {
     // Every micro-batch reads and writes the accumulated gradients, after writing and reading its own.
     if (!s_.fused_accumulation && num_micro_batches(l_, w_) > 1.0) {
       const StageWeights held = stage_weights(m_, l_, s_, index);
-      sum.backward[Part::kElementwise] += stream_seconds(
+      sum.backward[Part::kElementwise] += update_seconds(
           c_.accelerator, 2.0 * (s_.gradient_bytes + s_.weight_bytes) * (held.dense + held.experts));
     }
     if (index == l_.pp - 1) {
@@ -165,7 +165,7 @@ double optimizer_seconds(const StageWeights& weights, const Layout& l, const Clu
   // Gradient read (twice: norm, update), master weight and moments read and written, low-precision weight
   // written.
   const double bytes = 2.0 * s.gradient_bytes + 2.0 * s.optimizer_bytes + s.weight_bytes;
-  return stream_seconds(c.accelerator, (dense + experts) * bytes);
+  return update_seconds(c.accelerator, (dense + experts) * bytes);
 }
 
 }  // namespace

@@ -8,7 +8,9 @@
 #include "collegium/base/error.h"
 #include "collegium/base/units.h"
 #include "collegium/model/softmax_loss.h"
+#include "collegium/model/tensor_io.h"
 #include "collegium/moe/capacity.h"
+#include "collegium/ops/product.h"
 
 namespace collegium::train {
 
@@ -91,6 +93,8 @@ plan::OwnRun own_run(const RunConfig& config, const model::ModelConfig& model,
   run.recompute = config.train.recompute;
   run.clipped_qkv = model.clip_qkv > 0.0;
   run.loss_tokens = model::kLossChunkTokens;
+  const at::ScalarType dtype = model::parse_dtype(run.dtype, "train.dtype");
+  run.widened_products = ops::product_dtype(dtype) != dtype;
   // Of several chunks all but the one that begins or ends the layer travel beside another's computation.
   run.overlap = 1.0 - 1.0 / static_cast<double>(overlap.chunks);
   run.sequence_length = config.data.sequence_length;

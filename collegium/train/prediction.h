@@ -53,7 +53,7 @@ struct PredictedFigure {
 struct MeasuredRun {
   double memory_bytes = 0.0;      ///< of the fullest rank
   double step_s = 0.0;            ///< median of the steps after the first
-  double all_to_all_share = 0.0;  ///< of it, mean over the ranks
+  double all_to_all_share = 0.0;  ///< of it, in each step of the rank with least
   AuditedTraffic traffic;         ///< of all ranks
 };
 /// What     Memory, step time, bytes of the arrows and the share of all_to_all, side by side. Time on

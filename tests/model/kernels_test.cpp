@@ -9,9 +9,11 @@
 
 #include "collegium/base/error.h"
 #include "collegium/model/embedding.h"
+#include "collegium/model/linear.h"
 #include "collegium/model/norm.h"
 #include "collegium/model/rotary.h"
 #include "collegium/model/softmax_loss.h"
+#include "collegium/ops/product.h"
 #include "tests/support/tensors.h"
 
 namespace collegium::model {
@@ -134,6 +136,35 @@ TEST(Embedding, sums_a_frequent_token_in_fp32_and_skips_padding) {
   embed(weight, ids, /*padding_id=*/1).sum().backward();
   const at::Tensor rows = weight.grad().to(at::kDouble).select(1, 0);
   EXPECT_TRUE(at::equal(rows, at::tensor({0.0, 0.0, 4096.0, 0.0, 2.0}, at::kDouble)));
+}
+
+TEST(Linear, and_its_gradients_equal_double_precision_with_and_without_bf16_instructions) {
+  for (const bool bf16_instructions : {true, false}) {
+    ops::assume_bf16_products(bf16_instructions);
+    for (const auto dtype : kDtypes) {
+      for (const std::int64_t rows : {1, 5, 130}) {
+        const at::Tensor x = random_tensor("x", {2, rows, 19}, dtype).requires_grad_(true);
+        const at::Tensor w = random_tensor("w", {23, 19}, dtype).requires_grad_(true);
+        const at::Tensor grad = random_tensor("grad", {2, rows, 23}, dtype);
+        const at::Tensor y = model::linear(x, w);
+        EXPECT_EQ(y.sizes(), grad.sizes());
+        y.backward(grad);
+        const auto flat = [](const at::Tensor& t) {
+          return t.detach().to(at::kDouble).reshape({-1, t.size(-1)});
+        };
+        const at::ScalarType sums = dtype == at::kDouble ? at::kDouble : at::kFloat;
+        const double limit = bound(dtype, 1) + bound(sums, 2 * rows + 23);
+        EXPECT_LE(relative_difference(flat(y), flat(x).mm(flat(w).t())), limit);
+        EXPECT_LE(relative_difference(flat(x.grad()), flat(grad).mm(flat(w))), limit);
+        EXPECT_LE(relative_difference(flat(w.grad()), flat(grad).t().mm(flat(x))), limit);
+        const at::Tensor frozen = random_tensor("w", {23, 19}, dtype);
+        const at::Tensor x_only = x.detach().requires_grad_(true);
+        model::linear(x_only, frozen).backward(grad);
+        EXPECT_TRUE(at::equal(x_only.grad(), x.grad()));
+      }
+    }
+  }
+  ops::assume_bf16_products(std::nullopt);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include <gtest/gtest.h>
 
 #include "collegium/ops/expert_tasks.h"
+#include "collegium/ops/product.h"
 #include "collegium/ops/weight_gradients.h"
 #include "tests/support/tensors.h"
 
@@ -23,6 +24,14 @@ using test::relative_difference;
 const at::ScalarType kDtypes[] = {at::kDouble, at::kFloat, at::kBFloat16};
 const std::vector<std::vector<std::int64_t>> kLoads = {
     {0, 0, 0}, {1, 0, 0}, {0, 600, 0}, {31, 32, 33}, {255, 256, 257}, {511, 512, 513}, {7, 65, 300}};
+
+// With and without bf16 instructions, whatever this machine has.
+class ExpertMlp : public testing::TestWithParam<bool> {
+ protected:
+  ExpertMlp() { ops::assume_bf16_products(GetParam()); }
+  ~ExpertMlp() override { ops::assume_bf16_products(std::nullopt); }
+};
+INSTANTIATE_TEST_SUITE_P(Bf16, ExpertMlp, testing::Bool());
 
 at::ScalarType inner(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
@@ -137,7 +146,7 @@ Gradients backward_of(const ops::ExpertsKept& kept, const Case& c, ops::WeightGr
   return all;
 }
 
-TEST(ExpertMlp, forward_and_backward_equal_the_products_in_double_precision) {
+TEST_P(ExpertMlp, forward_and_backward_equal_the_products_in_double_precision) {
   for (const auto dtype : kDtypes) {
     for (const auto& load : kLoads) {
       for (const std::int64_t width : {1, 15, 40}) {
@@ -162,7 +171,7 @@ TEST(ExpertMlp, forward_and_backward_equal_the_products_in_double_precision) {
 }
 
 // Bit by bit: when the weights' gradients are computed, and whether rows lie apart or are gathered.
-TEST(ExpertMlp, neither_the_time_of_weight_gradients_nor_the_place_of_rows_matters) {
+TEST_P(ExpertMlp, neither_the_time_of_weight_gradients_nor_the_place_of_rows_matters) {
   for (const auto dtype : kDtypes) {
     for (const auto& load : kLoads) {
       Case c(dtype, load, 40);
@@ -195,7 +204,7 @@ TEST(ExpertMlp, neither_the_time_of_weight_gradients_nor_the_place_of_rows_matte
   }
 }
 
-TEST(ExpertMlp, rows_equal_the_plain_loop) {
+TEST_P(ExpertMlp, rows_equal_the_plain_loop) {
   const Case c(at::kDouble, {3, 0, 40}, 15);
   ops::ExpertsKept kept;
   const at::Tensor y = ops::expert_mlp(in_place(c.x), c.weights, c.counts, c.experts, kept);
@@ -212,7 +221,7 @@ TEST(ExpertMlp, rows_equal_the_plain_loop) {
   }
 }
 
-TEST(ExpertMlp, weights_may_be_absent_and_unneeded_gradients_are) {
+TEST_P(ExpertMlp, weights_may_be_absent_and_unneeded_gradients_are) {
   const Case c(at::kFloat, {40, 300, 0}, 8);
   ops::ExpertsKept kept;
   ops::ExpertsKept with_ones;
@@ -229,7 +238,7 @@ TEST(ExpertMlp, weights_may_be_absent_and_unneeded_gradients_are) {
   }
 }
 
-TEST(WeightGradients, equal_one_product_per_expert) {
+TEST_P(ExpertMlp, equal_one_product_per_expert) {
   for (const auto dtype : kDtypes) {
     for (const auto& load : kLoads) {
       const Case c(dtype, load, 10);
@@ -252,7 +261,7 @@ TEST(WeightGradients, equal_one_product_per_expert) {
   }
 }
 
-TEST(ExpertMlp, results_do_not_depend_on_threads) {
+TEST_P(ExpertMlp, results_do_not_depend_on_threads) {
   const Case c(at::kBFloat16, {511, 1, 300}, 24);
   const int threads = at::get_num_threads();
   std::vector<at::Tensor> results;

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// Matrix products in the compute dtype. Cores without bf16 instructions emulate bf16 products at a fifth of
+// the rate of fp32 ones (measured with AVX-512, oneDNN 3): there the operands are widened to fp32 and the
+// result is rounded once. Both ways multiply the same numbers and add in fp32.
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace collegium::ops {
+
+/// What     Whether this machine multiplies bf16 matrices in hardware (AVX-512-bf16, AMX). Other
+///          architectures than x86 are taken to do so: what ATen chooses there was not measured.
+bool has_bf16_products();
+/// What     From now on has_bf16_products() answers this; nullopt = what the machine has. Both ways are right
+///          everywhere, so that tests run both on every machine.
+void assume_bf16_products(std::optional<bool> has);
+
+/// What     The dtype that products of CPU tensors are computed in: fp32 for bf16 without the hardware.
+at::ScalarType product_dtype(at::ScalarType dtype);
+
+/// What     out = a b, into memory that is there already, such as some rows of a larger tensor.
+/// Shape    a [M, K], b [K, N] in the dtype of `out` or in its product_dtype(), out [M, N].
+void product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out);
+/// The same by widening to fp32, whatever the machine has.
+void widened_product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out);
+
+/// What     a b, in the dtype of a, on all threads.
+at::Tensor product(const at::Tensor& a, const at::Tensor& b);
+/// The same by widening to fp32, some rows at a time, whatever the machine has.
+at::Tensor widened_product(const at::Tensor& a, const at::Tensor& b);
+
+}  // namespace collegium::ops

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Products in the compute dtype against the same in double precision: both ways that bf16 is multiplied,
+// whatever this machine has, for every layout of operands that training uses and sizes around every cut.
+
+#include "collegium/ops/product.h"
+
+#include <ATen/Parallel.h>
+#include <gtest/gtest.h>
+
+#include "tests/support/tensors.h"
+
+namespace collegium {
+namespace {
+
+using test::bound;
+using test::random_tensor;
+using test::relative_difference;
+
+// A matrix whose rows or columns lie apart in memory, as a piece of a larger tensor's do.
+at::Tensor matrix(std::string_view name, std::int64_t rows, std::int64_t columns, at::ScalarType dtype,
+                  const std::string& layout) {
+  if (layout == "turned") return random_tensor(name, {columns, rows}, dtype).t();
+  if (layout == "piece") return random_tensor(name, {rows, columns + 3}, dtype).narrow(1, 1, columns);
+  if (layout == "turned piece") return random_tensor(name, {columns, rows + 3}, dtype).narrow(1, 1, rows).t();
+  return random_tensor(name, {rows, columns}, dtype);
+}
+
+void expect_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
+  const at::Tensor exact = a.to(at::kDouble).mm(b.to(at::kDouble));
+  const at::ScalarType sums = out.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  EXPECT_LE(relative_difference(out, exact), bound(out.scalar_type(), 1) + bound(sums, a.size(1)));
+}
+
+TEST(Product, equals_double_precision_in_every_layout) {
+  for (const auto dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
+    for (const std::string a_layout : {"plain", "turned", "piece", "turned piece"}) {
+      for (const std::string b_layout : {"plain", "turned", "piece", "turned piece"}) {
+        const at::Tensor a = matrix("a", 37, 29, dtype, a_layout);
+        const at::Tensor b = matrix("b", 29, 41, dtype, b_layout);
+        SCOPED_TRACE(a_layout + " times " + b_layout);
+        expect_product(ops::product(a, b), a, b);
+        if (dtype != at::kBFloat16) continue;
+        const at::Tensor out = at::zeros({37, 41}, dtype);
+        ops::widened_product_into(a, b, out);
+        expect_product(out, a, b);
+      }
+    }
+  }
+}
+
+TEST(Product, widens_every_number_of_rows) {
+  for (const std::int64_t rows : {0, 1, 127, 128, 129, 255, 257, 1023, 1025, 4097}) {
+    const at::Tensor a = random_tensor("a", {rows, 17}, at::kBFloat16);
+    const at::Tensor b = random_tensor("b", {17, 9}, at::kBFloat16);
+    const at::Tensor around = at::full({rows + 2, 9}, 7.0, at::kBFloat16);
+    ops::widened_product_into(a, b, around.narrow(0, 1, rows));
+    if (rows > 0) expect_product(around.narrow(0, 1, rows), a, b);
+    EXPECT_TRUE(at::equal(around[0], at::full({9}, 7.0, at::kBFloat16)));
+    EXPECT_TRUE(at::equal(around[rows + 1], at::full({9}, 7.0, at::kBFloat16)));
+    const at::Tensor operand_widened = at::empty({rows, 9}, at::kBFloat16);
+    ops::widened_product_into(a, b.to(at::kFloat), operand_widened);
+    EXPECT_TRUE(at::equal(operand_widened, around.narrow(0, 1, rows)));
+  }
+}
+
+TEST(Product, an_empty_sum_is_zero) {
+  const at::Tensor out = at::full({5, 4}, 7.0, at::kBFloat16);
+  ops::widened_product_into(at::empty({5, 0}, at::kBFloat16), at::empty({0, 4}, at::kBFloat16), out);
+  EXPECT_TRUE(at::equal(out, at::zeros_like(out)));
+}
+
+TEST(Product, not_a_number_and_infinity_stay) {
+  at::Tensor a = random_tensor("a", {3, 4}, at::kBFloat16);
+  a[1][2] = std::numeric_limits<double>::quiet_NaN();
+  a[2][0] = std::numeric_limits<double>::infinity();
+  const at::Tensor out = at::empty({3, 2}, at::kBFloat16);
+  ops::widened_product_into(a, at::ones({4, 2}, at::kBFloat16), out);
+  EXPECT_TRUE(out[0].isfinite().all().item<bool>());
+  EXPECT_TRUE(out[1].isnan().all().item<bool>());
+  EXPECT_TRUE(out[2].isinf().all().item<bool>());
+}
+
+TEST(Product, widened_results_do_not_depend_on_threads) {
+  const at::Tensor a = random_tensor("a", {600, 33}, at::kBFloat16);
+  const at::Tensor b = random_tensor("b", {33, 21}, at::kBFloat16);
+  const int threads = at::get_num_threads();
+  std::vector<at::Tensor> results;
+  for (const int count : {1, 2, 3}) {
+    at::set_num_threads(count);
+    results.push_back(at::empty({600, 21}, at::kBFloat16));
+    ops::widened_product_into(a, b, results.back());
+    EXPECT_TRUE(at::equal(results.front(), results.back()));
+  }
+  at::set_num_threads(threads);
+}
+
+TEST(Product, the_dtype_of_products_follows_the_machine) {
+  EXPECT_EQ(ops::product_dtype(at::kDouble), at::kDouble);
+  EXPECT_EQ(ops::product_dtype(at::kFloat), at::kFloat);
+  EXPECT_EQ(ops::product_dtype(at::kBFloat16), ops::has_bf16_products() ? at::kBFloat16 : at::kFloat);
+}
+
+}  // namespace
+}  // namespace collegium
