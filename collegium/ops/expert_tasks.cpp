@@ -27,7 +27,7 @@ std::vector<ExpertRows> rows_of_experts(const at::Tensor& counts_E) {
 
 std::int64_t gemm_rows(std::int64_t num_rows) {
   constexpr std::int64_t kLeastGemmRows = 256;
-  constexpr std::int64_t kPieces = 64;
+  constexpr std::int64_t kPieces = 16;
   return std::clamp(num_rows / kPieces / kSizeStep * kSizeStep, kLeastGemmRows, kMostGemmRows);
 }
 

@@ -30,7 +30,7 @@ struct ExpertRows {
 /// Shape    counts_E int64 on the CPU.
 std::vector<ExpertRows> rows_of_experts(const at::Tensor& counts_E);
 
-/// What     Rows that one GEMM takes: a 64th of all rows, so that many cores have work and experts that
+/// What     Rows that one GEMM takes: a 16th of all rows, so that many cores have work and experts that
 ///          differ even out, but at least 256 and at most 512, a multiple of kSizeStep. SwiGLU finds its
 ///          result in the core's own cache; smaller GEMMs are slower (fine experts: 201, 216, 219, 222
 ///          GFLOP/s of a core with 128, 256, 384 and 512 rows).
