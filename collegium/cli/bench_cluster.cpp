@@ -38,6 +38,7 @@ struct ClusterBenchOptions {
   LaunchOptions launch;
 };
 
+constexpr std::int64_t kAttentionLength = 512;
 constexpr double kMicro = 1e-6;
 constexpr double kGiga = 1e9;
 constexpr double kGib = 1073741824.0;
@@ -133,6 +134,7 @@ class ClusterBench {
     const double peak = a.peak_tflops.at("bf16") * 1e12;
     a.attention_forward = forward / peak;
     a.attention_backward = backward / peak;
+    a.attention_length = static_cast<double>(kAttentionLength);
     const double program = resident_bytes() - static_cast<double>(ops::arena_statistics().touched_bytes);
     a.workspace_gib = max_over_ranks(world_, {program})[0] / (threads ? world_.size() : 1) / kGib;
     return a;
@@ -164,6 +166,7 @@ class ClusterBench {
     constexpr double kEpsilon = 1e-5;
     constexpr double kTheta = 10000.0;
     const at::Tensor x = at::full({kRows, kWidth}, 1.0, at::kBFloat16);
+    const at::Tensor other = at::full_like(x, 1.0);
     const at::Tensor gate_up = at::full({kRows, 2 * kWidth}, 1.0, at::kBFloat16);
     const at::Tensor weight = at::full({kWidth}, 1.0, at::kBFloat16);
     const at::Tensor heads = x.view({1, kRows, kWidth / kHeadDim, kHeadDim});
@@ -172,7 +175,7 @@ class ClusterBench {
       model::rms_norm(x, weight, kEpsilon);
       model::apply_rotary(heads, tables);
       ops::swiglu(gate_up, {});
-      x.add(x);
+      x.add(other);
     });
     constexpr double kBytes = 4.0 + 4.0 + 6.0 + 6.0;
     return kBytes * kRows * kWidth / seconds;
@@ -244,7 +247,7 @@ class ClusterBench {
   std::pair<double, double> attention_rates() {
     constexpr std::int64_t kSequences = 4;
     constexpr std::int64_t kHeads = 4;
-    constexpr std::int64_t kLength = 512;
+    constexpr std::int64_t kLength = kAttentionLength;
     constexpr std::int64_t kHeadDim = 64;
     constexpr double kValue = 0.01;
     const at::Tensor q =

@@ -15,7 +15,7 @@ namespace collegium::cli {
 /// The nine products of every expert's forward and backward pass (gate, up, down; the gradients of their
 /// inputs and of their weights), each one at::mm_out on contiguous matrices of the actual row counts, in the
 /// dtype that products are computed in (ops::product_dtype). Every tensor of the layer is one piece of memory
-/// here too, so caches see as many bytes.
+/// here too, so caches see as many bytes unless bf16 is widened.
 class GemmFloor {
  public:
   GemmFloor(std::span<const std::int64_t> row_counts_L, std::int64_t hidden, std::int64_t ffn,

@@ -19,9 +19,6 @@ namespace collegium::model {
 
 namespace {
 
-// Queries at a time: their scores over 512 keys are a quarter of a core's second cache.
-constexpr std::int64_t kQueries = 128;
-
 // Scores of consecutive queries, the first of which sees `visible` keys, each next one more; `width` keys a
 // row.
 template <typename W>
@@ -91,7 +88,7 @@ ScoreRows<W> score_rows(const at::Tensor& scores_QC, std::int64_t first, const a
 class Workspace {
  public:
   Workspace(std::int64_t length, std::int64_t head_dim, at::ScalarType dtype) {
-    const std::int64_t queries = std::min(kQueries, length);
+    const std::int64_t queries = std::min(kAttentionQueries, length);
     for (at::Tensor* matrix : {&q_SA, &k_SA, &v_SA, &out_SA, &grad_q_SA})
       *matrix = at::empty({length, head_dim}, dtype);
     for (at::Tensor* matrix : {&grad_k_AS, &grad_v_AS}) *matrix = at::empty({head_dim, length}, dtype);
@@ -129,8 +126,8 @@ at::Tensor head(const at::Tensor& all_BHSA, std::int64_t b, std::int64_t h) {
 // Calls work(first query, queries, keys) for one block of queries after the other.
 template <typename Work>
 void for_each_block(std::int64_t length, const Work& work) {
-  for (std::int64_t first = 0; first < length; first += kQueries) {
-    const std::int64_t rows = std::min(kQueries, length - first);
+  for (std::int64_t first = 0; first < length; first += kAttentionQueries) {
+    const std::int64_t rows = std::min(kAttentionQueries, length - first);
     work(first, rows, first + rows);
   }
 }

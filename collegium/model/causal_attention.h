@@ -3,7 +3,13 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
+
 namespace collegium::model {
+
+/// Queries whose scores exist at one time: over 512 keys a quarter of a core's second cache. A block computes
+/// the scores of all keys that its last query sees.
+inline constexpr std::int64_t kAttentionQueries = 128;
 
 /// What     softmax(q k^T / sqrt(A)) v, where query i sees keys 0..i; with its gradient. A head's scores
 ///          exist some rows at a time and are computed again in the backward pass [Dao2022, Alg 1 and 4];

@@ -6,7 +6,8 @@
 namespace collegium::model {
 
 /// What     y = x w^T, with gradients; products as in ops/product.h.
-/// Shape    x [..., I], w_OI [O, I] in one dtype -> [..., O].
+/// Shape    x [..., I], w_OI [O, I] -> [..., O].
+/// Dtype    of x and w alike.
 at::Tensor linear(const at::Tensor& x, const at::Tensor& w_OI);
 
 }  // namespace collegium::model

@@ -2,11 +2,7 @@
 #pragma once
 
 // A routing written to a file and read back in place of the router's choice: for comparisons in low
-// precision, benchmarks and the simulator.
-//
-// Format (little-endian): the 8 bytes "CLGROUT1", then records. A record is a header of 6 int64 (step,
-// micro_step, layer, T, K, E), T K int32 expert ids before any drop (-1 = no expert), and a uint64 XXH3
-// checksum of header and ids. A torn last record, which a killed run may leave, is ignored.
+// precision, benchmarks and the simulator. The format: base/routing_file.h.
 
 #include <ATen/core/Tensor.h>
 

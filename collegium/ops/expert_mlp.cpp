@@ -32,20 +32,20 @@ at::Tensor expert_mlp(const RowSource& x, const at::Tensor& weights_R, const at:
   if (!x.values_XD.is_cpu()) return expert_mlp_aten(x, weights_R, counts_E, experts, kept);
   keep(x, weights_R, counts_E, experts, kept);
   const auto dtype = x.values_XD.scalar_type();
+  const auto products = product_dtype(dtype);
   const at::Tensor weights =
       weights_R.defined() ? weights_R.to(at::toOpMathType(dtype)).contiguous() : at::Tensor();
   at::Tensor y_RD = at::empty({x.rows(), x.width()}, x.values_XD.options());
-  const std::int64_t most_rows = gemm_rows(x.rows());
+  const std::int64_t most_rows = gemm_rows(x.rows(), products);
   // What lies between the two GEMMs, per worker.
   const at::Tensor activations =
       at::empty({at::get_num_threads(), 2 * most_rows, experts.down_EDF.size(2)}, x.values_XD.options());
   const WorkerRows inputs(x, 2 * most_rows, /*padded=*/false);
   WorkerWeights gate_up_weights(experts.gate_up_EGD);
   WorkerWeights down_weights(experts.down_EDF);
-  const auto pieces = cut_rows(counts_E);
+  const auto pieces = cut_rows(counts_E, products);
   run_tasks(static_cast<std::int64_t>(pieces.size()), [&](std::int64_t i, std::int64_t worker) {
-    for (const ExpertRows& rows :
-         gemms_of(pieces[static_cast<std::size_t>(i)], most_rows, product_dtype(dtype))) {
+    for (const ExpertRows& rows : gemms_of(pieces[static_cast<std::size_t>(i)], most_rows, products)) {
       const at::Tensor gate_up = rows.of(kept.gate_up_RG);
       const at::Tensor activation = activations.select(0, worker).narrow(0, 0, rows.rows);
       product_into(inputs.rows(rows, rows.rows, worker), gate_up_weights.of(rows.expert, worker).t(),

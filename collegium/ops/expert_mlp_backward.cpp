@@ -73,7 +73,7 @@ void ExpertMlpBackward::rows_on_cpu(WeightGradients when) {
     row_weights_R_ = kept_.weights_R.to(at::toOpMathType(options.dtype().toScalarType())).contiguous();
     rows_.weights_R = at::empty_like(row_weights_R_);
   }
-  const std::int64_t most_rows = gemm_rows(grad_.rows());
+  const std::int64_t most_rows = gemm_rows(grad_.rows(), dtype);
   std::vector<ExpertRows> small;
   std::vector<ExpertRows> pieces;
   std::int64_t small_rows = 0;

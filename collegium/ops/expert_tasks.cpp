@@ -25,10 +25,10 @@ std::vector<ExpertRows> rows_of_experts(const at::Tensor& counts_E) {
   return experts;
 }
 
-std::int64_t gemm_rows(std::int64_t num_rows) {
+std::int64_t gemm_rows(std::int64_t num_rows, at::ScalarType dtype) {
   constexpr std::int64_t kLeastGemmRows = 256;
-  constexpr std::int64_t kPieces = 16;
-  return std::clamp(num_rows / kPieces / kSizeStep * kSizeStep, kLeastGemmRows, kMostGemmRows);
+  const std::int64_t pieces = dtype == at::kBFloat16 ? 64 : 16;
+  return std::clamp(num_rows / pieces / kSizeStep * kSizeStep, kLeastGemmRows, kMostGemmRows);
 }
 
 std::vector<ExpertRows> cut_rows(const ExpertRows& expert, std::int64_t most_rows) {
@@ -42,8 +42,8 @@ std::vector<ExpertRows> cut_rows(const ExpertRows& expert, std::int64_t most_row
   return pieces;
 }
 
-std::vector<ExpertRows> cut_rows(const at::Tensor& counts_E) {
-  const std::int64_t most_rows = gemm_rows(counts_E.sum().item<std::int64_t>());
+std::vector<ExpertRows> cut_rows(const at::Tensor& counts_E, at::ScalarType dtype) {
+  const std::int64_t most_rows = gemm_rows(counts_E.sum().item<std::int64_t>(), dtype);
   std::vector<ExpertRows> pieces;
   for (const ExpertRows& expert : rows_of_experts(counts_E)) {
     const auto cut = cut_rows(expert, most_rows);

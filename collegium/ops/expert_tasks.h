@@ -30,17 +30,18 @@ struct ExpertRows {
 /// Shape    counts_E int64 on the CPU.
 std::vector<ExpertRows> rows_of_experts(const at::Tensor& counts_E);
 
-/// What     Rows that one GEMM takes: a 16th of all rows, so that many cores have work and experts that
+/// What     Rows that one GEMM takes: a 64th of all rows, so that many cores have work and experts that
 ///          differ even out, but at least 256 and at most 512, a multiple of kSizeStep. SwiGLU finds its
-///          result in the core's own cache; smaller GEMMs are slower (fine experts: 201, 216, 219, 222
-///          GFLOP/s of a core with 128, 256, 384 and 512 rows).
-std::int64_t gemm_rows(std::int64_t num_rows);
+///          result in the core's own cache; smaller GEMMs are slower (fine experts in bf16: 201, 216, 219,
+///          222 GFLOP/s of a core with 128, 256, 384 and 512 rows). fp32 products take as long as several
+///          bf16 ones: a 16th of all rows is as even, and 2 % faster. `dtype` is product_dtype().
+std::int64_t gemm_rows(std::int64_t num_rows, at::ScalarType dtype);
 inline constexpr std::int64_t kSizeStep = 32;
 inline constexpr std::int64_t kMostGemmRows = 512;
 
 /// What     Rows for the forward pass and the rows' gradients: gemm_rows() each, an expert's last piece
 ///          less than twice as many. Experts without rows have none.
-std::vector<ExpertRows> cut_rows(const at::Tensor& counts_E);
+std::vector<ExpertRows> cut_rows(const at::Tensor& counts_E, at::ScalarType dtype);
 /// What     The pieces of one expert's rows.
 std::vector<ExpertRows> cut_rows(const ExpertRows& expert, std::int64_t most_rows);
 

@@ -50,26 +50,40 @@ void product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& ou
 }
 
 void widened_product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out) {
-  out.copy_(at::mm(a.to(at::kFloat), b.to(at::kFloat)));
+  constexpr std::int64_t kLeastColumns = 64;
+  const at::Tensor wide_a = a.to(at::kFloat);
+  const std::int64_t columns = b.size(1);
+  const std::int64_t most =
+      std::max(kLeastColumns, b.numel() > kMostWidened ? kMostWidened / b.size(0) : columns);
+  for (std::int64_t first = 0; first < columns; first += most) {
+    const std::int64_t count = std::min(most, columns - first);
+    out.narrow(1, first, count).copy_(at::mm(wide_a, b.narrow(1, first, count).to(at::kFloat)));
+  }
 }
 
 at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
+  // A few rows, such as a token that is generated, do not pay for widening a whole matrix.
+  constexpr std::int64_t kFewRows = 8;
   const bool widens = a.is_cpu() && product_dtype(a.scalar_type()) != a.scalar_type();
-  return widens ? widened_product(a, b) : at::mm(a, b);
+  if (!widens || (a.size(0) < kFewRows && b.scalar_type() == a.scalar_type())) return at::mm(a, b);
+  return widened_product(a, b);
 }
 
 at::Tensor widened_product(const at::Tensor& a, const at::Tensor& b) {
-  // An eighth of the rows at a time gives several cores work; more than 512 would leave the core's cache.
-  constexpr std::int64_t kParts = 8;
-  constexpr std::int64_t kLeastRows = 128;
-  const std::int64_t num_rows = a.size(0);
-  const std::int64_t most_rows = std::clamp(num_rows / kParts, kLeastRows, kMostGemmRows);
+  // Tiles stay in a core's cache, and there are several per core.
+  constexpr std::int64_t kTileRows = 128;
+  constexpr std::int64_t kTileColumns = 512;
   const at::Tensor wide_b = b.to(at::kFloat);
-  at::Tensor out = at::empty({num_rows, b.size(1)}, a.options());
-  run_tasks((num_rows + most_rows - 1) / most_rows, [&](std::int64_t i, std::int64_t) {
-    const std::int64_t first = i * most_rows;
-    const std::int64_t rows = std::min(most_rows, num_rows - first);
-    widened_product_into(a.narrow(0, first, rows), wide_b, out.narrow(0, first, rows));
+  at::Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
+  const std::int64_t across = (b.size(1) + kTileColumns - 1) / kTileColumns;
+  const std::int64_t down = (a.size(0) + kTileRows - 1) / kTileRows;
+  run_tasks(down * across, [&](std::int64_t i, std::int64_t) {
+    const std::int64_t row = i / across * kTileRows;
+    const std::int64_t column = i % across * kTileColumns;
+    const std::int64_t rows = std::min(kTileRows, a.size(0) - row);
+    const std::int64_t columns = std::min(kTileColumns, b.size(1) - column);
+    widened_product_into(a.narrow(0, row, rows), wide_b.narrow(1, column, columns),
+                         out.narrow(0, row, rows).narrow(1, column, columns));
   });
   return out;
 }

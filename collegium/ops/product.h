@@ -7,9 +7,13 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <optional>
 
 namespace collegium::ops {
+
+/// Values of the second factor that one product widens at a time: 16 MiB as fp32.
+inline constexpr std::int64_t kMostWidened = std::int64_t{1} << 22;
 
 /// What     Whether this machine multiplies bf16 matrices in hardware (AVX-512-bf16, AMX). Other
 ///          architectures than x86 are taken to do so: what ATen chooses there was not measured.
@@ -22,14 +26,17 @@ void assume_bf16_products(std::optional<bool> has);
 at::ScalarType product_dtype(at::ScalarType dtype);
 
 /// What     out = a b, into memory that is there already, such as some rows of a larger tensor.
-/// Shape    a [M, K], b [K, N] in the dtype of `out` or in its product_dtype(), out [M, N].
+/// Shape    a [M, K], b [K, N], out [M, N], any strides.
+/// Dtype    a and b in that of `out` or in its product_dtype().
 void product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out);
-/// The same by widening to fp32, whatever the machine has.
+/// The same by widening to fp32, whatever the machine has: of a large b some columns at a time.
 void widened_product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out);
 
-/// What     a b, in the dtype of a, on all threads.
+/// What     a b, on all threads.
+/// Shape    a [M, K], b [K, N] -> [M, N] in the dtype of a; b may be in its product_dtype().
 at::Tensor product(const at::Tensor& a, const at::Tensor& b);
-/// The same by widening to fp32, some rows at a time, whatever the machine has.
+/// The same by widening to fp32, tile by tile of the result, whatever the machine has. Tiles depend on the
+/// shapes alone.
 at::Tensor widened_product(const at::Tensor& a, const at::Tensor& b);
 
 }  // namespace collegium::ops

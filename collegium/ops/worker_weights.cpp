@@ -10,7 +10,8 @@ namespace collegium::ops {
 
 WorkerWeights::WorkerWeights(const at::Tensor& weights_EXY) : weights_EXY_(weights_EXY) {
   const at::ScalarType wide = product_dtype(weights_EXY.scalar_type());
-  if (wide == weights_EXY.scalar_type()) return;
+  const bool large = weights_EXY.size(1) * weights_EXY.size(2) > kMostWidened;
+  if (wide == weights_EXY.scalar_type() || large) return;
   const std::int64_t workers = at::get_num_threads();
   copies_ = at::empty({workers, weights_EXY.size(1), weights_EXY.size(2)}, weights_EXY.options().dtype(wide));
   held_.assign(static_cast<std::size_t>(workers), -1);

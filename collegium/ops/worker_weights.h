@@ -8,7 +8,8 @@
 
 namespace collegium::ops {
 
-/// Experts' weights in the dtype that products are computed in: in place where they have it. Otherwise every
+/// Experts' weights in the dtype that products are computed in: in place where they have it, or where an
+/// expert is so large that a copy for every worker would cost more than widening it again. Otherwise every
 /// worker holds a copy of the expert it works on, made once for all the rows of it that come in turn.
 class WorkerWeights {
  public:
@@ -21,7 +22,7 @@ class WorkerWeights {
  private:
   at::Tensor weights_EXY_;
   at::Tensor copies_;               // [workers, X, Y]
-  std::vector<std::int64_t> held_;  // by worker
+  std::vector<std::int64_t> held_;  // expert, by worker
 };
 
 }  // namespace collegium::ops

@@ -64,6 +64,9 @@ void validate(const Cluster& c, const std::string& origin) {
   require_positive(c.accelerator.memory_gb_per_s, origin, "accelerator.memory_gb_per_s");
   require_share(c.accelerator.gemm_efficiency, origin, "accelerator.gemm_efficiency");
   require_share(c.accelerator.memory_efficiency, origin, "accelerator.memory_efficiency");
+  require_config(std::isfinite(c.accelerator.attention_length) && c.accelerator.attention_length >= 0.0,
+                 "{}: accelerator.attention_length = {}: must not be negative (0 = unknown)", origin,
+                 c.accelerator.attention_length);
   require_config(c.accelerator.optimizer_efficiency >= 0.0 && c.accelerator.optimizer_efficiency <= 1.0,
                  "{}: accelerator.optimizer_efficiency = {}: must lie in [0, 1] (0 = memory_efficiency)",
                  origin, c.accelerator.optimizer_efficiency);

@@ -29,10 +29,11 @@ struct Accelerator {
   int compute_units = 1;         ///< blocks that run at once; what a GEMM's tiles are dealt out to
   double gemm_efficiency = 0.7;  ///< share of the peak that a large GEMM reaches: the one fitted constant
   std::map<std::string, GemmFalloff>
-      gemm_falloff;                   ///< per format; without one, tiles are dealt to compute_units
-  double attention_forward = 0.4;     ///< share of the 16-bit peak that fused attention reaches, forward
-  double attention_backward = 0.3;    ///< and backward
-  double memory_efficiency = 0.85;    ///< share of the bandwidth that streaming kernels reach
+      gemm_falloff;                 ///< per format; without one, tiles are dealt to compute_units
+  double attention_forward = 0.4;   ///< share of the 16-bit peak that fused attention reaches, forward
+  double attention_backward = 0.3;  ///< and backward
+  double attention_length = 0.0;    ///< of the sequences that our own attention was measured on; 0 = unknown
+  double memory_efficiency = 0.85;  ///< share of the bandwidth that streaming kernels reach
   double optimizer_efficiency = 0.0;  ///< the same of the optimizer's pass, where measured; 0 = as the others
   double launch_us = 3.0;             ///< what each kernel adds
   double workspace_gib = 0.3;         ///< held by libraries before the first activation
@@ -82,6 +83,8 @@ void describe(Fields& fields, Accelerator& a) {
   fields("gemm_falloff", a.gemm_falloff, "per format, where measured: how small products fall off the peak");
   fields("attention_forward", a.attention_forward, "share of the 16-bit peak that fused attention reaches");
   fields("attention_backward", a.attention_backward, "the same of its backward pass");
+  fields("attention_length", a.attention_length,
+         "positions of the sequences it was measured on; 0 = unknown");
   fields("memory_efficiency", a.memory_efficiency, "share of memory_gb_per_s that streaming kernels reach");
   fields("optimizer_efficiency", a.optimizer_efficiency, "the same of the optimizer; 0 = memory_efficiency");
   fields("launch_us", a.launch_us, "microseconds that each kernel adds");

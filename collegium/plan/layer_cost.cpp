@@ -118,7 +118,7 @@ double elementwise_seconds(const Context& x, bool moe) {
   }
   // Low-precision products read their inputs in 16 bits and write them twice, once transposed for the
   // backward pass.
-  if (matrix_format(x.w.precision) != "bf16") {
+  if (x.format == "fp8" || x.format == "fp4") {
     const double quantised = moe ? static_cast<double>(x.m.top_k) * x.w.imbalance *
                                            (hidden + static_cast<double>(x.m.expert_ffn)) +
                                        static_cast<double>(x.m.shared_ffn)
@@ -172,7 +172,7 @@ double tensor_seconds(const Context& x, bool moe) {
 
 double expert_seconds(const Context& x) {
   const double tokens = x.tokens / x.l.tp;
-  const double row = 2.0 * static_cast<double>(x.m.hidden) + 4.0;
+  const double row = 2.0 * x.s.value_scale * static_cast<double>(x.m.hidden) + 4.0;
   double seconds = 2.0 * expert_exchange_seconds(x.m, x.l, x.c, tokens, row, x.w.imbalance);
   if (x.l.etp > 1) {
     const double bytes = tokens * x.l.etp * static_cast<double>(x.m.top_k) * x.w.imbalance * row;
@@ -235,7 +235,7 @@ LayerCost head_cost(const ModelSpec& m, const Layout& l, const Workload& w, cons
   // The head stays in 16 bits in every published low-precision recipe.
   cost.forward[Part::kGemm] =
       gemm_seconds(c.accelerator, x.score_format, x.tokens, vocab, static_cast<double>(m.hidden));
-  cost.forward[Part::kElementwise] = x.stream(12.0 * x.tokens * vocab, 5.0);
+  cost.forward[Part::kElementwise] = x.stream(12.0 * x.s.value_scale * x.tokens * vocab, 5.0);
   cost.backward = cost.forward;
   cost.backward[Part::kGemm] *= 2.0;
   return cost;

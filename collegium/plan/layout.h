@@ -69,7 +69,7 @@ struct Stack {
   double optimizer_bytes = 12.0;     ///< master weight and two moments
   double reduce_bytes = 4.0;         ///< what the gradient reduction sends per parameter
   bool split_pipeline_sends = true;  ///< tensor-parallel ranks send a part each and gather it inside the node
-  double value_scale = 1.0;          ///< width of an activation over the 16 bits that passes are counted in
+  double value_scale = 1.0;          ///< width of an activation over the 16 bits that passes and rows count
   bool fused_accumulation = true;    ///< products add to the gradients themselves, without a pass over memory
   bool balanced_stages = false;      ///< stages hold equal work, embedding and head counted as layers
   double fragmentation = 0.03;       ///< cached but unusable share of what the allocator handed out

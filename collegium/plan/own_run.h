@@ -32,10 +32,11 @@ struct OwnRun {
   bool combine_fp32 = false;  ///< two_level, allgather: partial sums travel in fp32
   std::int64_t chunks = 1;    ///< tokens travel in this many chunks
   bool recompute = false;
-  bool clipped_qkv = false;         ///< projections are clipped, which keeps them a second time
-  std::int64_t loss_tokens = 1024;  ///< whose logits exist at one time
-  bool widened_products = false;    ///< bfloat16 without the instructions: multiplied in fp32
-  double overlap = 0.0;             ///< share of the exchange that runs beside computation
+  bool clipped_qkv = false;              ///< projections are clipped, which keeps them a second time
+  std::int64_t loss_tokens = 1024;       ///< whose logits exist at one time
+  std::int64_t attention_queries = 128;  ///< whose scores are computed as one block
+  bool widened_products = false;         ///< bfloat16 without the instructions: multiplied in fp32
+  double overlap = 0.0;                  ///< share of the exchange that runs beside computation
   std::int64_t sequence_length = 512;
   std::int64_t global_batch = 8;     ///< sequences of an optimizer step
   std::int64_t micro_sequences = 8;  ///< sequences of a micro-step, over all ranks

@@ -10,13 +10,11 @@ namespace collegium::plan {
 
 namespace {
 
-// Our attention computes whole blocks of this many queries, the last of which sees all of the block's keys:
-// S + block scores of a query's row where S + 1 are useful. `bench cluster` measures useful FLOP/s at one
-// length.
-constexpr double kQueryBlock = 128.0;
-constexpr double kMeasuredLength = 512.0;
-
-double useful_scores(double length) { return (length + 1.0) / (length + std::min(length, kQueryBlock)); }
+// Our attention computes whole blocks of queries, the last of which sees all of the block's keys: S + block
+// scores of a query's row where S + 1 are useful.
+double useful_scores(double length, double block) {
+  return (length + 1.0) / (length + std::min(length, block));
+}
 
 }  // namespace
 
@@ -83,10 +81,13 @@ StepTime own_step(const OwnRun& run, const Cluster& cluster, double imbalance) {
     ours.accelerator.attention_forward *= ratio;
     ours.accelerator.attention_backward *= ratio;
   }
-  const double useful =
-      useful_scores(static_cast<double>(run.sequence_length)) / useful_scores(kMeasuredLength);
-  ours.accelerator.attention_forward *= useful;
-  ours.accelerator.attention_backward *= useful;
+  if (cluster.accelerator.attention_length > 0.0) {
+    const auto block = static_cast<double>(run.attention_queries);
+    const double useful = useful_scores(static_cast<double>(run.sequence_length), block) /
+                          useful_scores(cluster.accelerator.attention_length, block);
+    ours.accelerator.attention_forward *= useful;
+    ours.accelerator.attention_backward *= useful;
+  }
   const Stack stack = own_stack(run);
   StepTime t = step_time(run.model, own_layout(run), own_workload(run, imbalance), ours, stack);
   // The gradients of a lone micro-step are added to the sums too.

@@ -1,59 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/plan/routing_counts.h"
 
-#include <xxhash.h>
-
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <numeric>
 #include <span>
-#include <string_view>
 
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
+#include "collegium/base/routing_file.h"
 
 namespace collegium::plan {
 
 namespace {
 
-constexpr std::string_view kMagic = "CLGROUT1";
-using Header = std::array<std::int64_t, 6>;  // step, micro-step, layer, T, K, E
-constexpr std::int64_t kMostTokens = std::int64_t{1} << 40;
-constexpr std::int64_t kMostExperts = std::int64_t{1} << 20;
-
-// The choices behind a header, or nothing where the file ends before them.
-std::span<const std::byte> ids_of(std::span<const std::byte> bytes, std::size_t at, const Header& header,
-                                  const std::filesystem::path& path) {
-  const auto [step, micro_step, layer, tokens, width, experts] = header;
-  require_config(
-      tokens >= 0 && tokens < kMostTokens && width >= 1 && width <= experts && experts <= kMostExperts,
-      "{}: corrupt routing record at byte {}: {} tokens, {} of {} experts", path.string(), at, tokens, width,
-      experts);
-  const auto size = static_cast<std::size_t>(tokens * width) * sizeof(std::int32_t);
-  const std::size_t whole = sizeof(Header) + size + sizeof(std::uint64_t);
-  if (bytes.size() - at < whole) return {};
-  std::uint64_t sum = 0;
-  std::memcpy(&sum, bytes.data() + at + sizeof(Header) + size, sizeof(sum));
-  require_config(sum == XXH3_64bits(bytes.data() + at, sizeof(Header) + size),
-                 "{}: corrupt routing record at byte {}: wrong checksum", path.string(), at);
-  return bytes.subspan(at, whole);
-}
-
-RoutingRecord read_record(const Header& header, std::span<const std::byte> record, std::size_t at,
+RoutingRecord read_record(std::span<const std::byte> file, const RoutingEntry& entry,
                           const std::filesystem::path& path) {
+  const RoutingHeader& h = entry.header;
   RoutingRecord r;
-  r.step = header[0];
-  r.micro_step = header[1];
-  r.layer = header[2];
-  r.tokens = header[3];
-  r.counts_E.assign(static_cast<std::size_t>(header[5]), 0);
-  r.ids_TK.resize(static_cast<std::size_t>(header[3] * header[4]));
+  r.step = h.step;
+  r.micro_step = h.micro_step;
+  r.layer = h.layer;
+  r.tokens = h.num_tokens;
+  r.counts_E.assign(static_cast<std::size_t>(h.num_experts), 0);
+  r.ids_TK.resize(static_cast<std::size_t>(h.num_tokens * h.width));
   if (!r.ids_TK.empty())
-    std::memcpy(r.ids_TK.data(), record.data() + sizeof(Header), r.ids_TK.size() * sizeof(std::int32_t));
+    std::memcpy(r.ids_TK.data(), file.data() + entry.ids, r.ids_TK.size() * sizeof(std::int32_t));
   for (const std::int32_t id : r.ids_TK) {
-    require_config(id >= -1 && id < header[5], "{}: record at byte {} names expert {}, there are {}",
-                   path.string(), at, id, header[5]);
+    require_config(id >= -1 && id < h.num_experts, "{}: record at byte {} names expert {}, there are {}",
+                   path.string(), entry.begin, id, h.num_experts);
     if (id >= 0) ++r.counts_E[static_cast<std::size_t>(id)];
   }
   return r;
@@ -63,27 +38,18 @@ RoutingRecord read_record(const Header& header, std::span<const std::byte> recor
 
 RoutingCounts read_routing(const std::filesystem::path& path) {
   const MappedFile file(path);
-  const std::span<const std::byte> bytes = file.bytes();
-  require_config(
-      bytes.size() >= kMagic.size() && std::memcmp(bytes.data(), kMagic.data(), kMagic.size()) == 0,
-      "{}: not a routing record (it does not begin with \"{}\")", path.string(), kMagic);
+  const std::vector<RoutingEntry> entries = read_routing_entries(file.bytes(), path);
+  require_config(!entries.empty(), "{}: holds no routing", path.string());
   RoutingCounts all;
-  for (std::size_t at = kMagic.size(); bytes.size() - at >= sizeof(Header);) {
-    Header header{};
-    std::memcpy(header.data(), bytes.data() + at, sizeof(header));
-    const std::span<const std::byte> record = ids_of(bytes, at, header, path);
-    if (record.empty()) break;
-    if (all.records.empty()) {
-      all.top_k = header[4];
-      all.experts = header[5];
-    }
-    require_config(all.top_k == header[4] && all.experts == header[5],
-                   "{}: record at byte {} has {} of {} experts, the first has {} of {}", path.string(), at,
-                   header[4], header[5], all.top_k, all.experts);
-    all.records.push_back(read_record(header, record, at, path));
-    at += record.size();
+  all.top_k = entries[0].header.width;
+  all.experts = entries[0].header.num_experts;
+  for (const RoutingEntry& entry : entries) {
+    const RoutingHeader& h = entry.header;
+    require_config(all.top_k == h.width && all.experts == h.num_experts,
+                   "{}: record at byte {} has {} of {} experts, the first has {} of {}", path.string(),
+                   entry.begin, h.width, h.num_experts, all.top_k, all.experts);
+    all.records.push_back(read_record(file.bytes(), entry, path));
   }
-  require_config(!all.records.empty(), "{}: holds no routing", path.string());
   return all;
 }
 

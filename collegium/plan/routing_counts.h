@@ -25,10 +25,9 @@ struct RoutingCounts {
   std::vector<RoutingRecord> records;  ///< in the file's order
 };
 
-/// What     Reads a routing record; the format is that of moe/routing_record.h. A torn last record is
-/// ignored. Throws   ConfigError naming path and byte: another kind of file, a corrupt record, experts or
-/// choices that differ
-///          between records, no record at all.
+/// What     Reads a routing record (base/routing_file.h). A torn last record is ignored.
+/// Throws   ConfigError naming path and byte: another kind of file, a corrupt record, experts or choices that
+///          differ between records, no record at all.
 RoutingCounts read_routing(const std::filesystem::path& path);
 
 /// What     Rows of the fullest of `ranks` ranks over the mean; experts lie on ranks in consecutive blocks,

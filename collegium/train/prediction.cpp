@@ -7,6 +7,7 @@
 
 #include "collegium/base/error.h"
 #include "collegium/base/units.h"
+#include "collegium/model/causal_attention.h"
 #include "collegium/model/softmax_loss.h"
 #include "collegium/model/tensor_io.h"
 #include "collegium/moe/capacity.h"
@@ -93,6 +94,7 @@ plan::OwnRun own_run(const RunConfig& config, const model::ModelConfig& model,
   run.recompute = config.train.recompute;
   run.clipped_qkv = model.clip_qkv > 0.0;
   run.loss_tokens = model::kLossChunkTokens;
+  run.attention_queries = model::kAttentionQueries;
   const at::ScalarType dtype = model::parse_dtype(run.dtype, "train.dtype");
   run.widened_products = ops::product_dtype(dtype) != dtype;
   // Of several chunks all but the one that begins or ends the layer travel beside another's computation.

@@ -6,7 +6,9 @@
 #include <gmock/gmock.h>
 
 #include "collegium/base/error.h"
+#include "collegium/model/attention.h"
 #include "collegium/model/generate.h"
+#include "tests/support/bf16_products.h"
 #include "tests/support/tensors.h"
 
 namespace collegium::model {
@@ -56,10 +58,13 @@ std::vector<at::Tensor> gradients(const Decoder& decoder, bool recompute) {
 TEST(Decoder, recomputation_changes_no_bit_of_any_gradient) {
   for (const auto dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
     const Decoder decoder = tiny_decoder(dtype);
-    const auto kept = gradients(decoder, false);
-    const auto recomputed = gradients(decoder, true);
-    for (std::size_t i = 0; i < kept.size(); ++i)
-      EXPECT_TRUE(at::equal(kept[i], recomputed[i])) << decoder.parameters()[i].name;
+    for (const bool bf16_instructions : {true, false}) {
+      const test::AssumeBf16Products assume(bf16_instructions);
+      const auto kept = gradients(decoder, false);
+      const auto recomputed = gradients(decoder, true);
+      for (std::size_t i = 0; i < kept.size(); ++i)
+        EXPECT_TRUE(at::equal(kept[i], recomputed[i])) << decoder.parameters()[i].name;
+    }
   }
 }
 
@@ -92,6 +97,63 @@ TEST(Decoder, masked_documents_do_not_see_each_other) {
   const at::Tensor b = decoder.forward(other, options).hidden_BSD.narrow(1, 4, 7);
   EXPECT_LE(relative_difference(a, b), bound(at::kDouble, 1000));
   EXPECT_GT(relative_difference(decoder.forward(some_ids(), {}).hidden_BSD.narrow(1, 4, 7), a), 1e-3);
+}
+
+// A rounded logit moves a probability by its rounding error, at most half an epsilon of the largest logit.
+TEST(CrossEntropySum, in_bf16_equals_float64_with_and_without_bf16_instructions) {
+  const Decoder decoder = tiny_decoder(at::kBFloat16);
+  const at::Tensor& head = decoder.output_matrix();
+  const at::Tensor targets = at::arange(1100, at::kLong).remainder(29).view({1, 1100});
+  const at::Tensor start = test::random_tensor("hidden", {1, 1100, 12}, at::kBFloat16);
+  const at::Tensor exact_hidden = start.to(at::kDouble).requires_grad_(true);
+  const at::Tensor exact_head = head.detach().to(at::kDouble).requires_grad_(true);
+  const at::Tensor logits = at::linear(exact_hidden, exact_head).flatten(0, 1);
+  const at::Tensor exact = at::cross_entropy_loss(logits, targets.flatten(), {}, at::Reduction::Sum);
+  exact.backward();
+  const double limit = bound(at::kBFloat16, 2) * std::max(1.0, logits.abs().max().item<double>());
+  for (const bool bf16_instructions : {true, false}) {
+    const test::AssumeBf16Products assume(bf16_instructions);
+    const at::Tensor hidden = start.clone().requires_grad_(true);
+    const at::Tensor loss = cross_entropy_sum(decoder, hidden, targets);
+    loss.backward();
+    EXPECT_NEAR(loss.item<double>(), exact.item<double>(), limit * 1100);
+    EXPECT_LE(relative_difference(hidden.grad(), exact_hidden.grad()), limit);
+    EXPECT_LE(relative_difference(head.grad(), exact_head.grad()), limit);
+    head.mutable_grad() = at::Tensor();
+  }
+}
+
+// With a mask another kernel than in training computes attention.
+TEST(Attention, masked_in_bf16_equals_float64_with_and_without_bf16_instructions) {
+  const at::NoGradGuard no_grad;
+  ModelConfig c;
+  c.num_heads = 4;
+  c.num_kv_heads = 2;
+  c.head_dim = 6;
+  c.sliding_window = 4;
+  const auto weight = [](const char* name, std::int64_t rows, std::int64_t columns) {
+    return test::random_tensor(name, {rows, columns}, at::kBFloat16) * 0.3;
+  };
+  AttentionWeights weights{.q = weight("q", 24, 12),
+                           .k = weight("k", 12, 12),
+                           .v = weight("v", 12, 12),
+                           .o = weight("o", 12, 24),
+                           .q_norm = {},
+                           .k_norm = {}};
+  const at::Tensor x = test::random_tensor("x", {2, 11, 12}, at::kBFloat16);
+  const auto mixed = [&](at::ScalarType dtype) {
+    AttentionWeights w = weights;
+    for (at::Tensor* t : {&w.q, &w.k, &w.v, &w.o}) *t = t->to(dtype);
+    return attention(c, w, x.to(dtype), attention_context(c, 0, 11, {}, dtype), nullptr);
+  };
+  const at::Tensor exact = mixed(at::kDouble);
+  for (const bool bf16_instructions : {true, false}) {
+    const test::AssumeBf16Products assume(bf16_instructions);
+    const at::Tensor ours = mixed(at::kBFloat16);
+    EXPECT_EQ(ours.scalar_type(), at::kBFloat16);
+    // Projections, rotation, scores, mixture and output are rounded one after the other.
+    EXPECT_LE(relative_difference(ours, exact), bound(at::kBFloat16, 8));
+  }
 }
 
 TEST(CrossEntropySum, equals_autograd_over_several_chunks) {

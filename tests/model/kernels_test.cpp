@@ -13,7 +13,7 @@
 #include "collegium/model/norm.h"
 #include "collegium/model/rotary.h"
 #include "collegium/model/softmax_loss.h"
-#include "collegium/ops/product.h"
+#include "tests/support/bf16_products.h"
 #include "tests/support/tensors.h"
 
 namespace collegium::model {
@@ -140,7 +140,7 @@ TEST(Embedding, sums_a_frequent_token_in_fp32_and_skips_padding) {
 
 TEST(Linear, and_its_gradients_equal_double_precision_with_and_without_bf16_instructions) {
   for (const bool bf16_instructions : {true, false}) {
-    ops::assume_bf16_products(bf16_instructions);
+    const test::AssumeBf16Products assume(bf16_instructions);
     for (const auto dtype : kDtypes) {
       for (const std::int64_t rows : {1, 5, 130}) {
         const at::Tensor x = random_tensor("x", {2, rows, 19}, dtype).requires_grad_(true);
@@ -164,7 +164,6 @@ TEST(Linear, and_its_gradients_equal_double_precision_with_and_without_bf16_inst
       }
     }
   }
-  ops::assume_bf16_products(std::nullopt);
 }
 
 }  // namespace

@@ -7,9 +7,9 @@
 
 #include "collegium/moe/balance.h"
 #include "collegium/moe/layer.h"
-#include "collegium/moe/reference/router_reference.h"
 #include "tests/moe/cases.h"
 #include "tests/moe/layer_weights.h"
+#include "tests/moe/router_oracle.h"
 #include "tests/support/tensors.h"
 
 namespace collegium {
@@ -30,54 +30,11 @@ moe::TokenContext context_of(std::int64_t num_sequences, std::int64_t length) {
   return context;
 }
 
-moe::reference::RouterInputs inputs_of(const moe::MoeWeights& w, const at::Tensor& x_TD) {
-  moe::reference::RouterInputs inputs{.x_TD = test::to_matrix(x_TD),
-                                      .gate_ED = test::to_matrix(w.router.gate_ED),
-                                      .noise_ED = {},
-                                      .bias_E = {}};
-  if (w.router.noise_ED.defined()) inputs.noise_ED = test::to_matrix(w.router.noise_ED);
-  if (w.router.expert_bias_E.defined()) {
-    const auto* bias = w.router.expert_bias_E.const_data_ptr<double>();
-    inputs.bias_E.assign(bias, bias + w.router.expert_bias_E.numel());
-  }
-  return inputs;
-}
-
-moe::BalanceLoss balance_of(const moe::MoeOptions& o, const moe::RouterStatistics& statistics) {
-  const moe::RouterTotals totals(statistics);
-  const std::vector<moe::LayerStatistics> layers = {{.local = statistics, .totals = totals}};
-  return moe::balance_loss(o, layers);
-}
-
 class DegenerateVariant : public testing::TestWithParam<test::MoeCase> {
  protected:
   void SetUp() override {
     options_ = test::base_options();
     GetParam().change(options_);
-  }
-
-  void expect_router_equals_oracle(const moe::MoeWeights& weights, const at::Tensor& x_TD,
-                                   const moe::TokenContext& context) const {
-    const moe::RouterOutput ours = moe::route(options_, weights.router, x_TD, context);
-    const auto oracle = moe::reference::route(options_, inputs_of(weights, x_TD), context);
-    const double tolerance = 100 * test::bound(at::kDouble, kWidth + options_.num_experts);
-    for (std::int64_t t = 0; t < context.num_tokens(); ++t) {
-      const auto& token = oracle[static_cast<std::size_t>(t)];
-      for (std::size_t k = 0; k < token.chosen.size(); ++k) {
-        const auto slot = static_cast<std::int64_t>(k);
-        EXPECT_EQ(ours.routing.chosen_ids_TK[t][slot].item<int>(), token.chosen[k]) << t << " " << k;
-        EXPECT_EQ(ours.routing.expert_ids_TK[t][slot].item<int>(), token.kept[k] ? token.chosen[k] : -1)
-            << t << " " << k;
-        EXPECT_NEAR(ours.routing.weights_TK[t][slot].item<double>(), token.weights[k], tolerance);
-      }
-    }
-    moe::MoeOptions all = options_;
-    all.balance.load_balance = all.balance.gshard = all.balance.switch_top1 = all.balance.importance_cv2 = 1;
-    all.balance.load_cv2 = all.balance.hf_pooled = all.balance.z_loss = 1;
-    const moe::BalanceLoss losses = balance_of(all, ours.statistics);
-    for (const auto& [name, value] : moe::reference::losses(options_, oracle, context)) {
-      EXPECT_NEAR(losses.terms.at(name), value, 100 * tolerance * std::max(1.0, std::abs(value))) << name;
-    }
   }
 
   double total_loss(const moe::MoeWeights& w, const at::Tensor& x_TD, const moe::TokenContext& context,
@@ -87,7 +44,7 @@ class DegenerateVariant : public testing::TestWithParam<test::MoeCase> {
     const auto dispatcher = moe::make_local_dispatcher(options_.num_experts);
     const at::Tensor y_TD = moe::moe_layer(options_, w, {.dispatcher = dispatcher, .overlap = {}}, x_TD, run);
     const at::Tensor loss = (y_TD * random_tensor("g", y_TD.sizes())).sum();
-    const moe::BalanceLoss balance = balance_of(options_, run->statistics);
+    const moe::BalanceLoss balance = test::balance_of(options_, run->statistics);
     run->statistics_gradient = balance.layers[0];
     if (backward) loss.backward();
     return loss.item<double>() + balance.total;
@@ -124,15 +81,15 @@ class DegenerateVariant : public testing::TestWithParam<test::MoeCase> {
 
 TEST_P(DegenerateVariant, one_token) {
   const moe::TokenContext context = context_of(options_.capacity.group_sequences, 1);
-  expect_router_equals_oracle(test::make_weights(options_),
-                              random_tensor("x", {context.num_tokens(), kWidth}), context);
+  test::expect_router_equals_oracle(options_, test::make_weights(options_),
+                                    random_tensor("x", {context.num_tokens(), kWidth}), context);
   expect_gradients_equal_differences(context);
 }
 
 TEST_P(DegenerateVariant, sequences_of_one_token) {
   const moe::TokenContext context = context_of(6, 1);
-  expect_router_equals_oracle(test::make_weights(options_),
-                              random_tensor("x", {context.num_tokens(), kWidth}), context);
+  test::expect_router_equals_oracle(options_, test::make_weights(options_),
+                                    random_tensor("x", {context.num_tokens(), kWidth}), context);
   expect_gradients_equal_differences(context);
 }
 
@@ -141,7 +98,8 @@ TEST_P(DegenerateVariant, all_experts_and_tokens_tie) {
   moe::MoeWeights weights = test::make_weights(options_);
   weights.router.gate_ED.zero_();
   if (weights.router.expert_bias_E.defined()) weights.router.expert_bias_E.zero_();
-  expect_router_equals_oracle(weights, random_tensor("x", {context.num_tokens(), kWidth}), context);
+  test::expect_router_equals_oracle(options_, weights, random_tensor("x", {context.num_tokens(), kWidth}),
+                                    context);
 }
 
 TEST_P(DegenerateVariant, pairs_of_experts_and_tokens_tie) {
@@ -154,7 +112,7 @@ TEST_P(DegenerateVariant, pairs_of_experts_and_tokens_tie) {
   weights.router.gate_ED = at::cat({gate, gate}).narrow(0, 0, options_.num_experts).contiguous();
   const at::Tensor rows = random_tensor("rows", {3, kWidth});
   const at::Tensor x_TD = rows.repeat({context.num_tokens() / 3, 1});
-  expect_router_equals_oracle(weights, x_TD, context);
+  test::expect_router_equals_oracle(options_, weights, x_TD, context);
 }
 
 INSTANTIATE_TEST_SUITE_P(All, DegenerateVariant, testing::ValuesIn(test::moe_cases()),

@@ -11,15 +11,18 @@
 #include "collegium/moe/reference/router_reference.h"
 #include "tests/moe/cases.h"
 #include "tests/moe/layer_weights.h"
+#include "tests/moe/router_oracle.h"
 #include "tests/support/tensors.h"
 
 namespace collegium {
 namespace {
 
+using test::balance_of;
 using test::differentiable;
 using test::kWidth;
 using test::make_weights;
 using test::random_tensor;
+using test::reference_inputs;
 using test::relative_difference;
 
 constexpr std::int64_t kSequences = 4;
@@ -37,26 +40,6 @@ moe::TokenContext training_context() {
   return context;
 }
 
-moe::reference::RouterInputs reference_inputs(const moe::MoeWeights& w, const at::Tensor& x_TD) {
-  moe::reference::RouterInputs inputs{.x_TD = test::to_matrix(x_TD),
-                                      .gate_ED = test::to_matrix(w.router.gate_ED),
-                                      .noise_ED = {},
-                                      .bias_E = {}};
-  if (w.router.noise_ED.defined()) inputs.noise_ED = test::to_matrix(w.router.noise_ED);
-  if (w.router.expert_bias_E.defined()) {
-    const auto* bias = w.router.expert_bias_E.const_data_ptr<double>();
-    inputs.bias_E.assign(bias, bias + w.router.expert_bias_E.numel());
-  }
-  return inputs;
-}
-
-// Of one layer on one rank.
-moe::BalanceLoss balance_of(const moe::MoeOptions& o, const moe::RouterStatistics& statistics) {
-  const moe::RouterTotals totals(statistics);
-  const std::vector<moe::LayerStatistics> layers = {{.local = statistics, .totals = totals}};
-  return moe::balance_loss(o, layers);
-}
-
 class MoeVariant : public testing::TestWithParam<test::MoeCase> {
  protected:
   void SetUp() override {
@@ -70,33 +53,7 @@ class MoeVariant : public testing::TestWithParam<test::MoeCase> {
 TEST_P(MoeVariant, router_and_losses_equal_the_plain_loops) {
   const moe::TokenContext context = training_context();
   const at::Tensor x_TD = random_tensor("x", {context.num_tokens(), kWidth});
-  const moe::MoeWeights weights = make_weights(options_);
-  const moe::RouterOutput ours = moe::route(options_, weights.router, x_TD, context);
-  const auto oracle = moe::reference::route(options_, reference_inputs(weights, x_TD), context);
-
-  const double tolerance = 100 * test::bound(at::kDouble, kWidth + options_.num_experts);
-  std::int64_t dropped = 0;
-  for (std::int64_t t = 0; t < context.num_tokens(); ++t) {
-    const auto& token = oracle[static_cast<std::size_t>(t)];
-    for (std::int64_t k = 0; k < static_cast<std::int64_t>(token.chosen.size()); ++k) {
-      const auto slot = static_cast<std::size_t>(k);
-      EXPECT_EQ(ours.routing.chosen_ids_TK[t][k].item<int>(), token.chosen[slot])
-          << "token " << t << " choice " << k;
-      EXPECT_EQ(ours.routing.expert_ids_TK[t][k].item<int>(), token.kept[slot] ? token.chosen[slot] : -1)
-          << t << " " << k;
-      EXPECT_NEAR(ours.routing.weights_TK[t][k].item<double>(), token.weights[slot], tolerance);
-      dropped += token.over_capacity[slot] ? 1 : 0;
-    }
-  }
-  EXPECT_EQ(ours.statistics.num_dropped, dropped);
-
-  moe::MoeOptions all = options_;
-  all.balance.load_balance = all.balance.gshard = all.balance.switch_top1 = all.balance.importance_cv2 = 1.0;
-  all.balance.load_cv2 = all.balance.hf_pooled = all.balance.z_loss = 1.0;
-  const moe::BalanceLoss losses = balance_of(all, ours.statistics);
-  for (const auto& [name, value] : moe::reference::losses(options_, oracle, context)) {
-    EXPECT_NEAR(losses.terms.at(name), value, 100 * tolerance * std::max(1.0, std::abs(value))) << name;
-  }
+  test::expect_router_equals_oracle(options_, make_weights(options_), x_TD, context);
 }
 
 // One token through its experts, by loops.

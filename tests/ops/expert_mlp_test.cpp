@@ -12,6 +12,7 @@
 #include "collegium/ops/expert_tasks.h"
 #include "collegium/ops/product.h"
 #include "collegium/ops/weight_gradients.h"
+#include "tests/support/bf16_products.h"
 #include "tests/support/tensors.h"
 
 namespace collegium {
@@ -27,9 +28,8 @@ const std::vector<std::vector<std::int64_t>> kLoads = {
 
 // With and without bf16 instructions, whatever this machine has.
 class ExpertMlp : public testing::TestWithParam<bool> {
- protected:
-  ExpertMlp() { ops::assume_bf16_products(GetParam()); }
-  ~ExpertMlp() override { ops::assume_bf16_products(std::nullopt); }
+ private:
+  test::AssumeBf16Products assume_{GetParam()};
 };
 INSTANTIATE_TEST_SUITE_P(Bf16, ExpertMlp, testing::Bool());
 
@@ -53,17 +53,16 @@ struct Case {
 };
 
 TEST(ExpertTasks, pieces_cover_every_row_once_and_gemms_cover_every_piece) {
-  for (const auto& load : kLoads) {
-    const at::Tensor counts = at::tensor(load, at::kLong);
-    const std::int64_t most_rows = ops::gemm_rows(counts.sum().item<std::int64_t>());
-    const auto pieces = ops::cut_rows(counts);
-    std::int64_t next = 0;
-    for (const ops::ExpertRows& piece : pieces) {
-      EXPECT_EQ(piece.begin, next);
-      EXPECT_GT(piece.rows, 0);
-      EXPECT_LT(piece.rows, 2 * most_rows);
-      next += piece.rows;
-      for (const auto dtype : kDtypes) {
+  for (const auto dtype : kDtypes) {
+    for (const auto& load : kLoads) {
+      const at::Tensor counts = at::tensor(load, at::kLong);
+      const std::int64_t most_rows = ops::gemm_rows(counts.sum().item<std::int64_t>(), dtype);
+      std::int64_t next = 0;
+      for (const ops::ExpertRows& piece : ops::cut_rows(counts, dtype)) {
+        EXPECT_EQ(piece.begin, next);
+        EXPECT_GT(piece.rows, 0);
+        EXPECT_LT(piece.rows, 2 * most_rows);
+        next += piece.rows;
         std::int64_t reached = piece.begin;
         for (const ops::ExpertRows& gemm : ops::gemms_of(piece, most_rows, dtype)) {
           EXPECT_EQ(gemm.expert, piece.expert);
@@ -77,9 +76,18 @@ TEST(ExpertTasks, pieces_cover_every_row_once_and_gemms_cover_every_piece) {
         }
         EXPECT_EQ(reached, piece.begin + piece.rows);
       }
+      EXPECT_EQ(next, counts.sum().item<std::int64_t>());
     }
-    EXPECT_EQ(next, counts.sum().item<std::int64_t>());
   }
+}
+
+TEST(ExpertTasks, more_rows_make_larger_pieces_within_bounds) {
+  for (const auto dtype : kDtypes) {
+    EXPECT_EQ(ops::gemm_rows(0, dtype), 256);
+    EXPECT_EQ(ops::gemm_rows(std::int64_t{1} << 20, dtype), ops::kMostGemmRows);
+  }
+  EXPECT_EQ(ops::gemm_rows(64 * 300, at::kBFloat16), 288);
+  EXPECT_EQ(ops::gemm_rows(16 * 300, at::kFloat), 288);
 }
 
 TEST(ExpertTasks, every_task_runs_once_for_any_number_of_threads) {
@@ -238,7 +246,7 @@ TEST_P(ExpertMlp, weights_may_be_absent_and_unneeded_gradients_are) {
   }
 }
 
-TEST_P(ExpertMlp, equal_one_product_per_expert) {
+TEST_P(ExpertMlp, weight_gradients_equal_one_product_per_expert) {
   for (const auto dtype : kDtypes) {
     for (const auto& load : kLoads) {
       const Case c(dtype, load, 10);
@@ -259,6 +267,27 @@ TEST_P(ExpertMlp, equal_one_product_per_expert) {
       }
     }
   }
+}
+
+// Weights of more values than a worker keeps copies of.
+TEST_P(ExpertMlp, experts_too_large_to_copy_equal_float64) {
+  constexpr std::int64_t kHidden = 8;
+  constexpr std::int64_t kLarge = ops::kMostWidened / kHidden / 2 + 8;
+  const at::Tensor x = random_tensor("x", {3, kHidden}, at::kBFloat16);
+  const at::Tensor column = random_tensor("w", {2 * kLarge, 1}, at::kBFloat16);
+  const ops::ExpertWeights experts{
+      .gate_up_EGD = column.expand({2 * kLarge, kHidden}).contiguous().unsqueeze(0),
+      .down_EDF = column.narrow(0, 0, kLarge).t().expand({kHidden, kLarge}).contiguous().unsqueeze(0)};
+  const at::Tensor counts = at::tensor({3}, at::kLong);
+  ops::ExpertsKept kept;
+  const at::Tensor y = ops::expert_mlp(in_place(x), {}, counts, experts, kept);
+  const at::Tensor gate_up = kept.gate_up_RG.to(at::kDouble);
+  EXPECT_LE(
+      relative_difference(kept.gate_up_RG, x.to(at::kDouble).mm(experts.gate_up_EGD[0].to(at::kDouble).t())),
+      limit(at::kBFloat16, kHidden));
+  const at::Tensor activation = at::silu(gate_up.narrow(1, 0, kLarge)) * gate_up.narrow(1, kLarge, kLarge);
+  EXPECT_LE(relative_difference(y, activation.mm(experts.down_EDF[0].to(at::kDouble).t())),
+            limit(at::kBFloat16, kLarge));
 }
 
 TEST_P(ExpertMlp, results_do_not_depend_on_threads) {

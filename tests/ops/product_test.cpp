@@ -8,6 +8,7 @@
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
+#include "tests/support/bf16_products.h"
 #include "tests/support/tensors.h"
 
 namespace collegium {
@@ -33,35 +34,58 @@ void expect_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor
 }
 
 TEST(Product, equals_double_precision_in_every_layout) {
-  for (const auto dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
-    for (const std::string a_layout : {"plain", "turned", "piece", "turned piece"}) {
-      for (const std::string b_layout : {"plain", "turned", "piece", "turned piece"}) {
-        const at::Tensor a = matrix("a", 37, 29, dtype, a_layout);
-        const at::Tensor b = matrix("b", 29, 41, dtype, b_layout);
-        SCOPED_TRACE(a_layout + " times " + b_layout);
-        expect_product(ops::product(a, b), a, b);
-        if (dtype != at::kBFloat16) continue;
-        const at::Tensor out = at::zeros({37, 41}, dtype);
-        ops::widened_product_into(a, b, out);
-        expect_product(out, a, b);
+  for (const bool bf16_instructions : {true, false}) {
+    const test::AssumeBf16Products assume(bf16_instructions);
+    for (const auto dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
+      for (const std::string a_layout : {"plain", "turned", "piece", "turned piece"}) {
+        for (const std::string b_layout : {"plain", "turned", "piece", "turned piece"}) {
+          SCOPED_TRACE(a_layout + " times " + b_layout);
+          // Several tiles down and across; and one.
+          for (const auto& [rows, columns] : {std::pair{141, 523}, {37, 41}}) {
+            const at::Tensor a = matrix("a", rows, 29, dtype, a_layout);
+            const at::Tensor b = matrix("b", 29, columns, dtype, b_layout);
+            expect_product(ops::product(a, b), a, b);
+            const at::Tensor out = matrix("out", rows, columns, dtype, a_layout);
+            ops::product_into(a, b, out);
+            expect_product(out, a, b);
+          }
+        }
       }
     }
   }
 }
 
-TEST(Product, widens_every_number_of_rows) {
-  for (const std::int64_t rows : {0, 1, 127, 128, 129, 255, 257, 1023, 1025, 4097}) {
-    const at::Tensor a = random_tensor("a", {rows, 17}, at::kBFloat16);
-    const at::Tensor b = random_tensor("b", {17, 9}, at::kBFloat16);
-    const at::Tensor around = at::full({rows + 2, 9}, 7.0, at::kBFloat16);
-    ops::widened_product_into(a, b, around.narrow(0, 1, rows));
-    if (rows > 0) expect_product(around.narrow(0, 1, rows), a, b);
-    EXPECT_TRUE(at::equal(around[0], at::full({9}, 7.0, at::kBFloat16)));
-    EXPECT_TRUE(at::equal(around[rows + 1], at::full({9}, 7.0, at::kBFloat16)));
-    const at::Tensor operand_widened = at::empty({rows, 9}, at::kBFloat16);
-    ops::widened_product_into(a, b.to(at::kFloat), operand_widened);
-    EXPECT_TRUE(at::equal(operand_widened, around.narrow(0, 1, rows)));
+TEST(Product, widens_every_number_of_rows_and_columns) {
+  for (const std::int64_t rows : {0, 1, 7, 8, 127, 128, 129, 257}) {
+    for (const std::int64_t columns : {0, 1, 511, 512, 513, 1025}) {
+      const at::Tensor a = random_tensor("a", {rows, 17}, at::kBFloat16);
+      const at::Tensor b = random_tensor("b", {17, columns}, at::kBFloat16);
+      const at::Tensor product = ops::widened_product(a, b);
+      EXPECT_EQ(product.sizes(), (std::vector<std::int64_t>{rows, columns}));
+      if (product.numel() > 0) expect_product(product, a, b);
+      EXPECT_TRUE(at::equal(ops::widened_product(a, b.to(at::kFloat)), product));
+    }
   }
+}
+
+TEST(Product, writes_nothing_around_its_result) {
+  const at::Tensor a = random_tensor("a", {130, 17}, at::kBFloat16);
+  const at::Tensor b = random_tensor("b", {17, 9}, at::kBFloat16);
+  const at::Tensor around = at::full({132, 11}, 7.0, at::kBFloat16);
+  const at::Tensor inside = around.narrow(0, 1, 130).narrow(1, 1, 9);
+  ops::widened_product_into(a, b, inside);
+  expect_product(inside, a, b);
+  inside.fill_(7.0);
+  EXPECT_TRUE(at::equal(around, at::full_like(around, 7.0)));
+}
+
+TEST(Product, widens_a_large_factor_in_parts) {
+  const at::Tensor a = random_tensor("a", {3, 65}, at::kBFloat16);
+  const at::Tensor row = random_tensor("b", {1, ops::kMostWidened / 65 + 7}, at::kBFloat16);
+  const at::Tensor b = row.expand({65, row.size(1)}).contiguous();
+  const at::Tensor out = at::empty({3, b.size(1)}, at::kBFloat16);
+  ops::widened_product_into(a, b, out);
+  expect_product(out, a, b);
 }
 
 TEST(Product, an_empty_sum_is_zero) {
@@ -82,14 +106,13 @@ TEST(Product, not_a_number_and_infinity_stay) {
 }
 
 TEST(Product, widened_results_do_not_depend_on_threads) {
-  const at::Tensor a = random_tensor("a", {600, 33}, at::kBFloat16);
-  const at::Tensor b = random_tensor("b", {33, 21}, at::kBFloat16);
+  const at::Tensor a = random_tensor("a", {300, 2048}, at::kBFloat16);
+  const at::Tensor b = random_tensor("b", {2048, 21}, at::kBFloat16);
   const int threads = at::get_num_threads();
   std::vector<at::Tensor> results;
   for (const int count : {1, 2, 3}) {
     at::set_num_threads(count);
-    results.push_back(at::empty({600, 21}, at::kBFloat16));
-    ops::widened_product_into(a, b, results.back());
+    results.push_back(ops::widened_product(a, b));
     EXPECT_TRUE(at::equal(results.front(), results.back()));
   }
   at::set_num_threads(threads);

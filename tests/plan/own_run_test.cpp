@@ -165,5 +165,36 @@ TEST(OwnRun, memory_and_time_follow_the_run) {
   EXPECT_GT(own_step(run, cluster).step_s, step.step_s);
 }
 
+TEST(OwnRun, rates_measured_apart_change_what_they_describe) {
+  OwnRun run;
+  run.model = load_model("olmoe-1b-7b");
+  run.sequence_length = 512;
+  Cluster cluster = load_cluster("cpu-2core");
+  cluster.accelerator.optimizer_efficiency = 0.8;
+  cluster.accelerator.attention_length = 512.0;
+  const StepTime step = own_step(run, cluster);
+  cluster.accelerator.optimizer_efficiency = 0.4;
+  EXPECT_DOUBLE_EQ(own_step(run, cluster).optimizer_s, 2.0 * step.optimizer_s);
+  EXPECT_DOUBLE_EQ(own_step(run, cluster).busy.total(), step.busy.total());
+  // Where attention was measured with longer sequences, more of a block's scores were of use.
+  cluster.accelerator.attention_length = 2048.0;
+  const double block = static_cast<double>(run.attention_queries);
+  const double here = (512.0 + block) / 513.0;
+  const double there = (2048.0 + block) / 2049.0;
+  EXPECT_NEAR(own_step(run, cluster).busy[Part::kAttention] / step.busy[Part::kAttention], here / there,
+              1e-3);
+}
+
+TEST(OwnRun, widened_products_hold_the_output_matrix_twice) {
+  // So narrow that the loss is the largest moment.
+  OwnRun run = small_run(Exchange::kUneven, 1, 1);
+  run.model.layers = 1;
+  run.model.moe_layers = {true};
+  const double before = own_tensors(run).transient;
+  run.widened_products = true;
+  EXPECT_DOUBLE_EQ(own_tensors(run).transient,
+                   before + 4.0 * static_cast<double>(run.model.vocab * run.model.hidden));
+}
+
 }  // namespace
 }  // namespace collegium::plan

@@ -9,6 +9,7 @@ import sys
 import tempfile
 
 BINARY = sys.argv[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def run(code: int, text: str, *arguments: str) -> str:
@@ -63,6 +64,23 @@ def main() -> None:
         run(2, "not a routing record", "simulate --layout pp4.dp8.ep8 --global-batch 64 --routing", str(trace))
         cluster = pathlib.Path(folder) / "cluster.toml"
         cluster.write_text("[accelerator]\nmemory_gb_per_s = nan\n")
+        for key, value, rule in (
+            ("attention_length", "-1", "must not be negative"),
+            ("optimizer_efficiency", "1.5", "must lie in [0, 1]"),
+        ):
+            bad = pathlib.Path(folder) / "bad.toml"
+            base = (ROOT / "configs/clusters/cpu-2core.toml").read_text()
+            bad.write_text(
+                "".join(line for line in base.splitlines(keepends=True) if not line.startswith(key)).replace(
+                    "[accelerator]\n", f"[accelerator]\n{key} = {value}\n"
+                )
+            )
+            run(
+                2,
+                f"accelerator.{key} = {value}: {rule}",
+                "plan --model llama3-8b --gpus 2 --global-batch 8 --cluster",
+                str(bad),
+            )
         run(2, "must be finite", "plan --model llama3-8b --gpus 8 --global-batch 8 --cluster", str(cluster))
         rows = pathlib.Path(folder) / "rows.csv"
         rows.write_text("name,metric\nx\n")
