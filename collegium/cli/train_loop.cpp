@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <numeric>
 
@@ -166,7 +167,7 @@ class Loop {
     std::vector<double> negative;
     for (const double seconds : later_all_to_all_) negative.push_back(-seconds);
     const std::vector<double> least = max_over_ranks(*trainer_.groups().world, negative);
-    return -std::accumulate(least.begin(), least.end(), 0.0);
+    return std::accumulate(least.begin(), least.end(), 0.0, std::minus<>());
   }
   static bool due(std::int64_t every, std::int64_t step) { return every > 0 && step % every == 0; }
 
