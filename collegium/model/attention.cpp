@@ -33,7 +33,7 @@ at::Tensor mix(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   if (plain && q.is_cpu()) return causal_attention(q, k, v);
   const std::int64_t times = q.size(1) / k.size(1);
   const std::optional<at::Tensor> mask = context.mask.defined() ? std::optional(context.mask) : std::nullopt;
-  const at::ScalarType wide = q.is_cpu() ? ops::product_dtype(q.scalar_type()) : q.scalar_type();
+  const at::ScalarType wide = ops::product_dtype(q);
   return at::scaled_dot_product_attention(q.to(wide), repeat_heads(k.to(wide), times),
                                           repeat_heads(v.to(wide), times), mask,
                                           /*dropout_p=*/0.0, !mask && context.causal)

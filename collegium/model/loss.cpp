@@ -24,8 +24,7 @@ class CrossEntropyFunction final : public torch::autograd::Function<CrossEntropy
     at::Tensor grad_hidden = need_hidden ? at::empty_like(hidden_TD) : at::Tensor();
     at::Tensor grad_head =
         need_head ? at::zeros(head_VD.sizes(), head_VD.options().dtype(wide)) : at::Tensor();
-    const at::Tensor head = head_VD.to(head_VD.is_cpu() ? ops::product_dtype(head_VD.scalar_type())
-                                                        : head_VD.scalar_type());  // once, not per chunk
+    const at::Tensor head = head_VD.to(ops::product_dtype(head_VD));  // once, not per chunk
     for (std::int64_t begin = 0; begin < hidden_TD.size(0); begin += kLossChunkTokens) {
       const std::int64_t size = std::min(kLossChunkTokens, hidden_TD.size(0) - begin);
       const at::Tensor chunk_TD = hidden_TD.narrow(0, begin, size);

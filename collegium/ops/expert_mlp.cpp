@@ -32,7 +32,7 @@ at::Tensor expert_mlp(const RowSource& x, const at::Tensor& weights_R, const at:
   if (!x.values_XD.is_cpu()) return expert_mlp_aten(x, weights_R, counts_E, experts, kept);
   keep(x, weights_R, counts_E, experts, kept);
   const auto dtype = x.values_XD.scalar_type();
-  const auto products = product_dtype(dtype);
+  const auto products = product_dtype(x.values_XD);
   const at::Tensor weights =
       weights_R.defined() ? weights_R.to(at::toOpMathType(dtype)).contiguous() : at::Tensor();
   at::Tensor y_RD = at::empty({x.rows(), x.width()}, x.values_XD.options());

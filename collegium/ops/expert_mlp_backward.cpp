@@ -65,12 +65,12 @@ ExpertRowGradients ExpertMlpBackward::rows(WeightGradients when) {
 
 void ExpertMlpBackward::rows_on_cpu(WeightGradients when) {
   const auto options = kept_.gate_up_RG.options();
-  const auto dtype = product_dtype(kept_.gate_up_RG.scalar_type());
+  const auto dtype = product_dtype(kept_.gate_up_RG);
   const std::int64_t hidden = grad_.width();
   const std::int64_t width = experts_.down_EDF.size(2);
   if (needs_.rows) rows_.x_RD = at::empty({grad_.rows(), hidden}, options);
   if (kept_.weights_R.defined()) {
-    row_weights_R_ = kept_.weights_R.to(at::toOpMathType(options.dtype().toScalarType())).contiguous();
+    row_weights_R_ = kept_.weights_R.to(at::toOpMathType(kept_.gate_up_RG.scalar_type())).contiguous();
     rows_.weights_R = at::empty_like(row_weights_R_);
   }
   const std::int64_t most_rows = gemm_rows(grad_.rows(), dtype);
@@ -112,8 +112,7 @@ void ExpertMlpBackward::rows_on_cpu(WeightGradients when) {
 }
 
 void ExpertMlpBackward::piece_of_large(const ExpertRows& piece, Workspace& space, std::int64_t worker) const {
-  for (const ExpertRows& rows :
-       gemms_of(piece, space.most_rows, product_dtype(kept_.gate_up_RG.scalar_type()))) {
+  for (const ExpertRows& rows : gemms_of(piece, space.most_rows, product_dtype(kept_.gate_up_RG))) {
     const at::Tensor inner = space.inner.select(0, worker).narrow(0, 0, rows.rows);
     const SwigluGradients out{.gate_up_RG = rows.of(grad_gate_up_RG_), .weights_R = rows.of(rows_.weights_R)};
     product_into(space.grad.rows(rows, rows.rows, worker), space.down_weights.of(rows.expert, worker), inner);
@@ -127,7 +126,7 @@ void ExpertMlpBackward::piece_of_large(const ExpertRows& piece, Workspace& space
 // The GEMMs are those of a large expert, so results do not depend on when the weights' gradients are
 // computed.
 void ExpertMlpBackward::small_expert(const ExpertRows& expert, Workspace& space, std::int64_t worker) const {
-  const auto dtype = product_dtype(kept_.gate_up_RG.scalar_type());
+  const auto dtype = product_dtype(kept_.gate_up_RG);
   const auto gradient_of = [&expert](const at::Tensor& all) {
     return all.defined() ? all.select(0, expert.expert) : all;
   };

@@ -40,8 +40,12 @@ at::ScalarType product_dtype(at::ScalarType dtype) {
   return dtype == at::kBFloat16 && !has_bf16_products() ? at::kFloat : dtype;
 }
 
+at::ScalarType product_dtype(const at::Tensor& operand) {
+  return operand.is_cpu() ? product_dtype(operand.scalar_type()) : operand.scalar_type();
+}
+
 void product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out) {
-  if (out.is_cpu() && product_dtype(out.scalar_type()) != out.scalar_type()) {
+  if (product_dtype(out) != out.scalar_type()) {
     widened_product_into(a, b, out);
   } else {
     at::Tensor target = out;
@@ -64,7 +68,7 @@ void widened_product_into(const at::Tensor& a, const at::Tensor& b, const at::Te
 at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
   // A few rows, such as a token that is generated, do not pay for widening a whole matrix.
   constexpr std::int64_t kFewRows = 8;
-  const bool widens = a.is_cpu() && product_dtype(a.scalar_type()) != a.scalar_type();
+  const bool widens = product_dtype(a) != a.scalar_type();
   if (!widens || (a.size(0) < kFewRows && b.scalar_type() == a.scalar_type())) return at::mm(a, b);
   return widened_product(a, b);
 }

@@ -24,6 +24,8 @@ void assume_bf16_products(std::optional<bool> has);
 
 /// What     The dtype that products of CPU tensors are computed in: fp32 for bf16 without the hardware.
 at::ScalarType product_dtype(at::ScalarType dtype);
+/// The same of a tensor's: its own on other devices.
+at::ScalarType product_dtype(const at::Tensor& operand);
 
 /// What     out = a b, into memory that is there already, such as some rows of a larger tensor.
 /// Shape    a [M, K], b [K, N], out [M, N], any strides.

@@ -20,7 +20,7 @@ WorkerRows::WorkerRows(RowSource source, std::int64_t most_rows, bool padded) : 
   COLLEGIUM_CHECK(source_.values_XD.is_contiguous(), "rows must be contiguous");
   if (!source_.index_R.defined() && !padded) return;
   buffers_ = at::empty({at::get_num_threads(), most_rows, source_.width()},
-                       source_.values_XD.options().dtype(product_dtype(source_.values_XD.scalar_type())));
+                       source_.values_XD.options().dtype(product_dtype(source_.values_XD)));
 }
 
 at::Tensor WorkerRows::rows(const ExpertRows& range, std::int64_t padded, std::int64_t worker) const {

@@ -80,7 +80,7 @@ std::int64_t padded_rows(std::int64_t rows, at::ScalarType dtype) {
 void outer_into(const std::vector<ExpertRows>& experts, const at::Tensor& grad_RO, const at::Tensor& x_RI,
                 const at::Tensor& grad_EOI) {
   check(grad_RO, x_RI);
-  const auto tiles = cut_outer(experts, grad_RO.size(1), x_RI.size(1), product_dtype(x_RI.scalar_type()));
+  const auto tiles = cut_outer(experts, grad_RO.size(1), x_RI.size(1), product_dtype(x_RI));
   std::int64_t most_rows = 0;
   std::int64_t widest = 0;
   for (const OuterTile& tile : tiles) {

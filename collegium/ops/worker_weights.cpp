@@ -9,7 +9,7 @@
 namespace collegium::ops {
 
 WorkerWeights::WorkerWeights(const at::Tensor& weights_EXY) : weights_EXY_(weights_EXY) {
-  const at::ScalarType wide = product_dtype(weights_EXY.scalar_type());
+  const at::ScalarType wide = product_dtype(weights_EXY);
   const bool large = weights_EXY.size(1) * weights_EXY.size(2) > kMostWidened;
   if (wide == weights_EXY.scalar_type() || large) return;
   const std::int64_t workers = at::get_num_threads();
