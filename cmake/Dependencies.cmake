@@ -33,7 +33,10 @@ target_include_directories(collegium_torch SYSTEM INTERFACE
                            ${COLLEGIUM_TORCH_DIR}/include
                            ${COLLEGIUM_TORCH_DIR}/include/torch/csrc/api/include)
 target_compile_options(collegium_torch INTERFACE -fopenmp)
+# libstdc++ before torch: torch's libraries export a part of std::filesystem, which would be taken instead (with the CUDA
+# wheel of 2.11, remove_all jumps to address 0).
 target_link_libraries(collegium_torch INTERFACE
+                      stdc++
                       ${COLLEGIUM_TORCH_DIR}/lib/libtorch.so
                       ${COLLEGIUM_TORCH_DIR}/lib/libtorch_cpu.so
                       ${COLLEGIUM_TORCH_DIR}/lib/libc10.so
