@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "collegium/ops/row_source.h"
+#include "collegium/ops/weight_gradients.h"
 
 namespace collegium::ops {
 
@@ -79,10 +80,10 @@ class ExpertMlpBackward {
   ExpertWeights experts_;
   RowSource grad_;
   ExpertNeeds needs_;
-  at::Tensor row_weights_R_;       // the forward pass's, in the dtype of the inner math
-  std::vector<ExpertRows> after_;  // experts whose weights' gradients come after the rows'
-  at::Tensor grad_gate_up_RG_;     // of the rows of these experts
-  at::Tensor activation_RF_;       // recomputed, of the rows of these experts
+  at::Tensor row_weights_R_;    // the forward pass's, in the dtype of the inner math
+  PaddedRows after_;            // of experts whose weights' gradients come after the rows'
+  at::Tensor grad_gate_up_ZG_;  // of these rows
+  at::Tensor activation_ZF_;    // of these rows, recomputed
   ExpertRowGradients rows_;
   ExpertWeightGradients weights_;
 };

@@ -11,7 +11,6 @@
 #include "collegium/ops/expert_mlp.h"
 #include "collegium/ops/product.h"
 #include "collegium/ops/swiglu.h"
-#include "collegium/ops/weight_gradients.h"
 #include "collegium/ops/worker_weights.h"
 
 namespace collegium::ops {
@@ -20,10 +19,11 @@ namespace {
 
 // An expert that is one task with its weights' gradients: few enough rows for the core's caches, and at most
 // some milliseconds, so that cores end together.
-bool is_small(const ExpertRows& expert, std::int64_t hidden, std::int64_t width) {
+// The bound is below what outer_into() cuts, so that the weights' gradients are the same products either way.
+bool is_small(std::int64_t padded, std::int64_t hidden, std::int64_t width) {
   constexpr std::int64_t kMostRows = 1024;
   constexpr std::int64_t kLargest = std::int64_t{1} << 27;  // multiply-adds of a GEMM
-  return expert.rows <= kMostRows && expert.rows * hidden * width <= kLargest;
+  return padded <= kMostRows && padded * hidden * width <= kLargest;
 }
 
 at::Tensor empty_rows(std::int64_t rows, std::int64_t width, const at::TensorOptions& options) {
@@ -75,21 +75,26 @@ void ExpertMlpBackward::rows_on_cpu(WeightGradients when) {
   }
   const std::int64_t most_rows = gemm_rows(grad_.rows(), dtype);
   std::vector<ExpertRows> small;
+  std::vector<ExpertRows> large;
   std::vector<ExpertRows> pieces;
   std::int64_t small_rows = 0;
   for (const ExpertRows& expert : rows_of_experts(kept_.counts_E)) {
-    if (when == WeightGradients::kWithRows && is_small(expert, hidden, width)) {
+    const std::int64_t padded = padded_rows(expert.rows, dtype);
+    if (when == WeightGradients::kWithRows && is_small(padded, hidden, width)) {
       small.push_back(expert);
-      small_rows = std::max(small_rows, padded_rows(expert.rows, dtype));
+      small_rows = std::max(small_rows, padded);
     } else {
-      after_.push_back(expert);
+      large.push_back(expert);
       const auto cut = cut_rows(expert, most_rows);
       pieces.insert(pieces.end(), cut.begin(), cut.end());
     }
   }
-  if (!after_.empty()) {
-    grad_gate_up_RG_ = at::empty_like(kept_.gate_up_RG);
-    if (needs_.down) activation_RF_ = at::empty({grad_.rows(), width}, options);
+  after_ = PaddedRows(large, kept_.gate_up_RG);
+  grad_gate_up_ZG_ = at::empty({after_.total(), 2 * width}, options);
+  after_.clear_padding(grad_gate_up_ZG_);
+  if (needs_.down) {
+    activation_ZF_ = at::empty({after_.total(), width}, options);
+    after_.clear_padding(activation_ZF_);
   }
   const std::int64_t piece_rows = pieces.empty() ? 0 : 2 * most_rows;
   Workspace space{.most_rows = most_rows,
@@ -114,10 +119,12 @@ void ExpertMlpBackward::rows_on_cpu(WeightGradients when) {
 void ExpertMlpBackward::piece_of_large(const ExpertRows& piece, Workspace& space, std::int64_t worker) const {
   for (const ExpertRows& rows : gemms_of(piece, space.most_rows, product_dtype(kept_.gate_up_RG))) {
     const at::Tensor inner = space.inner.select(0, worker).narrow(0, 0, rows.rows);
-    const SwigluGradients out{.gate_up_RG = rows.of(grad_gate_up_RG_), .weights_R = rows.of(rows_.weights_R)};
+    const ExpertRows padded = after_.of(rows);
+    const SwigluGradients out{.gate_up_RG = padded.of(grad_gate_up_ZG_),
+                              .weights_R = rows.of(rows_.weights_R)};
     product_into(space.grad.rows(rows, rows.rows, worker), space.down_weights.of(rows.expert, worker), inner);
     swiglu_backward_into(inner, rows.of(kept_.gate_up_RG), rows.of(row_weights_R_), out,
-                         rows.of(activation_RF_));
+                         padded.of(activation_ZF_));
     if (needs_.rows)
       product_into(out.gate_up_RG, space.gate_up_weights.of(rows.expert, worker), rows.of(rows_.x_RD));
   }
@@ -168,27 +175,30 @@ void ExpertMlpBackward::small_expert(const ExpertRows& expert, Workspace& space,
 }
 
 ExpertWeightGradients ExpertMlpBackward::weights() {
+  std::vector<OuterProducts> products;
+  if (needs_.down) products.push_back({after_.tensor(grad_), activation_ZF_, weights_.down_EDF});
+  grad_ = {};  // received rows go before the others are copied
+  if (needs_.gate_up) products.push_back({grad_gate_up_ZG_, after_.tensor(kept_.x), weights_.gate_up_EGD});
   const auto outer = kept_.gate_up_RG.is_cpu() ? outer_into : outer_into_aten;
-  if (needs_.down && !after_.empty()) outer(after_, grad_.tensor(), activation_RF_, weights_.down_EDF);
-  if (needs_.gate_up && !after_.empty())
-    outer(after_, grad_gate_up_RG_, kept_.x.tensor(), weights_.gate_up_EGD);
+  outer(after_.experts(), products);
   return std::move(weights_);
 }
 
 void ExpertMlpBackward::rows_in_aten() {
   const at::Tensor grad_RD = grad_.tensor();
-  after_ = rows_of_experts(kept_.counts_E);
+  const auto experts = rows_of_experts(kept_.counts_E);
+  after_ = PaddedRows(experts, grad_RD);
   const at::Tensor inner_RF =
       at::empty({grad_RD.size(0), experts_.down_EDF.size(2)}, kept_.gate_up_RG.options());
-  for (const ExpertRows& rows : after_)
+  for (const ExpertRows& rows : experts)
     product_into(rows.of(grad_RD), experts_.down_EDF.select(0, rows.expert), rows.of(inner_RF));
   const SwigluGradients inner = swiglu_backward_aten(inner_RF, kept_.gate_up_RG, kept_.weights_R);
   rows_.weights_R = inner.weights_R;
-  grad_gate_up_RG_ = inner.gate_up_RG;
-  if (needs_.down) activation_RF_ = swiglu_aten(kept_.gate_up_RG, kept_.weights_R);
+  grad_gate_up_ZG_ = inner.gate_up_RG;
+  if (needs_.down) activation_ZF_ = swiglu_aten(kept_.gate_up_RG, kept_.weights_R);
   if (!needs_.rows) return;
   rows_.x_RD = at::empty_like(grad_RD);
-  for (const ExpertRows& rows : after_)
+  for (const ExpertRows& rows : experts)
     product_into(rows.of(inner.gate_up_RG), experts_.gate_up_EGD.select(0, rows.expert), rows.of(rows_.x_RD));
 }
 

@@ -1,74 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/ops/weight_gradients.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
 
 #include "collegium/base/error.h"
+#include "collegium/ops/permute.h"
 #include "collegium/ops/product.h"
 
 namespace collegium::ops {
-
-namespace {
-
-void check(const at::Tensor& grad_RO, const at::Tensor& x_RI) {
-  COLLEGIUM_CHECK(grad_RO.size(0) == x_RI.size(0), "{} gradient rows for {} rows", grad_RO.size(0),
-                  x_RI.size(0));
-}
-
-// A tile of an expert's weight gradient: some of its rows, all its columns.
-struct OuterTile {
-  ExpertRows rows;
-  std::int64_t padded = 0;
-  std::int64_t first = 0;  // row of the gradient
-  std::int64_t count = 0;
-};
-
-// Few experts, or one with most rows, still make enough tasks; a small expert is one task. Products of more
-// than some 10 ms are not padded: their kernel costs little beside them, and every worker has copies.
-std::vector<OuterTile> cut_outer(const std::vector<ExpertRows>& experts, std::int64_t out, std::int64_t in,
-                                 at::ScalarType dtype) {
-  constexpr std::int64_t kTile = std::int64_t{1} << 29;  // multiply-adds, some milliseconds of a core
-  constexpr std::int64_t kLargestPadded = std::int64_t{1} << 30;
-  std::vector<OuterTile> tiles;
-  for (const ExpertRows& rows : experts) {
-    const std::int64_t parts = std::clamp(rows.rows * in * out / kTile, std::int64_t{1},
-                                          std::max(std::int64_t{1}, out / kMostGemmRows));
-    for (std::int64_t part = 0; part < parts; ++part) {
-      const std::int64_t first = out * part / parts;
-      const std::int64_t count = out * (part + 1) / parts - first;
-      const bool large = rows.rows * in * count > kLargestPadded;
-      tiles.push_back({.rows = rows,
-                       .padded = large ? rows.rows : padded_rows(rows.rows, dtype),
-                       .first = first,
-                       .count = count});
-    }
-  }
-  return tiles;
-}
-
-// A worker's zero-padded copies of an expert's rows.
-class PaddedRows {
- public:
-  PaddedRows(std::int64_t most_rows, std::int64_t width, const at::Tensor& like)
-      : buffers_(at::empty({at::get_num_threads(), most_rows * width}, like.options())) {}
-
-  at::Tensor of(const at::Tensor& rows, std::int64_t padded, std::int64_t worker) const {
-    if (rows.size(0) == padded) return rows;
-    const at::Tensor copy =
-        buffers_.select(0, worker).narrow(0, 0, padded * rows.size(1)).view({padded, rows.size(1)});
-    copy.narrow(0, 0, rows.size(0)).copy_(rows);
-    copy.narrow(0, rows.size(0), padded - rows.size(0)).zero_();
-    return copy;
-  }
-
- private:
-  at::Tensor buffers_;
-};
-
-}  // namespace
 
 std::int64_t padded_rows(std::int64_t rows, at::ScalarType dtype) {
   if (dtype != at::kBFloat16) return rows;
@@ -77,41 +18,111 @@ std::int64_t padded_rows(std::int64_t rows, at::ScalarType dtype) {
   return (rows + step - 1) / step * step;
 }
 
-void outer_into(const std::vector<ExpertRows>& experts, const at::Tensor& grad_RO, const at::Tensor& x_RI,
-                const at::Tensor& grad_EOI) {
-  check(grad_RO, x_RI);
-  const auto tiles = cut_outer(experts, grad_RO.size(1), x_RI.size(1), product_dtype(x_RI));
-  std::int64_t most_rows = 0;
-  std::int64_t widest = 0;
-  for (const OuterTile& tile : tiles) {
-    if (tile.padded != tile.rows.rows) most_rows = std::max(most_rows, tile.padded);
-    widest = std::max(widest, tile.count);
+PaddedRows::PaddedRows(const std::vector<ExpertRows>& experts, const at::Tensor& like) : rows_(experts) {
+  const at::ScalarType dtype = product_dtype(like);
+  for (const ExpertRows& rows : experts) {
+    COLLEGIUM_CHECK(padded_.empty() || padded_.back().expert < rows.expert, "expert {} after expert {}",
+                    rows.expert, padded_.empty() ? -1 : padded_.back().expert);
+    const std::int64_t padded = like.is_cpu() ? padded_rows(rows.rows, dtype) : rows.rows;
+    padded_.push_back({.expert = rows.expert, .begin = total(), .rows = padded});
   }
-  const PaddedRows grads(most_rows, widest, grad_RO);
-  const PaddedRows inputs(most_rows, x_RI.size(1), x_RI);
-  run_tasks(static_cast<std::int64_t>(tiles.size()), [&](std::int64_t i, std::int64_t worker) {
-    const OuterTile& tile = tiles[static_cast<std::size_t>(i)];
-    const at::Tensor grad_OI = grad_EOI.select(0, tile.rows.expert).narrow(0, tile.first, tile.count);
-    if (tile.rows.rows == 0) {
-      grad_OI.zero_();
-      return;
-    }
-    const at::Tensor grad = tile.rows.of(grad_RO).narrow(1, tile.first, tile.count);
-    product_into(grads.of(grad, tile.padded, worker).t(), inputs.of(tile.rows.of(x_RI), tile.padded, worker),
-                 grad_OI);
-  });
 }
 
-void outer_into_aten(const std::vector<ExpertRows>& experts, const at::Tensor& grad_RO,
-                     const at::Tensor& x_RI, const at::Tensor& grad_EOI) {
-  check(grad_RO, x_RI);
-  for (const ExpertRows& rows : experts) {
-    const at::Tensor grad_OI = grad_EOI.select(0, rows.expert);
+ExpertRows PaddedRows::of(const ExpertRows& rows) const {
+  const auto found =
+      std::lower_bound(rows_.begin(), rows_.end(), rows.expert,
+                       [](const ExpertRows& known, std::int64_t expert) { return known.expert < expert; });
+  COLLEGIUM_CHECK(found != rows_.end() && found->expert == rows.expert, "no rows of expert {}", rows.expert);
+  const ExpertRows& padded = padded_[static_cast<std::size_t>(found - rows_.begin())];
+  return {.expert = rows.expert, .begin = rows.begin - found->begin + padded.begin, .rows = rows.rows};
+}
+
+void PaddedRows::clear_padding(const at::Tensor& values_ZX) const {
+  for (std::size_t i = 0; i < rows_.size(); ++i)
+    values_ZX.narrow(0, padded_[i].begin + rows_[i].rows, padded_[i].rows - rows_[i].rows).zero_();
+}
+
+at::Tensor PaddedRows::tensor(const RowSource& source) const {
+  const bool in_place =
+      total() == source.rows() && std::equal(rows_.begin(), rows_.end(), padded_.begin(),
+                                             [](const auto& a, const auto& b) { return a.begin == b.begin; });
+  if (in_place) return source.tensor();
+  at::Tensor out_ZD = at::empty({total(), source.width()}, source.values_XD.options());
+  for (std::size_t i = 0; i < rows_.size(); ++i) {
+    const at::Tensor copy = out_ZD.narrow(0, padded_[i].begin, rows_[i].rows);
+    if (!source.index_R.defined()) {
+      copy.copy_(rows_[i].of(source.values_XD));
+    } else if (source.values_XD.is_cpu()) {
+      gather_rows_into(source.values_XD, rows_[i].of(source.index_R), copy);
+    } else {
+      copy.copy_(gather_rows(source.values_XD, rows_[i].of(source.index_R)));
+    }
+  }
+  clear_padding(out_ZD);
+  return out_ZD;
+}
+
+namespace {
+
+void check(const OuterProducts& products) {
+  COLLEGIUM_CHECK(products.grad_ZO.size(0) == products.x_ZI.size(0), "{} gradient rows for {} rows",
+                  products.grad_ZO.size(0), products.x_ZI.size(0));
+}
+
+// A tile of an expert's weight gradient: some of its rows, all its columns.
+struct OuterTile {
+  const OuterProducts* products;
+  ExpertRows rows;
+  std::int64_t first;  // row of the gradient
+  std::int64_t count;
+
+  void compute() const {
+    const at::Tensor grad_OI = products->grad_EOI.select(0, rows.expert).narrow(0, first, count);
     if (rows.rows == 0) {
       grad_OI.zero_();
     } else {
-      product_into(rows.of(grad_RO).t(), rows.of(x_RI), grad_OI);
+      product_into(rows.of(products->grad_ZO).narrow(1, first, count).t(), rows.of(products->x_ZI), grad_OI);
     }
+  }
+};
+
+// Few experts, or one with most rows, still make several tasks: at most one per kMostGemmRows rows of a
+// gradient, each of some milliseconds of a core. Tiles are multiples of kSizeStep high, so that few kernels
+// have to be made.
+void cut_outer(const std::vector<ExpertRows>& experts, const OuterProducts& products,
+               std::vector<OuterTile>& tiles) {
+  constexpr std::int64_t kTile = std::int64_t{1} << 28;  // multiply-adds
+  const std::int64_t out = products.grad_ZO.size(1);
+  const std::int64_t in = products.x_ZI.size(1);
+  for (const ExpertRows& rows : experts) {
+    const std::int64_t parts = std::clamp(rows.rows * in * out / kTile, std::int64_t{1},
+                                          std::max(std::int64_t{1}, out / kMostGemmRows));
+    std::int64_t first = 0;
+    for (std::int64_t part = 1; part <= parts; ++part) {
+      const std::int64_t end = part == parts ? out : out * part / parts / kSizeStep * kSizeStep;
+      tiles.push_back({.products = &products, .rows = rows, .first = first, .count = end - first});
+      first = end;
+    }
+  }
+}
+
+}  // namespace
+
+void outer_into(const std::vector<ExpertRows>& experts, const std::vector<OuterProducts>& products) {
+  std::vector<OuterTile> tiles;
+  for (const OuterProducts& one : products) {
+    check(one);
+    cut_outer(experts, one, tiles);
+  }
+  run_tasks(static_cast<std::int64_t>(tiles.size()),
+            [&](std::int64_t i, std::int64_t) { tiles[static_cast<std::size_t>(i)].compute(); });
+}
+
+void outer_into_aten(const std::vector<ExpertRows>& experts, const std::vector<OuterProducts>& products) {
+  for (const OuterProducts& one : products) {
+    check(one);
+    for (const ExpertRows& rows : experts)
+      OuterTile{.products = &one, .rows = rows, .first = 0, .count = one.grad_ZO.size(1)}.compute();
   }
 }
 

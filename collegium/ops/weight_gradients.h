@@ -9,20 +9,55 @@
 #include <vector>
 
 #include "collegium/ops/expert_tasks.h"
+#include "collegium/ops/row_source.h"
 
 namespace collegium::ops {
-
-/// What     dW_e = sum over e's rows of dy[r] x[r]^T, for the experts named.
-/// Shape    grad_RO [R, O], x_RI [R, I] -> grad_EOI [E, O, I]; exactly zero for an expert without rows.
-void outer_into(const std::vector<ExpertRows>& experts, const at::Tensor& grad_RO, const at::Tensor& x_RI,
-                const at::Tensor& grad_EOI);
-void outer_into_aten(const std::vector<ExpertRows>& experts, const at::Tensor& grad_RO,
-                     const at::Tensor& x_RI, const at::Tensor& grad_EOI);
 
 /// What     Rows that such a product runs over. In bf16 a GEMM's kernel is generated for its exact sizes,
 ///          which costs as much as a small GEMM, and rows per expert differ in every step: so they are
 ///          rounded up, to multiples of 32 up to 1024 rows and of a 32nd of them above, and the missing ones
 ///          are zeros, which add nothing. `dtype` is product_dtype().
 std::int64_t padded_rows(std::int64_t rows, at::ScalarType dtype);
+
+/// The rows of some experts, each expert's followed by zero rows up to padded_rows(): Z of them. Other
+/// devices than the CPU take rows as they are.
+class PaddedRows {
+ public:
+  PaddedRows() = default;
+  /// What     For products of tensors like this one. `experts` ascend.
+  PaddedRows(const std::vector<ExpertRows>& experts, const at::Tensor& like);
+
+  /// Z.
+  std::int64_t total() const { return padded_.empty() ? 0 : padded_.back().end(); }
+  /// Where the experts' rows and their padding are, for outer_into().
+  const std::vector<ExpertRows>& experts() const { return padded_; }
+  /// What     Where rows of one of these experts are.
+  ExpertRows of(const ExpertRows& rows) const;
+  /// What     Writes zeros between the rows of values_ZX.
+  void clear_padding(const at::Tensor& values_ZX) const;
+  /// What     The source's rows so ordered; no copy where they already are so.
+  /// Shape    source [R, D] -> [Z, D]. Dtype any.
+  at::Tensor tensor(const RowSource& source) const;
+
+ private:
+  std::vector<ExpertRows> rows_;
+  std::vector<ExpertRows> padded_;
+};
+
+/// One product per expert: dW_e = sum over e's rows of dy[z] x[z]^T.
+/// Shape    grad_ZO [Z, O], x_ZI [Z, I], grad_EOI [E, O, I].
+/// Dtype    all in the compute dtype; sums in fp32 (float64 for float64), rounded once.
+struct OuterProducts {
+  at::Tensor grad_ZO;
+  at::Tensor x_ZI;
+  at::Tensor grad_EOI;  ///< written; exactly zero for an expert without rows
+};
+
+/// What     The products of the experts, as tasks of one queue. `experts` says where each one's rows are: any
+/// ranges are
+///          right, PaddedRows::experts() spare bf16 the making of kernels.
+void outer_into(const std::vector<ExpertRows>& experts, const std::vector<OuterProducts>& products);
+/// The same with ATen operators only, for any device.
+void outer_into_aten(const std::vector<ExpertRows>& experts, const std::vector<OuterProducts>& products);
 
 }  // namespace collegium::ops

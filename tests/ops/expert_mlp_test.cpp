@@ -9,6 +9,7 @@
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
+#include "collegium/base/error.h"
 #include "collegium/ops/expert_tasks.h"
 #include "collegium/ops/product.h"
 #include "collegium/ops/weight_gradients.h"
@@ -23,8 +24,9 @@ using test::random_tensor;
 using test::relative_difference;
 
 const at::ScalarType kDtypes[] = {at::kDouble, at::kFloat, at::kBFloat16};
-const std::vector<std::vector<std::int64_t>> kLoads = {
-    {0, 0, 0}, {1, 0, 0}, {0, 600, 0}, {31, 32, 33}, {255, 256, 257}, {511, 512, 513}, {7, 65, 300}};
+const std::vector<std::vector<std::int64_t>> kLoads = {{0, 0, 0},    {1, 0, 0},       {0, 600, 0},
+                                                       {31, 32, 33}, {255, 256, 257}, {511, 512, 513},
+                                                       {7, 65, 300}, {3, 1100, 40},   {1100, 0, 1057}};
 
 // With and without bf16 instructions, whatever this machine has.
 class ExpertMlp : public testing::TestWithParam<bool> {
@@ -254,8 +256,9 @@ TEST_P(ExpertMlp, weight_gradients_equal_one_product_per_expert) {
       const auto experts = ops::rows_of_experts(c.counts);
       const at::Tensor dw = at::full({3, 10, 12}, 7.0, g.options());
       const at::Tensor dw_aten = at::full({3, 10, 12}, 7.0, g.options());
-      ops::outer_into(experts, g, c.x, dw);
-      ops::outer_into_aten(experts, g, c.x, dw_aten);
+      const ops::PaddedRows padded(experts, c.x);
+      ops::outer_into(padded.experts(), {{padded.tensor(in_place(g)), padded.tensor(in_place(c.x)), dw}});
+      ops::outer_into_aten(experts, {{g, c.x, dw_aten}});
       EXPECT_LE(relative_difference(dw, dw_aten), limit(dtype, 600));
       for (const ops::ExpertRows& rows : experts) {
         const at::Tensor x = rows.of(c.x).to(at::kDouble);
@@ -267,6 +270,46 @@ TEST_P(ExpertMlp, weight_gradients_equal_one_product_per_expert) {
       }
     }
   }
+}
+
+// So many multiply-adds that an expert's gradient is cut into tiles, the last of another height.
+TEST_P(ExpertMlp, weight_gradients_in_tiles_equal_one_product) {
+  constexpr std::int64_t kRows = 512;
+  constexpr std::int64_t kOut = 2056;
+  constexpr std::int64_t kIn = 512;
+  const std::vector<ops::ExpertRows> experts = {{.expert = 0, .begin = 0, .rows = kRows},
+                                                {.expert = 2, .begin = kRows, .rows = kRows}};
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    const at::Tensor g = random_tensor("g", {2 * kRows, kOut}, dtype);
+    const at::Tensor x = random_tensor("x", {2 * kRows, kIn}, dtype);
+    const at::Tensor dw = at::full({3, kOut, kIn}, 7.0, g.options());
+    ops::outer_into(experts, {{g, x, dw}});
+    for (const ops::ExpertRows& rows : experts) {
+      const at::Tensor expected = rows.of(g).to(at::kDouble).t().mm(rows.of(x).to(at::kDouble));
+      EXPECT_LE(relative_difference(dw[rows.expert], expected), bound(dtype, 1) + bound(inner(dtype), kRows));
+    }
+    EXPECT_TRUE(at::all(dw[1] == 7.0).item<bool>());
+  }
+}
+
+TEST_P(ExpertMlp, padded_rows_are_found_again) {
+  const std::vector<ops::ExpertRows> experts = {{.expert = 1, .begin = 5, .rows = 40},
+                                                {.expert = 3, .begin = 60, .rows = 0},
+                                                {.expert = 4, .begin = 60, .rows = 33}};
+  const at::Tensor x = random_tensor("x", {100, 6}, at::kBFloat16);
+  const at::Tensor index = at::arange(99, -1, -1, at::kInt);
+  const ops::PaddedRows padded(experts, x);
+  for (const ops::RowSource& source : {in_place(x), ops::RowSource{.values_XD = x, .index_R = index}}) {
+    const at::Tensor copy = padded.tensor(source);
+    ASSERT_EQ(copy.size(0), padded.total());
+    double sum = 0.0;
+    for (const ops::ExpertRows& rows : experts) {
+      EXPECT_TRUE(at::equal(padded.of(rows).of(copy), rows.of(source.tensor())));
+      sum += rows.of(source.tensor()).to(at::kDouble).abs().sum().item<double>();
+    }
+    EXPECT_NEAR(copy.to(at::kDouble).abs().sum().item<double>(), sum, 1e-9);  // and zeros between them
+  }
+  EXPECT_THROW(padded.of({.expert = 2, .begin = 50, .rows = 1}), InternalError);
 }
 
 // Weights of more values than a worker keeps copies of.

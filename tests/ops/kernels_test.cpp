@@ -5,6 +5,8 @@
 
 #include <gtest/gtest.h>
 
+#include "collegium/base/error.h"
+#include "collegium/ops/choice_sums.h"
 #include "collegium/ops/permute.h"
 #include "collegium/ops/swiglu.h"
 #include "collegium/ops/topk.h"
@@ -41,6 +43,25 @@ TEST(TopK, equals_reference_and_aten_form_with_ties_and_nan) {
       }
     }
   }
+}
+
+TEST(ChoiceSums, equal_the_aten_form_and_a_loop) {
+  for (const std::int64_t length : {0, 1, 9}) {
+    for (const auto dtype : {at::kDouble, at::kFloat}) {
+      const at::Tensor ids = (random_tensor("ids", {3 * length, 2}) * 3).round().clamp(-1, 4).to(at::kInt);
+      const at::Tensor weights = random_tensor("weights", ids.sizes(), dtype);
+      const ops::ChoiceSums ours = ops::sum_choices(ids, weights, 3, 5);
+      const ops::ChoiceSums aten = ops::sum_choices_aten(ids, weights, 3, 5);
+      EXPECT_TRUE(at::equal(ours.counts_BE, aten.counts_BE));
+      EXPECT_TRUE(at::equal(ours.first_counts_BE, aten.first_counts_BE));
+      EXPECT_LE(relative_difference(ours.weights_BE, aten.weights_BE), bound(dtype, 2 * length + 1));
+      double first = 0.0;
+      for (std::int64_t t = length; t < 2 * length; ++t) first += ids[t][0].item<int>() == 0 ? 1.0 : 0.0;
+      EXPECT_EQ(ours.first_counts_BE[1][0].item<double>(), first);
+    }
+  }
+  EXPECT_EQ(ops::sum_choices(at::empty({0, 2}, at::kInt), at::empty({0, 2}), 0, 5).counts_BE.numel(), 0);
+  EXPECT_THROW(ops::sum_choices(at::full({1, 1}, 5, at::kInt), at::ones({1, 1}), 1, 5), InternalError);
 }
 
 // T = 3, K = 2, ids {1,0} {-1,1} {0,-1}: expert 0 gets slots 1 and 4, expert 1 gets slots 0 and 3.
