@@ -43,15 +43,15 @@ at::Tensor mix(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
 }  // namespace
 
 AttentionContext attention_context(const ModelConfig& config, std::int64_t past, std::int64_t num_queries,
-                                   const at::Tensor& document_ids_BS, at::ScalarType dtype) {
+                                   const at::Tensor& document_ids_BS, const at::TensorOptions& options) {
   AttentionContext context;
-  context.rotary = rotary_tables(past, num_queries, config.head_dim, config.rope_theta, dtype);
+  context.rotary = rotary_tables(past, num_queries, config.head_dim, config.rope_theta, options);
   const std::int64_t num_keys = past + num_queries;
   const bool window = config.sliding_window > 0 && num_keys > config.sliding_window;
   context.causal = num_queries > 1;
   if (!window && !document_ids_BS.defined() && (past == 0 || num_queries == 1)) return context;
-  const at::Tensor query = at::arange(past, num_keys).unsqueeze(1);
-  const at::Tensor key = at::arange(num_keys).unsqueeze(0);
+  const at::Tensor query = at::arange(past, num_keys, options.dtype(at::kLong)).unsqueeze(1);
+  const at::Tensor key = at::arange(num_keys, options.dtype(at::kLong)).unsqueeze(0);
   at::Tensor visible = key <= query;
   if (window) visible = visible.logical_and(query - key < config.sliding_window);
   visible = visible.view({1, 1, num_queries, num_keys});

@@ -112,8 +112,8 @@ at::Tensor Decoder::run_block(const Block& block, const at::Tensor& x_BSD, const
 ForwardResult Decoder::forward(const at::Tensor& ids_BS, const ForwardOptions& options) const {
   COLLEGIUM_CHECK(ids_BS.dim() == 2 && ids_BS.scalar_type() == at::kLong, "ids must be int64 [B, S]");
   const std::int64_t past = options.cache != nullptr ? options.cache->length : 0;
-  const AttentionContext context =
-      attention_context(config_, past, ids_BS.size(1), options.document_ids_BS, dtype());
+  const AttentionContext context = attention_context(config_, past, ids_BS.size(1), options.document_ids_BS,
+                                                     parameters_[0].value.options());
   if (options.cache != nullptr) options.cache->layers.resize(blocks_.size());
 
   ForwardResult result;

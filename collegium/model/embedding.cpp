@@ -87,6 +87,7 @@ class EmbeddingFunction final : public torch::autograd::Function<EmbeddingFuncti
 }  // namespace
 
 at::Tensor embed(const at::Tensor& weight_VD, const at::Tensor& ids_BS, std::int64_t padding_id) {
+  if (!weight_VD.is_cpu()) return at::embedding(weight_VD, ids_BS, padding_id);
   return EmbeddingFunction::apply(weight_VD, ids_BS, padding_id);
 }
 

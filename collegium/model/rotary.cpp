@@ -95,14 +95,13 @@ class Rotary : public torch::autograd::Function<Rotary> {
 }  // namespace
 
 RotaryTables rotary_tables(std::int64_t first, std::int64_t count, std::int64_t head_dim, double theta,
-                           at::ScalarType dtype) {
+                           const at::TensorOptions& options) {
   COLLEGIUM_CHECK(head_dim % 2 == 0, "rotary embedding of a head of {} dims", head_dim);
-  const auto options = at::TensorOptions().dtype(at::kDouble);
-  const at::Tensor exponents = at::arange(0, head_dim, 2, options) / static_cast<double>(head_dim);
+  const at::Tensor exponents = at::arange(0, head_dim, 2, at::kDouble) / static_cast<double>(head_dim);
   const at::Tensor frequencies = at::pow(at::Scalar(theta), exponents).reciprocal();
-  const at::Tensor positions = at::arange(first, first + count, options);
+  const at::Tensor positions = at::arange(first, first + count, at::kDouble);
   const at::Tensor angles = at::outer(positions, frequencies);
-  const auto wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  const auto wide = options.dtype(options.dtype() == at::kDouble ? at::kDouble : at::kFloat);
   return {.cos = angles.cos().to(wide), .sin = angles.sin().to(wide)};
 }
 
@@ -117,8 +116,8 @@ at::Tensor apply_rotary(const at::Tensor& x_BSHA, const RotaryTables& tables) {
 at::Tensor apply_rotary_aten(const at::Tensor& x_BSHA, const RotaryTables& tables) {
   const at::Tensor wide = x_BSHA.to(tables.cos.scalar_type());
   const auto halves = wide.chunk(2, -1);
-  const at::Tensor cos = tables.cos.unsqueeze(1).to(x_BSHA.device());
-  const at::Tensor sin = tables.sin.unsqueeze(1).to(x_BSHA.device());
+  const at::Tensor cos = tables.cos.unsqueeze(1);
+  const at::Tensor sin = tables.sin.unsqueeze(1);
   return at::cat({halves[0] * cos - halves[1] * sin, halves[1] * cos + halves[0] * sin}, -1)
       .to(x_BSHA.scalar_type());
 }

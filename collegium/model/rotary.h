@@ -15,9 +15,10 @@ struct RotaryTables {
 
 /// What     Tables for positions first .. first + count - 1.
 /// Math     angle[s, i] = s theta^(-2 i / A), i < A/2
-/// Dtype    evaluated in double, returned in fp32, or in float64 for a float64 model.
+/// Dtype    evaluated in double, returned in fp32, or in float64 for a model whose `options` say so; on their
+///          device.
 RotaryTables rotary_tables(std::int64_t first, std::int64_t count, std::int64_t head_dim, double theta,
-                           at::ScalarType dtype);
+                           const at::TensorOptions& options);
 
 /// What     Rotates the pairs (i, i + A/2) of every head by the angle of its position, with autograd.
 /// Shape    x_BSHA [B, S, H, A], tables of S positions -> [B, S, H, A]

@@ -55,21 +55,21 @@ void accumulate(at::Tensor& target, const at::Tensor& gradient, double factor) {
 // Collects the terms of all layers, each averaged over the layers.
 class Collector {
  public:
-  Collector(BalanceLoss& loss, double num_layers, at::ScalarType dtype)
-      : loss_(loss), num_layers_(num_layers), dtype_(dtype) {}
+  Collector(BalanceLoss& loss, double num_layers, const at::TensorOptions& options)
+      : loss_(loss), num_layers_(num_layers), options_(options) {}
 
   void add(const std::string& name, double coefficient, std::size_t layer, const Term& term,
            at::Tensor RouterStatisticsGradient::* target) {
     loss_.terms[name] += term.value / num_layers_;
     loss_.total += coefficient * term.value / num_layers_;
     if (term.gradient.defined())
-      accumulate(loss_.layers[layer].*target, term.gradient.to(dtype_), coefficient / num_layers_);
+      accumulate(loss_.layers[layer].*target, term.gradient.to(options_), coefficient / num_layers_);
   }
 
  private:
   BalanceLoss& loss_;
   double num_layers_;
-  at::ScalarType dtype_;
+  at::TensorOptions options_;
 };
 
 void add_layer(const MoeOptions& options, const LayerStatistics& layer, std::size_t index,
@@ -120,7 +120,8 @@ void add_layer(const MoeOptions& options, const LayerStatistics& layer, std::siz
 }  // namespace
 
 double hf_pooled_loss(const MoeOptions& options, std::span<const RouterTotals> layers, double coefficient,
-                      std::span<RouterStatisticsGradient> gradients, at::ScalarType gradient_dtype) {
+                      std::span<RouterStatisticsGradient> gradients,
+                      const at::TensorOptions& gradient_options) {
   RouterTotals pooled(options.num_experts);
   for (const RouterTotals& totals : layers) pooled += totals;
   const double num_rows = pooled.num_tokens();
@@ -128,7 +129,7 @@ double hf_pooled_loss(const MoeOptions& options, std::span<const RouterTotals> l
   const at::Tensor gradient_E =
       static_cast<double>(options.num_experts) * pooled.choice_counts_E() / (num_rows * num_rows);
   for (RouterStatisticsGradient& gradient : gradients)
-    accumulate(gradient.prob_sums_BE, gradient_E.unsqueeze(0).to(gradient_dtype), coefficient);
+    accumulate(gradient.prob_sums_BE, gradient_E.unsqueeze(0).to(gradient_options), coefficient);
   return (gradient_E * pooled.prob_sums_E()).sum().item<double>();
 }
 
@@ -138,14 +139,16 @@ BalanceLoss balance_loss(const MoeOptions& options, std::span<const LayerStatist
   loss.layers.resize(layers.size());
   if (layers.empty() || layers[0].totals.num_tokens() == 0.0) return loss;
   const auto num_layers = static_cast<double>(layers.size());
-  const at::ScalarType dtype = layers[0].local.prob_sums_BE.scalar_type();
-  Collector collector(loss, num_layers, dtype);
+  // Totals are on the CPU; a layer's backward pass reads its gradients where it runs.
+  const at::TensorOptions gradient_options = layers[0].local.prob_sums_BE.options();
+  Collector collector(loss, num_layers, gradient_options);
   for (std::size_t i = 0; i < layers.size(); ++i)
     add_layer(options, layers[i], i, collector, loss, num_layers);
   if (options.balance.hf_pooled != 0.0) {
     std::vector<RouterTotals> totals;
     for (const LayerStatistics& layer : layers) totals.push_back(layer.totals);
-    const double value = hf_pooled_loss(options, totals, options.balance.hf_pooled, loss.layers, dtype);
+    const double value =
+        hf_pooled_loss(options, totals, options.balance.hf_pooled, loss.layers, gradient_options);
     loss.terms["hf_pooled"] = value;
     loss.total += options.balance.hf_pooled * value;
   }
@@ -156,7 +159,7 @@ void update_expert_bias(at::Tensor& expert_bias_E, const at::Tensor& choice_coun
   COLLEGIUM_CHECK(choice_counts_E.scalar_type() == at::kLong, "counts must be exact (int64)");
   // sign(mean - c) = sign(sum - E c), in integers.
   const at::Tensor excess_E = choice_counts_E.sum() - choice_counts_E.numel() * choice_counts_E;
-  expert_bias_E.add_(at::sign(excess_E).to(expert_bias_E.scalar_type()), rate);
+  expert_bias_E.add_(at::sign(excess_E).to(expert_bias_E.options()), rate);
 }
 
 }  // namespace collegium::moe

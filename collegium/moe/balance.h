@@ -38,13 +38,14 @@ BalanceLoss balance_loss(const MoeOptions& options, std::span<const LayerStatist
 /// What     Hugging Face's form: counts (not divided by K) and probabilities are pooled over all layers
 ///          before the product, E sum_e (C_e / (layers T)) (P_e / (layers T)). Returned without its
 ///          coefficient; `coefficient` times its gradient is added to `gradients` (empty = value only).
+/// Dtype    and device of the gradients: `gradient_options`.
 double hf_pooled_loss(const MoeOptions& options, std::span<const RouterTotals> layers, double coefficient,
                       std::span<RouterStatisticsGradient> gradients,
-                      at::ScalarType gradient_dtype = at::kDouble);
+                      const at::TensorOptions& gradient_options = at::kDouble);
 
 /// What     The update of loss-free balancing: bias_e += rate * sign(mean(counts) - counts_e), sign(0) = 0.
-/// Dtype    counts int64, exact over the whole optimizer step and all ranks; bias fp32 or fp64.
-/// Ref      [Wang2024, Alg 1] arXiv 2408.15664
+/// Dtype    counts int64, exact over the whole optimizer step and all ranks; bias fp32 or fp64, on any
+/// device. Ref      [Wang2024, Alg 1] arXiv 2408.15664
 void update_expert_bias(at::Tensor& expert_bias_E, const at::Tensor& choice_counts_E, double rate);
 
 }  // namespace collegium::moe

@@ -119,7 +119,7 @@ RouterOutput route(const MoeOptions& options, const RouterWeights& weights, cons
   output.routing.chosen_ids_TK = without_padding(wanted_TK, context).contiguous();
   compute_raw_weights(output.routing.chosen_ids_TK, state);
   finish_weights(state, output, context);
-  output.statistics = collect_statistics(state, context);
+  output.statistics = collect_statistics(state, output.routing.chosen_ids_TK, context);
   output.expert_input_TD =
       state.input_jitter && state.jitter_TD.defined() ? state.x_TD.to(x_TD.scalar_type()) : x_TD.detach();
   return output;

@@ -44,7 +44,8 @@ void finish_weights(RouterState& state, RouterOutput& output, const TokenContext
 at::Tensor weights_backward(const RouterState& state, const at::Tensor& grad_weights_TK,
                             const at::Tensor& grad_importance_TK);
 
-/// The sums over tokens that losses and monitors are computed from.
-RouterStatistics collect_statistics(const RouterState& state, const TokenContext& context);
+/// The sums over tokens that losses and monitors are computed from; choices before any drop.
+RouterStatistics collect_statistics(const RouterState& state, const at::Tensor& chosen_ids_TK,
+                                    const TokenContext& context);
 
 }  // namespace collegium::moe

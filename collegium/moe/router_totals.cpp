@@ -24,14 +24,16 @@ RouterTotals::RouterTotals(std::int64_t num_experts) : values_(at::zeros({size(n
 
 RouterTotals::RouterTotals(const RouterStatistics& s) : load_is_smooth_(s.load_BE.defined()) {
   const at::NoGradGuard no_grad;
-  const at::Tensor scalars =
-      at::stack({s.num_tokens_B.sum().to(at::kDouble),
-                 at::scalar_tensor(static_cast<double>(s.num_dropped), at::kDouble),
-                 s.squared_lse_B.to(at::kDouble).sum(), s.entropy_B.to(at::kDouble).sum(),
-                 sequence_product(s, s.choice_counts_BE), sequence_product(s, s.first_counts_BE)});
+  const at::Tensor scalars = at::stack(
+      {s.num_tokens_B.sum().to(at::kDouble),
+       at::scalar_tensor(static_cast<double>(s.num_dropped), s.squared_lse_B.options().dtype(at::kDouble)),
+       s.squared_lse_B.to(at::kDouble).sum(), s.entropy_B.to(at::kDouble).sum(),
+       sequence_product(s, s.choice_counts_BE), sequence_product(s, s.first_counts_BE)});
+  // Ranks add them up and losses are computed from them on the CPU, wherever the layer runs.
   values_ =
       at::cat({scalars, sum_rows(s.choice_counts_BE), sum_rows(s.first_counts_BE), sum_rows(s.prob_sums_BE),
-               sum_rows(s.importance_BE), sum_rows(load_is_smooth_ ? s.load_BE : s.choice_counts_BE)});
+               sum_rows(s.importance_BE), sum_rows(load_is_smooth_ ? s.load_BE : s.choice_counts_BE)})
+          .cpu();
 }
 
 RouterTotals& RouterTotals::operator+=(const RouterTotals& other) {

@@ -12,8 +12,8 @@
 
 namespace collegium::moe {
 
-/// One layer's sums, in one flat float64 tensor so that ranks reduce all of them at once. Counts are exact:
-/// float64 holds integers up to 2^53.
+/// One layer's sums, in one flat float64 tensor so that ranks reduce all of them at once; on the CPU,
+/// wherever the layer runs. Counts are exact: float64 holds integers up to 2^53.
 class RouterTotals {
  public:
   /// Zero.

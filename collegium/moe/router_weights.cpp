@@ -7,6 +7,7 @@
 #include "collegium/moe/capacity.h"
 #include "collegium/moe/noise.h"
 #include "collegium/moe/router_state.h"
+#include "collegium/ops/choice_sums.h"
 
 namespace collegium::moe {
 
@@ -66,8 +67,6 @@ void finish_weights(RouterState& state, RouterOutput& output, const TokenContext
   state.normalized_TK = weights_TK;
   routing.expert_ids_TK = routing.chosen_ids_TK.masked_fill(state.kept_TK == 0, -1);
   routing.weights_TK = weights_TK * state.kept_TK * options.scaling_factor;
-  const at::Tensor kept_N = routing.expert_ids_TK.reshape({-1});
-  routing.counts_E = at::bincount(kept_N.masked_select(kept_N >= 0), {}, state.options.num_experts);
 }
 
 at::Tensor weights_backward(const RouterState& state, const at::Tensor& grad_weights_TK,
@@ -90,31 +89,28 @@ at::Tensor weights_backward(const RouterState& state, const at::Tensor& grad_wei
   return grad_importance_TK.defined() ? grad_TK + grad_importance_TK : grad_TK;
 }
 
-RouterStatistics collect_statistics(const RouterState& state, const TokenContext& context) {
+RouterStatistics collect_statistics(const RouterState& state, const at::Tensor& chosen_ids_TK,
+                                    const TokenContext& context) {
   const std::int64_t num_sequences = context.num_sequences;
   const std::int64_t length = context.sequence_length;
   const auto by_sequence = [&](const at::Tensor& values) {
     return sum_by_sequence(state.valid_T1.defined() ? values * state.valid_T1 : values, num_sequences,
                            length);
   };
-  const at::Tensor zeros_TE = at::zeros_like(state.scores_TE);
   const at::Tensor probs_TE =
       state.score_sum_T1.defined() ? state.scores_TE / state.score_sum_T1 : state.scores_TE;
   const bool before_drop = state.options.router.renormalize == Renormalize::kBeforeDrop;
   const at::Tensor importance_TK = before_drop ? state.normalized_TK : state.raw_TK;
-  const at::Tensor first_TK =
-      at::cat({state.chosen_TK.narrow(1, 0, 1), at::zeros_like(state.chosen_TK.slice(1, 1))}, 1);
+  const ops::ChoiceSums choices =
+      ops::sum_choices(chosen_ids_TK, importance_TK, num_sequences, state.options.num_experts);
 
   RouterStatistics statistics;
   const at::Tensor ones_T1 = at::ones({context.num_tokens(), 1}, state.scores_TE.options());
   statistics.num_tokens_B = by_sequence(ones_T1).reshape({num_sequences}).to(at::kLong);
-  statistics.choice_counts_BE =
-      by_sequence(zeros_TE.scatter_add(1, state.slot_ids_TK, state.chosen_TK)).to(at::kLong);
-  statistics.first_counts_BE =
-      by_sequence(zeros_TE.scatter_add(1, state.slot_ids_TK, first_TK)).to(at::kLong);
+  statistics.choice_counts_BE = choices.counts_BE;
+  statistics.first_counts_BE = choices.first_counts_BE;
   statistics.prob_sums_BE = by_sequence(probs_TE);
-  statistics.importance_BE =
-      by_sequence(zeros_TE.scatter_add(1, state.slot_ids_TK, importance_TK * state.chosen_TK));
+  statistics.importance_BE = choices.weights_BE;
   if (state.load.probability_TE.defined()) statistics.load_BE = by_sequence(state.load.probability_TE);
   statistics.squared_lse_B = by_sequence(state.lse_T1 * state.lse_T1).reshape({num_sequences});
   // 0 log 0 = 0; at::xlogy has no vector form.

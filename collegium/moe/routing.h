@@ -33,7 +33,6 @@ struct TokenContext {
 struct Routing {
   at::Tensor expert_ids_TK;  ///< int32, -1 = no expert
   at::Tensor weights_TK;     ///< router dtype (fp32, or fp64 for a float64 model)
-  at::Tensor counts_E;       ///< int64, kept slots per expert
   at::Tensor chosen_ids_TK;  ///< int32, the choices before any drop (the record of routing holds these)
 };
 
