@@ -19,7 +19,6 @@
 #include "collegium/model/account.h"
 #include "collegium/model/generate.h"
 #include "collegium/model/tensor_io.h"
-#include "collegium/ops/gemm_peak.h"
 #include "collegium/ops/threads.h"
 #include "collegium/train/metrics.h"
 #include "collegium/train/trainer.h"
@@ -82,7 +81,8 @@ class Loop {
   Loop(const train::RunConfig& config, train::Trainer& trainer)
       : config_(config),
         trainer_(trainer),
-        peak_flops_(peak_of_all_ranks()),
+        peak_flops_(gemm_peak_of_all_ranks(*trainer_.groups().world,
+                                           model::parse_dtype(config_.train.dtype, "train.dtype"))),
         flops_per_token_(
             model::training_flops_per_token(trainer.decoder().config(), config.data.sequence_length)),
         start_(Clock::now()),
@@ -192,16 +192,6 @@ class Loop {
   double seconds_left() const {
     if (config_.train.max_minutes == 0.0) return std::numeric_limits<double>::infinity();
     return config_.train.max_minutes * 60.0 - seconds_since(start_);
-  }
-
-  // All ranks measure at the same time, since they share the machine's cores.
-  double peak_of_all_ranks() const {
-    const auto& world = trainer_.groups().world;
-    world->barrier();
-    const at::Tensor peak = at::scalar_tensor(
-        ops::measure_gemm_peak(model::parse_dtype(config_.train.dtype, "train.dtype")), at::kDouble);
-    world->all_reduce(peak).wait();
-    return peak.item<double>();
   }
 
   std::filesystem::path save() { return trainer_.save(elapsed_before_ + seconds_since(start_)); }

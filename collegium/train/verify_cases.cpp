@@ -8,8 +8,7 @@
 
 #include "collegium/base/error.h"
 #include "collegium/base/rng.h"
-#include "collegium/base/safetensors.h"
-#include "collegium/data/prepare.h"
+#include "collegium/data/made_corpus.h"
 
 namespace collegium::train {
 
@@ -209,28 +208,7 @@ RunConfig with_layout(RunConfig config, const Layout& layout) {
 }
 
 void write_verification_corpus(const std::filesystem::path& folder) {
-  std::filesystem::create_directories(folder);
-  data::PrepareOptions options{.out = folder / "data",
-                               .texts = {},
-                               .token_files = {},
-                               .tokenizer = {},
-                               .vocab_size = kVocabulary,
-                               .validation_fraction = 0.1,
-                               .force = true};
-  for (const std::string name : {"up", "down"}) {
-    constexpr std::int64_t kTokens = 3000;
-    std::vector<std::int64_t> ids;
-    ids.reserve(kTokens);
-    for (std::int64_t i = 0; i < kTokens; ++i)
-      ids.push_back(name == "up" ? i % kVocabulary : (kTokens - i) % (kVocabulary - 1));
-    const auto file = folder / (name + ".safetensors");
-    write_safetensors(file, {{.name = "input_ids", .dtype = "I64", .shape = {kTokens}, .bytes = [&] {
-                                const auto bytes = std::as_bytes(std::span(ids));
-                                return std::vector<std::byte>(bytes.begin(), bytes.end());
-                              }}});
-    options.token_files.push_back({.domain = name, .path = file});
-  }
-  data::prepare(options, [](const std::string&) {});
+  data::prepare_made_corpus(folder, data::counting_domains(kVocabulary), kVocabulary, 0.1);
 }
 
 RunConfig verification_run(const std::filesystem::path& folder) {

@@ -7,7 +7,7 @@
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
 #include "collegium/train/freeze.h"
-#include "tests/support/tiny_model.h"
+#include "tests/support/tiny_run_file.h"
 
 namespace collegium {
 namespace {
