@@ -17,6 +17,7 @@
 #include "collegium/base/file.h"
 #include "collegium/base/machine.h"
 #include "collegium/cli/bench.h"
+#include "collegium/cli/bench_step.h"
 #include "collegium/cli/launch.h"
 #include "collegium/cli/progress.h"
 #include "collegium/model/causal_attention.h"
@@ -69,9 +70,20 @@ class ClusterBench {
  public:
   ClusterBench(comm::Communicator& world, double seconds) : world_(world), seconds_(seconds) {}
 
+  // Everything is measured twice and the better figure stays: a machine that was disturbed for a second must
+  // not look slow in what was measured then.
   plan::Cluster measure(const std::string& name) {
-    const at::NoGradGuard no_grad;
     group_by_node();
+    measure_once(name);
+    next_ = 0;
+    const plan::Cluster cluster = measure_once(name);
+    progress_.finish();
+    return cluster;
+  }
+
+ private:
+  plan::Cluster measure_once(const std::string& name) {
+    const at::NoGradGuard no_grad;
     plan::Cluster c;
     c.name = name;
     c.note = fmt::format("measured by collegium bench cluster: {} ranks, {} threads each, all working",
@@ -87,17 +99,18 @@ class ClusterBench {
                             .all_to_all_latency_us = 0.0};
     c.fast_link = node_->size() > 1 ? measure_link(*node_, "within a node") : unused;
     c.slow_link = across_->size() > 1 ? measure_link(*across_, "between nodes") : c.fast_link;
-    progress_.finish();
     return c;
   }
 
- private:
   void show(const std::string& what) {
     if (world_.rank() == 0) progress_.show(what, true);
   }
   double time(const std::function<void()>& run) {
     std::int64_t runs = 0;
-    return time_runs(world_, seconds_, runs, run).median;
+    const double median = time_runs(world_, seconds_, runs, run).median;
+    if (next_ == best_.size()) best_.push_back(median);
+    best_[next_] = std::min(best_[next_], median);
+    return best_[next_++];
   }
 
   // The ranks of this rank's node, and those with its place in their nodes: they work at the same time.
@@ -305,6 +318,8 @@ class ClusterBench {
   std::shared_ptr<comm::Communicator> node_;
   std::shared_ptr<comm::Communicator> across_;
   int ranks_of_node_ = 0;
+  std::vector<double> best_;  // of every figure, in the order they are measured in
+  std::size_t next_ = 0;
   Progress progress_;
 };
 
@@ -313,7 +328,8 @@ void run(const ClusterBenchOptions& options) {
   const std::filesystem::path file = options.file;
   require_config(file.extension() == ".toml", "--write {}: must end in .toml", options.file);
   launch(options.launch, [&](const std::shared_ptr<comm::Communicator>& world) {
-    const plan::Cluster cluster = ClusterBench(*world, options.seconds).measure(file.stem().string());
+    plan::Cluster cluster = ClusterBench(*world, options.seconds).measure(file.stem().string());
+    cluster.accelerator.step_efficiency = measure_step_efficiency(cluster, world);
     if (world->rank() != 0) return;
     const std::string text = plan::cluster_toml(cluster);
     plan::parse_cluster(text, options.file);
@@ -330,7 +346,8 @@ void add_bench_cluster(CLI::App& bench) {
       "cluster", "This machine as the planner sees it, one rank's figures while all work, into a file");
   verb->add_option("--write", options->file, "the file (TOML), for `plan --cluster` and planner.cluster")
       ->required();
-  verb->add_option("--seconds", options->seconds, "take each figure for about this long")
+  verb->add_option("--seconds", options->seconds,
+                   "take each figure for about this long, twice; a whole step takes three seconds more")
       ->capture_default_str();
   add_launch_options(*verb, options->launch);
   verb->footer(

@@ -35,7 +35,9 @@ train::RunConfig config_of_flags(const StepBenchOptions& o) {
   return c;
 }
 
-train::RunConfig resolve(const StepBenchOptions& o) {
+}  // namespace
+
+train::RunConfig step_bench_config(const StepBenchOptions& o) {
   train::RunConfig c =
       o.run_file.empty() ? config_of_flags(o) : train::read_run_config(o.run_file, o.overrides);
   if (c.model.vocab_size == 0) c.model.vocab_size = o.vocab;
@@ -50,6 +52,8 @@ train::RunConfig resolve(const StepBenchOptions& o) {
   c.model_source.init.clear();
   return c;
 }
+
+namespace {
 
 void validate(const StepBenchOptions& o) {
   const auto at_least_one = [](const char* flag, std::int64_t value) {
@@ -178,7 +182,7 @@ void print_result(const train::RunConfig& c, const StepBenchResult& r) {
 
 void run(const StepBenchOptions& options) {
   validate(options);
-  const train::RunConfig config = resolve(options);
+  const train::RunConfig config = step_bench_config(options);
   LaunchOptions launch_options = options.launch;
   if (launch_options.threads == 0) launch_options.threads = config.train.threads;
   launch(launch_options, [&](const std::shared_ptr<comm::Communicator>& world) {

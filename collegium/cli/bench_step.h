@@ -57,8 +57,13 @@ struct StepMemory {
   double total() const { return program + tensors.total(); }
 };
 
+/// What     The run that the flags, or the run file among them, describe.
+/// Throws   ConfigError naming the flag or field.
+train::RunConfig step_bench_config(const StepBenchOptions& options);
+
 /// Bytes and times of communication are means over steps; times also over ranks, bytes are of all ranks.
 struct StepBenchResult {
+  plan::OwnRun run;  ///< what was measured, as the planner describes it
   int ranks = 1;
   int ep = 1;
   int threads_per_rank = 1;
@@ -86,6 +91,14 @@ struct StepBenchResult {
 /// Comm     collective over `world`.
 /// Returns  complete on rank 0.
 StepBenchResult run_step_bench(train::RunConfig config, double seconds,
+                               const std::shared_ptr<comm::Communicator>& world);
+
+/// What     Share of the rate planned on this cluster that the computation of a whole step of a small model
+///          reaches: what measured single operations leave out (waits at the end of parallel regions, small
+///          operations, fresh memory, ranks that are late). 0 = unknown, and on ranks other than 0.
+/// Comm     collective over `world`, whose ranks the cluster describes.
+/// Throws   what run_step_bench() throws.
+double measure_step_efficiency(const plan::Cluster& cluster,
                                const std::shared_ptr<comm::Communicator>& world);
 
 }  // namespace collegium::cli

@@ -6,13 +6,12 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <span>
+#include <utility>
 
 #include "collegium/base/rng.h"
-#include "collegium/base/safetensors.h"
 #include "collegium/cli/bench_step.h"
 #include "collegium/cli/progress.h"
-#include "collegium/data/prepare.h"
+#include "collegium/data/made_corpus.h"
 #include "collegium/model/account.h"
 #include "collegium/model/tensor_io.h"
 #include "collegium/ops/arena.h"
@@ -40,30 +39,22 @@ void write_random_corpus(const fs::path& folder, const train::RunConfig& config)
     ids.push_back(static_cast<std::int64_t>(random.bits(static_cast<std::uint64_t>(i)) %
                                             static_cast<std::uint64_t>(config.model.vocab_size)));
   }
-  const fs::path file = folder / "random.safetensors";
-  write_safetensors(file, {{.name = "input_ids", .dtype = "I64", .shape = {count}, .bytes = [&] {
-                              const auto bytes = std::as_bytes(std::span(ids));
-                              return std::vector<std::byte>(bytes.begin(), bytes.end());
-                            }}});
-  data::prepare({.out = folder / "data",
-                 .texts = {},
-                 .token_files = {{.domain = "random", .path = file}},
-                 .tokenizer = {},
-                 .vocab_size = config.model.vocab_size,
-                 .validation_fraction = 0.05,
-                 .force = true},
-                [](const std::string&) {});
+  data::prepare_made_corpus(folder, {{.name = "random", .ids = std::move(ids)}}, config.model.vocab_size,
+                            0.05);
 }
 
-// A folder that rank 0 fills and removes, and all ranks read.
+// A folder per machine, which its first rank fills and removes and all its ranks read: the tokens are the
+// same on all.
 class CorpusFolder {
  public:
   CorpusFolder(const train::RunConfig& config, const std::shared_ptr<comm::Communicator>& world)
       : world_(world) {
     const at::Tensor pid = at::scalar_tensor(static_cast<std::int64_t>(::getpid()), at::kLong);
     world_->broadcast(pid, 0).wait();
-    path_ = fs::temp_directory_path() / fmt::format("collegium-bench-{}", pid.item<std::int64_t>());
-    if (world_->rank() == 0) {
+    const int node = world_->node(world_->rank());
+    path_ = fs::temp_directory_path() / fmt::format("collegium-bench-{}-{}", pid.item<std::int64_t>(), node);
+    for (int rank = 0; rank < world_->rank(); ++rank) writes_ = writes_ && world_->node(rank) != node;
+    if (writes_) {
       fs::create_directories(path_);
       write_random_corpus(path_, config);
     }
@@ -71,7 +62,7 @@ class CorpusFolder {
   }
   ~CorpusFolder() {
     std::error_code ignored;
-    if (world_->rank() == 0) fs::remove_all(path_, ignored);
+    if (writes_) fs::remove_all(path_, ignored);
   }
   CorpusFolder(const CorpusFolder&) = delete;
   CorpusFolder& operator=(const CorpusFolder&) = delete;
@@ -81,6 +72,7 @@ class CorpusFolder {
  private:
   std::shared_ptr<comm::Communicator> world_;
   fs::path path_;
+  bool writes_ = true;
 };
 
 double peak_rss_of_all_ranks(comm::Communicator& world) {
@@ -96,6 +88,7 @@ class StepBench {
   StepBenchResult measure(double seconds) {
     const model::ModelConfig& model = trainer_.decoder().config();
     StepBenchResult r;
+    r.run = trainer_.own_run();
     r.ranks = world_->size();
     r.ep = trainer_.groups().ep->size();
     r.threads_per_rank = at::get_num_threads();
@@ -147,7 +140,7 @@ class StepBench {
   }
 
   void count_memory(StepBenchResult& r) {
-    const plan::OwnRun run = trainer_.own_run();
+    const plan::OwnRun& run = r.run;
     const plan::OwnActivations bytes = plan::own_activations(run);
     const auto layers = static_cast<double>(run.model.layers);
     r.activations_recomputed = bytes.recomputed / layers;

@@ -108,8 +108,7 @@ void print(const Json& j) {
   for (const auto& [dtype, flops] : j["gemm_peak_flops"].items())
     fmt::print("GEMM peak    {} FLOP/s in {}\n", format_count(flops.get<double>()), dtype);
   fmt::print("memcpy       {}/s on one core\n", format_bytes(j["memcpy_bytes_per_s"].get<double>()));
-  fmt::print("libtorch     {} (CPU; nothing of Collegium was run on a GPU yet)\n",
-             j["libtorch"].get<std::string>());
+  fmt::print("libtorch     {} (all verbs run on the CPU)\n", j["libtorch"].get<std::string>());
   const auto mpirun = j["mpirun"].get<std::string>();
   const bool mpi = j["mpi"].get<bool>();
   const bool processes = mpi && !mpirun.empty();

@@ -70,6 +70,9 @@ void validate(const Cluster& c, const std::string& origin) {
   require_config(c.accelerator.optimizer_efficiency >= 0.0 && c.accelerator.optimizer_efficiency <= 1.0,
                  "{}: accelerator.optimizer_efficiency = {}: must lie in [0, 1] (0 = memory_efficiency)",
                  origin, c.accelerator.optimizer_efficiency);
+  require_config(c.accelerator.step_efficiency >= 0.0 && c.accelerator.step_efficiency <= 2.0,
+                 "{}: accelerator.step_efficiency = {}: must lie in [0, 2] (0 = unknown)", origin,
+                 c.accelerator.step_efficiency);
   require_config(c.accelerator.compute_units >= 1, "{}: accelerator.compute_units = {}: must be at least 1",
                  origin, c.accelerator.compute_units);
   require_config(c.node_size >= 1, "{}: node_size = {}: must be at least 1", origin, c.node_size);

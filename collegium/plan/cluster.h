@@ -35,8 +35,11 @@ struct Accelerator {
   double attention_length = 0.0;    ///< of the sequences that our own attention was measured on; 0 = unknown
   double memory_efficiency = 0.85;  ///< share of the bandwidth that streaming kernels reach
   double optimizer_efficiency = 0.0;  ///< the same of the optimizer's pass, where measured; 0 = as the others
-  double launch_us = 3.0;             ///< what each kernel adds
-  double workspace_gib = 0.3;         ///< held by libraries before the first activation
+  /// Share of the planned rate that the computation of a whole step of ours reaches, where measured; 0 =
+  /// unknown.
+  double step_efficiency = 0.0;
+  double launch_us = 3.0;              ///< what each kernel adds
+  double workspace_gib = 0.3;          ///< held by libraries before the first activation
   double grouped_workspace_gib = 0.0;  ///< the same for products grouped over experts, which use more streams
   bool operator==(const Accelerator&) const = default;
 };
@@ -87,6 +90,9 @@ void describe(Fields& fields, Accelerator& a) {
          "positions of the sequences it was measured on; 0 = unknown");
   fields("memory_efficiency", a.memory_efficiency, "share of memory_gb_per_s that streaming kernels reach");
   fields("optimizer_efficiency", a.optimizer_efficiency, "the same of the optimizer; 0 = memory_efficiency");
+  fields(
+      "step_efficiency", a.step_efficiency,
+      "share of the planned rate that the computation of a step of `collegium train` reaches; 0 = unknown");
   fields("launch_us", a.launch_us, "microseconds that each kernel adds");
   fields("workspace_gib", a.workspace_gib, "GiB that libraries hold");
   fields("grouped_workspace_gib", a.grouped_workspace_gib, "GiB more that grouped products of experts hold");

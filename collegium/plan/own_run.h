@@ -109,6 +109,8 @@ OwnTensors own_tensors(const OwnRun& run, double imbalance = 1.0);
 MemoryReport own_memory(const OwnRun& run, const Cluster& cluster, double imbalance = 1.0);
 /// What     Seconds of an optimizer step on a cluster whose ranks are the run's.
 StepTime own_step(const OwnRun& run, const Cluster& cluster, double imbalance = 1.0);
+/// What     Seconds of it in which ranks compute: passes and the optimizer, no communication.
+double computation_seconds(const StepTime& step);
 /// What     The layout, the workload and the habits of the software that the two above use.
 Layout own_layout(const OwnRun& run);
 Workload own_workload(const OwnRun& run, double imbalance);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Seconds of our own training step.
 #include <algorithm>
+#include <array>
 
 #include "collegium/base/error.h"
 #include "collegium/plan/collectives.h"
@@ -16,7 +17,26 @@ double useful_scores(double length, double block) {
   return (length + 1.0) / (length + std::min(length, block));
 }
 
+constexpr std::array kComputed = {Part::kGemm, Part::kAttention, Part::kElementwise};
+
+// Waits at the end of parallel regions, small operations and fresh memory come on top of what is planned.
+void slow_down(StepTime& t, double efficiency) {
+  const double planned = computation_seconds(t);
+  const double busy = t.busy.total();
+  for (const Part part : kComputed) t.busy[part] /= efficiency;
+  t.forward_s *= t.busy.total() / busy;
+  t.backward_s *= t.busy.total() / busy;
+  t.optimizer_s /= efficiency;
+  t.step_s += planned / efficiency - planned;
+}
+
 }  // namespace
+
+double computation_seconds(const StepTime& t) {
+  double seconds = t.optimizer_s;
+  for (const Part part : kComputed) seconds += t.busy[part];
+  return seconds;
+}
 
 Layout own_layout(const OwnRun& run) {
   Layout l;
@@ -98,6 +118,7 @@ StepTime own_step(const OwnRun& run, const Cluster& cluster, double imbalance) {
     t.optimizer_s += seconds;
     t.step_s += seconds;
   }
+  if (cluster.accelerator.step_efficiency > 0.0) slow_down(t, cluster.accelerator.step_efficiency);
   return t;
 }
 

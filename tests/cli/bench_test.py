@@ -120,6 +120,7 @@ def check_cluster() -> None:
         accelerator = cluster["accelerator"]
         assert accelerator["peak_tflops"]["bf16"] > 0.0, accelerator
         assert accelerator["attention_length"] == 512 and 0.0 < accelerator["optimizer_efficiency"] <= 1.0, accelerator
+        assert 0.05 < accelerator["step_efficiency"] < 2.0, accelerator
         link = cluster["slow_link"]
         assert link["all_to_all_latency_us"] >= 200.0 and 0.1 < link["all_to_all_gb_per_s"] < 0.6, link
         layout = ["--explain", "dp2.ep2", "--global-batch", "8", "--seq", "512"]

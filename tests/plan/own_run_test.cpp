@@ -185,6 +185,21 @@ TEST(OwnRun, rates_measured_apart_change_what_they_describe) {
               1e-3);
 }
 
+TEST(OwnRun, a_measured_step_slows_computation_and_nothing_else) {
+  OwnRun run = small_run(Exchange::kUneven, 2, 2);
+  Cluster cluster = load_cluster("cpu-2core");
+  const StepTime planned = own_step(run, cluster);
+  ASSERT_GT(planned.expert_comm_s, 0.0);
+  cluster.accelerator.step_efficiency = 0.8;
+  const StepTime slower = own_step(run, cluster);
+  EXPECT_NEAR(computation_seconds(slower), computation_seconds(planned) / 0.8, 1e-12);
+  EXPECT_NEAR(slower.step_s - computation_seconds(slower), planned.step_s - computation_seconds(planned),
+              1e-12);
+  EXPECT_DOUBLE_EQ(slower.busy[Part::kExpertComm], planned.busy[Part::kExpertComm]);
+  EXPECT_NEAR(slower.forward_s + slower.backward_s, slower.busy.total() / slower.micro_batches,
+              1e-9 * slower.busy.total());
+}
+
 TEST(OwnRun, widened_products_hold_the_output_matrix_twice) {
   // So narrow that the loss is the largest moment.
   OwnRun run = small_run(Exchange::kUneven, 1, 1);

@@ -67,6 +67,7 @@ def main() -> None:
         for key, value, rule in (
             ("attention_length", "-1", "must not be negative"),
             ("optimizer_efficiency", "1.5", "must lie in [0, 1]"),
+            ("step_efficiency", "-0.1", "must lie in [0, 2]"),
         ):
             bad = pathlib.Path(folder) / "bad.toml"
             base = (ROOT / "configs/clusters/cpu-2core.toml").read_text()
