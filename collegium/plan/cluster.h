@@ -92,7 +92,8 @@ void describe(Fields& fields, Accelerator& a) {
   fields("optimizer_efficiency", a.optimizer_efficiency, "the same of the optimizer; 0 = memory_efficiency");
   fields(
       "step_efficiency", a.step_efficiency,
-      "share of the planned rate that the computation of a step of `collegium train` reaches; 0 = unknown");
+      "share of the planned rate that the computation of a step of `collegium train` reaches, for what train "
+      "predicts of itself; 0 = unknown");
   fields("launch_us", a.launch_us, "microseconds that each kernel adds");
   fields("workspace_gib", a.workspace_gib, "GiB that libraries hold");
   fields("grouped_workspace_gib", a.grouped_workspace_gib, "GiB more that grouped products of experts hold");

@@ -78,14 +78,18 @@ double values_of_rank(const OwnRun& run) {
   return values;
 }
 
-// Rows that products of weight gradients run over, over the routed ones: bf16 rounds an expert's up to 32.
+// Rows that products of weight gradients run over, over the routed ones: bf16 rounds an expert's up to 32,
+// and to a 32nd of them above 1024 (ops/weight_gradients.h).
 double padding(const OwnRun& run, double imbalance) {
-  constexpr double kMeanPadding = 15.5;
+  constexpr double kStep = 32.0;
   if (run.dtype != "bfloat16" || run.widened_products || !run.model.is_moe()) return 1.0;
   const auto tokens = static_cast<double>(own_layout(run).micro_batch * run.sequence_length * run.ep);
   const double rows =
       tokens * static_cast<double>(run.model.top_k) * imbalance / static_cast<double>(run.model.experts);
-  return rows > 0.0 ? 1.0 + kMeanPadding / rows : 1.0;
+  if (rows == 0.0) return 1.0;
+  double step = kStep;
+  while (rows > kStep * step) step *= 2.0;
+  return 1.0 + (step - 1.0) / 2.0 / rows;
 }
 
 }  // namespace

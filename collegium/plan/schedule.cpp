@@ -58,7 +58,7 @@ int Pipeline::direction_of(const Task& task) const {
   return schedule == Schedule::kDualPipe && task.micro_batch >= micro_batches / 2 ? 1 : 0;
 }
 
-bool Pipeline::splits_backward() const {
+bool splits_backward(Schedule schedule) {
   return schedule == Schedule::kZeroBubble || schedule == Schedule::kDualPipe;
 }
 
@@ -70,7 +70,6 @@ std::vector<std::vector<Task>> fixed_order(const Pipeline& p) {
     require_config(p.ranks % 2 == 0 && p.micro_batches % 2 == 0 && p.virtual_stages == 1,
                    "dualpipe: ranks = {} and micro-batches = {} must be even, virtual stages = {} must be 1",
                    p.ranks, p.micro_batches, p.virtual_stages);
-    return {};
   }
   if (p.virtual_stages > 1) {
     require_config(p.schedule == Schedule::kInterleaved || p.schedule == Schedule::k1F1B,
@@ -78,15 +77,19 @@ std::vector<std::vector<Task>> fixed_order(const Pipeline& p) {
     require_config(p.micro_batches % p.ranks == 0,
                    "interleaved: ranks = {} must divide the micro-batches = {}", p.ranks, p.micro_batches);
   }
-  if (p.schedule == Schedule::kZeroBubble) return {};
   std::vector<std::vector<Task>> orders;
   for (int rank = 0; rank < p.ranks; ++rank) {
-    if (p.schedule == Schedule::kGPipe) {
-      orders.push_back(gpipe_order(p, rank));
-    } else if (p.virtual_stages > 1) {
-      orders.push_back(interleaved_order(p, rank));
-    } else {
-      orders.push_back(one_f_one_b_order(p, rank));
+    switch (p.schedule) {
+      case Schedule::kGPipe:
+        orders.push_back(gpipe_order(p, rank));
+        break;
+      case Schedule::k1F1B:
+      case Schedule::kInterleaved:
+        orders.push_back(p.virtual_stages > 1 ? interleaved_order(p, rank) : one_f_one_b_order(p, rank));
+        break;
+      case Schedule::kZeroBubble:
+      case Schedule::kDualPipe:
+        return {};
     }
   }
   return orders;

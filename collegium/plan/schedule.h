@@ -14,6 +14,9 @@ namespace collegium::plan {
 /// kBackward computes input gradients, and weight gradients too unless the schedule splits them off.
 enum class Pass { kForward, kBackward, kWeights };
 
+/// What     Whether weight gradients are tasks of their own.
+bool splits_backward(Schedule schedule);
+
 /// One pass of one micro-batch through one chunk of layers.
 struct Task {
   Pass pass = Pass::kForward;
@@ -32,7 +35,7 @@ struct Pipeline {
   int chunks() const { return ranks * virtual_stages; }
   /// The rank that holds a chunk; DualPipe's second half of the micro-batches enters at the last rank.
   int rank_of(const Task& task) const;
-  bool splits_backward() const;              ///< weight gradients are tasks of their own
+  bool splits_backward() const { return plan::splits_backward(schedule); }
   int direction_of(const Task& task) const;  ///< 1 for micro-batches that DualPipe sends in at the last rank
   /// Micro-batches of one direction that a rule-based rank may hold at a chunk between forward and backward:
   /// 1F1B's depth. DualPipe's two directions together hold (ranks - c) + (c + 1) = ranks + 1.

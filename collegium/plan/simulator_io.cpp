@@ -99,7 +99,7 @@ Durations layout_durations(const ModelSpec& m, const Layout& l, const Workload& 
   table->experts = static_cast<int>(m.experts);
   table->ep = l.ep;
   table->skew = skew;
-  table->split = l.schedule == Schedule::kZeroBubble || l.schedule == Schedule::kDualPipe;
+  table->split = splits_backward(l.schedule);
   for (int chunk = 0; chunk < l.pp * l.virtual_stages; ++chunk)
     table->chunks.push_back(chunk_seconds(m, l, w, c, s, chunk));
   Durations d;

@@ -109,18 +109,31 @@ Durations equal_durations(double forward, double backward, bool split) {
           .send_s = 0.0};
 }
 
-// 1F1B and GPipe with equal stages: (m + p - 1)(F + B); interleaving divides the bubble by v.
+// With equal stages: m micro-batches and the bubble that step_time() books, (F + B) each. DualPipe's rules
+// order passes otherwise than its paper, so its bubble is another.
 TEST(Simulator, equals_the_closed_forms) {
+  const auto closed_form = [](Schedule schedule, int ranks, int virtual_stages, int micro) {
+    Layout layout;
+    layout.pp = ranks;
+    layout.virtual_stages = virtual_stages;
+    layout.schedule = schedule;
+    return (micro + bubble_micro_batches(layout, 1.0, 2.0)) * 3.0;
+  };
   for (const int ranks : {2, 4, 8}) {
     for (const int micro : {8, 16}) {
+      const Simulation zero =
+          simulate({Schedule::kZeroBubble, ranks, 1, micro}, equal_durations(1.0, 2.0, true));
+      EXPECT_NEAR(zero.makespan_s, closed_form(Schedule::kZeroBubble, ranks, 1, micro), 1e-9);
       for (const Schedule schedule : {Schedule::kGPipe, Schedule::k1F1B}) {
         const Simulation s = simulate({schedule, ranks, 1, micro}, equal_durations(1.0, 2.0, false));
         EXPECT_NEAR(s.makespan_s, (micro + ranks - 1) * 3.0, 1e-9);
+        EXPECT_NEAR(s.makespan_s, closed_form(schedule, ranks, 1, micro), 1e-9);
         EXPECT_EQ(s.peak_chunks.front(), schedule == Schedule::kGPipe ? micro : std::min(micro, ranks));
       }
       const Simulation s =
           simulate({Schedule::kInterleaved, ranks, 2, micro}, equal_durations(0.5, 1.0, false));
       EXPECT_NEAR(s.makespan_s, micro * 3.0 + (ranks - 1) * 3.0 / 2.0, 1e-9);
+      EXPECT_NEAR(s.makespan_s, closed_form(Schedule::kInterleaved, ranks, 2, micro), 1e-9);
       EXPECT_EQ(s.peak_chunks.front(), std::min(2 * micro, 2 * (ranks - 1) + ranks + 1));
     }
   }
