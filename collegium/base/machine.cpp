@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <fstream>
 #include <thread>
 
@@ -19,6 +20,15 @@ double machine_memory_bytes() {
     if (stream >> limit && limit > 0.0) bytes = std::min(bytes, limit);
   }
   return bytes;
+}
+
+std::string machine_name() {
+  std::string name;
+  std::ifstream("/proc/sys/kernel/random/boot_id") >> name;
+  if (!name.empty()) return name;
+  std::array<char, 256> host{};
+  ::gethostname(host.data(), host.size() - 1);
+  return host.data();
 }
 
 int machine_cores() { return static_cast<int>(std::max(1U, std::thread::hardware_concurrency())); }

@@ -3,6 +3,8 @@
 
 // What this process may use of the machine it runs on.
 
+#include <string>
+
 namespace collegium {
 
 /// What     Memory that this machine has, or that a control group (a container) leaves to this process.
@@ -10,5 +12,8 @@ double machine_memory_bytes();
 
 /// What     Logical cores of the machine, at least 1.
 int machine_cores();
+
+/// What     Equal on all ranks of one running kernel: containers share it, network namespaces too.
+std::string machine_name();
 
 }  // namespace collegium

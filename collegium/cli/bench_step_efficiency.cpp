@@ -8,14 +8,14 @@ namespace collegium::cli {
 double measure_step_efficiency(const plan::Cluster& cluster,
                                const std::shared_ptr<comm::Communicator>& world) {
   constexpr double kSeconds = 3.0;
-  // Between the demo's shape and those of `bench step`; at least as many experts as ranks.
+  // Between the demo's shape and those of `bench step`; as many experts on every rank.
   constexpr std::int64_t kExperts = 8;
   StepBenchOptions o;
   o.layers = 2;
   o.hidden = 384;
   o.heads = 6;
   o.ffn = 512;
-  o.experts = std::max<std::int64_t>(kExperts, world->size());
+  o.experts = (kExperts + world->size() - 1) / world->size() * world->size();
   o.vocab = 4096;
   o.sequences = std::max<std::int64_t>(8, 2 * world->size());
   o.length = 256;

@@ -9,9 +9,9 @@
 #include <algorithm>
 #include <array>
 #include <cstdlib>
-#include <fstream>
 
 #include "collegium/base/error.h"
+#include "collegium/base/machine.h"
 #include "collegium/cli/mpirun.h"
 #include "collegium/comm/emulated/emulated.h"
 #include "collegium/comm/launcher.h"
@@ -27,16 +27,6 @@ namespace {
 // core.
 constexpr int kCoreWords = 16;
 using Seat = std::array<std::int64_t, 1 + kCoreWords>;
-
-// Equal on all ranks of one running kernel: containers share it, network namespaces too.
-std::string machine_name() {
-  std::string name;
-  std::ifstream("/proc/sys/kernel/random/boot_id") >> name;
-  if (!name.empty()) return name;
-  std::array<char, 256> host{};
-  ::gethostname(host.data(), host.size() - 1);
-  return host.data();
-}
 
 Seat own_seat(const std::vector<int>& cores) {
   Seat seat{};
