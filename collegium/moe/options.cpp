@@ -81,17 +81,12 @@ void validate_router(const MoeOptions& o, const std::string& path, bool causal, 
 }
 
 void validate_losses(const MoeOptions& o, const std::string& path) {
-  const BalanceOptions& b = o.balance;
-  const std::pair<const char*, double> coefficients[] = {{"load_balance", b.load_balance},
-                                                         {"gshard", b.gshard},
-                                                         {"switch_top1", b.switch_top1},
-                                                         {"importance_cv2", b.importance_cv2},
-                                                         {"load_cv2", b.load_cv2},
-                                                         {"hf_pooled", b.hf_pooled},
-                                                         {"z_loss", b.z_loss}};
-  for (const auto& [name, value] : coefficients) {
-    require_config(value >= 0.0, "{}.balance.{} = {}: must not be negative", path, name, value);
-  }
+  BalanceOptions b = o.balance;
+  const auto not_negative = [&path](const char* name, auto& value, const char* /*doc*/) {
+    if constexpr (std::is_same_v<std::remove_reference_t<decltype(value)>, double>)
+      require_config(value >= 0.0, "{}.balance.{} = {}: must not be negative", path, name, value);
+  };
+  describe(not_negative, b);
   require_config(b.load_cv2 == 0.0 || o.router.noise == Noise::kNoisyTopK,
                  "{}.balance.load_cv2 = {}: the smooth load needs router.noise = \"noisy_top_k\", not \"{}\"",
                  path, b.load_cv2, enum_name(o.router.noise));

@@ -44,8 +44,9 @@ void PaddedRows::clear_padding(const at::Tensor& values_ZX) const {
 
 at::Tensor PaddedRows::tensor(const RowSource& source) const {
   const bool in_place =
-      total() == source.rows() && std::equal(rows_.begin(), rows_.end(), padded_.begin(),
-                                             [](const auto& a, const auto& b) { return a.begin == b.begin; });
+      total() == source.rows() &&
+      std::equal(rows_.begin(), rows_.end(), padded_.begin(),
+                 [](const auto& a, const auto& b) { return a.begin == b.begin && a.rows == b.rows; });
   if (in_place) return source.tensor();
   at::Tensor out_ZD = at::empty({total(), source.width()}, source.values_XD.options());
   for (std::size_t i = 0; i < rows_.size(); ++i) {

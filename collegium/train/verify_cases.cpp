@@ -17,8 +17,6 @@ namespace {
 using moe::DispatcherKind;
 
 constexpr std::int64_t kVocabulary = 24;
-constexpr std::array kDispatchers = {DispatcherKind::kUneven, DispatcherKind::kPadded,
-                                     DispatcherKind::kAllgather, DispatcherKind::kTwoLevel};
 
 // Every ep group (consecutive ranks) has as many ranks on each of its nodes, one node's after the other's.
 bool nodes_are_even(const std::vector<int>& nodes, int ep) {
@@ -184,7 +182,7 @@ std::vector<Layout> list_layouts(const std::vector<int>& nodes, std::int64_t num
   const auto num_ranks = static_cast<int>(nodes.size());
   for (int ep = 1; ep <= num_ranks && ep <= num_experts; ++ep) {
     if (num_ranks % ep != 0) continue;
-    for (const DispatcherKind kind : kDispatchers) {
+    for (const auto& [name, kind] : EnumNames<DispatcherKind>::names) {
       if (ep == 1 && kind != DispatcherKind::kUneven) continue;  // nothing travels
       if (kind == DispatcherKind::kTwoLevel && !nodes_are_even(nodes, ep)) continue;
       for (const bool overlap : {false, true})

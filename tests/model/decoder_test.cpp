@@ -10,43 +10,21 @@
 #include "collegium/model/generate.h"
 #include "tests/support/bf16_products.h"
 #include "tests/support/tensors.h"
+#include "tests/support/tiny_decoder.h"
 
 namespace collegium::model {
 namespace {
 
 using test::bound;
 using test::relative_difference;
-
-Decoder tiny_decoder(at::ScalarType dtype, std::int64_t window = 0) {
-  ModelConfig c;
-  c.family = Family::kQwen3Moe;
-  c.vocab_size = 29;
-  c.hidden_size = 12;
-  c.num_layers = 3;
-  c.num_heads = 4;
-  c.num_kv_heads = 2;
-  c.head_dim = 6;
-  c.dense_ffn_size = 10;
-  c.max_positions = 32;
-  c.initializer_range = 0.3;
-  c.sliding_window = window;
-  c.qk_norm = QkNorm::kPerHead;
-  c.moe_layers = {true, false, true};
-  c.moe.num_experts = 4;
-  c.moe.top_k = 2;
-  c.moe.ffn_size = 8;
-  auto parameters = list_parameters(c);
-  initialize_parameters(c, 5, dtype, parameters);
-  return Decoder(c, parameters);
-}
-
-at::Tensor some_ids() { return at::arange(22, at::kLong).mul(7).remainder(29).view({2, 11}); }
+using test::tiny_decoder;
+using test::tiny_ids;
 
 std::vector<at::Tensor> gradients(const Decoder& decoder, bool recompute) {
   ForwardOptions options;
   options.recompute = recompute;
-  const ForwardResult result = decoder.forward(some_ids(), options);
-  cross_entropy_sum(decoder, result.hidden_BSD, some_ids().roll(1, 1)).backward();
+  const ForwardResult result = decoder.forward(tiny_ids(), options);
+  cross_entropy_sum(decoder, result.hidden_BSD, tiny_ids().roll(1, 1)).backward();
   std::vector<at::Tensor> all;
   for (const Parameter& parameter : decoder.parameters()) {
     all.push_back(parameter.value.grad().clone());
@@ -72,14 +50,14 @@ TEST(Decoder, cached_logits_equal_uncached_ones) {
   const at::NoGradGuard no_grad;
   for (const std::int64_t window : {0, 4}) {
     const Decoder decoder = tiny_decoder(at::kDouble, window);
-    const at::Tensor whole = decoder.forward(some_ids(), {}).hidden_BSD;
+    const at::Tensor whole = decoder.forward(tiny_ids(), {}).hidden_BSD;
     KvCache cache;
     ForwardOptions options;
     options.cache = &cache;
     std::vector<at::Tensor> pieces;
     std::int64_t begin = 0;
     for (const std::int64_t size : {3, 5, 1, 1, 1}) {  // several positions at once on a filled cache, too
-      pieces.push_back(decoder.forward(some_ids().narrow(1, begin, size), options).hidden_BSD);
+      pieces.push_back(decoder.forward(tiny_ids().narrow(1, begin, size), options).hidden_BSD);
       begin += size;
     }
     EXPECT_LE(relative_difference(at::cat(pieces, 1), whole), bound(at::kDouble, 1000));
@@ -91,12 +69,12 @@ TEST(Decoder, masked_documents_do_not_see_each_other) {
   const Decoder decoder = tiny_decoder(at::kDouble);
   ForwardOptions options;
   options.document_ids_BS = at::cat({at::zeros({2, 4}, at::kLong), at::ones({2, 7}, at::kLong)}, 1);
-  at::Tensor other = some_ids().clone();
+  at::Tensor other = tiny_ids().clone();
   other.narrow(1, 0, 4).fill_(0);
-  const at::Tensor a = decoder.forward(some_ids(), options).hidden_BSD.narrow(1, 4, 7);
+  const at::Tensor a = decoder.forward(tiny_ids(), options).hidden_BSD.narrow(1, 4, 7);
   const at::Tensor b = decoder.forward(other, options).hidden_BSD.narrow(1, 4, 7);
   EXPECT_LE(relative_difference(a, b), bound(at::kDouble, 1000));
-  EXPECT_GT(relative_difference(decoder.forward(some_ids(), {}).hidden_BSD.narrow(1, 4, 7), a), 1e-3);
+  EXPECT_GT(relative_difference(decoder.forward(tiny_ids(), {}).hidden_BSD.narrow(1, 4, 7), a), 1e-3);
 }
 
 // A rounded logit moves a probability by its rounding error, at most half an epsilon of the largest logit.

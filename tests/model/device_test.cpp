@@ -13,6 +13,7 @@
 #include "tests/moe/router_oracle.h"
 #include "tests/support/opaque_device.h"
 #include "tests/support/tensors.h"
+#include "tests/support/tiny_decoder.h"
 
 namespace collegium {
 namespace {
@@ -83,28 +84,8 @@ INSTANTIATE_TEST_SUITE_P(Variants, LayerOnOtherDevice, testing::ValuesIn(test::m
 
 // Loss, last hidden states and every gradient of a decoder with dense and expert layers.
 Named run_decoder(at::ScalarType dtype, bool recompute, bool documents, const at::Device& device) {
-  constexpr std::int64_t kVocab = 29;
-  model::ModelConfig c;
-  c.family = model::Family::kQwen3Moe;
-  c.vocab_size = kVocab;
-  c.hidden_size = 12;
-  c.num_layers = 3;
-  c.num_heads = 4;
-  c.num_kv_heads = 2;
-  c.head_dim = 6;
-  c.dense_ffn_size = 10;
-  c.max_positions = 32;
-  c.initializer_range = 0.3;
-  c.qk_norm = model::QkNorm::kPerHead;
-  c.moe_layers = {true, false, true};
-  c.moe.num_experts = 4;
-  c.moe.top_k = 2;
-  c.moe.ffn_size = 8;
-  auto parameters = model::list_parameters(c);
-  model::initialize_parameters(c, 5, dtype, parameters);
-  for (model::Parameter& parameter : parameters) parameter.value = parameter.value.to(device);
-  const model::Decoder decoder(c, parameters);
-  const at::Tensor ids = at::arange(22, at::kLong).mul(7).remainder(kVocab).view({2, 11}).to(device);
+  const model::Decoder decoder = test::tiny_decoder(dtype, 0, device);
+  const at::Tensor ids = test::tiny_ids().to(device);
   model::ForwardOptions options;
   options.recompute = recompute;
   if (documents) options.document_ids_BS = at::arange(22, at::kLong).div(4, "floor").view({2, 11}).to(device);

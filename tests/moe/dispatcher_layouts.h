@@ -35,9 +35,10 @@ inline std::string layout_name(const testing::TestParamInfo<DispatcherLayout>& i
 inline std::vector<DispatcherLayout> flat_layouts(std::initializer_list<int> numbers_of_ranks) {
   std::vector<DispatcherLayout> layouts;
   for (const int ranks : numbers_of_ranks) {
-    for (const auto kind :
-         {moe::DispatcherKind::kUneven, moe::DispatcherKind::kPadded, moe::DispatcherKind::kAllgather})
-      layouts.push_back({.options = {.kind = kind}, .ranks = ranks});
+    for (const auto& [name, kind] : EnumNames<moe::DispatcherKind>::names) {
+      if (kind != moe::DispatcherKind::kTwoLevel)  // has its own, with nodes
+        layouts.push_back({.options = {.kind = kind}, .ranks = ranks});
+    }
   }
   return layouts;
 }

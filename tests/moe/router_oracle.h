@@ -34,6 +34,14 @@ inline moe::BalanceLoss balance_of(const moe::MoeOptions& o, const moe::RouterSt
   return moe::balance_loss(o, layers);
 }
 
+/// Sets all coefficients of the balance losses to 1.
+struct EveryCoefficient {
+  template <class T>
+  void operator()(const char* /*key*/, T& value, const char* /*doc*/) {
+    if constexpr (std::is_same_v<T, double>) value = 1.0;
+  }
+};
+
 /// Choices, drops, weights and every balance loss, in float64.
 inline void expect_router_equals_oracle(const moe::MoeOptions& options, const moe::MoeWeights& weights,
                                         const at::Tensor& x_TD, const moe::TokenContext& context) {
@@ -55,8 +63,8 @@ inline void expect_router_equals_oracle(const moe::MoeOptions& options, const mo
   }
   EXPECT_EQ(ours.statistics.num_dropped, dropped);
   moe::MoeOptions all = options;
-  all.balance.load_balance = all.balance.gshard = all.balance.switch_top1 = all.balance.importance_cv2 = 1.0;
-  all.balance.load_cv2 = all.balance.hf_pooled = all.balance.z_loss = 1.0;
+  EveryCoefficient set;
+  describe(set, all.balance);
   const moe::BalanceLoss losses = balance_of(all, ours.statistics);
   for (const auto& [name, value] : moe::reference::losses(options, oracle, context)) {
     EXPECT_NEAR(losses.terms.at(name), value, 100 * tolerance * std::max(1.0, std::abs(value))) << name;

@@ -55,9 +55,18 @@ TEST(ChoiceSums, equal_the_aten_form_and_a_loop) {
       EXPECT_TRUE(at::equal(ours.counts_BE, aten.counts_BE));
       EXPECT_TRUE(at::equal(ours.first_counts_BE, aten.first_counts_BE));
       EXPECT_LE(relative_difference(ours.weights_BE, aten.weights_BE), bound(dtype, 2 * length + 1));
-      double first = 0.0;
-      for (std::int64_t t = length; t < 2 * length; ++t) first += ids[t][0].item<int>() == 0 ? 1.0 : 0.0;
-      EXPECT_EQ(ours.first_counts_BE[1][0].item<double>(), first);
+      at::Tensor counts = at::zeros({3, 5, 3}, at::kDouble);  // choices, first choices, weights
+      for (std::int64_t t = 0; t < 3 * length; ++t) {
+        for (std::int64_t k = 0; k < 2; ++k) {
+          if (ids[t][k].item<int>() < 0) continue;
+          const at::Tensor one =
+              at::tensor({1.0, k == 0 ? 1.0 : 0.0, weights[t][k].item<double>()}, at::kDouble);
+          counts[t / length][ids[t][k].item<int>()] += one;
+        }
+      }
+      EXPECT_TRUE(at::equal(ours.counts_BE.to(at::kDouble), counts.select(2, 0)));
+      EXPECT_TRUE(at::equal(ours.first_counts_BE.to(at::kDouble), counts.select(2, 1)));
+      EXPECT_LE(relative_difference(ours.weights_BE, counts.select(2, 2)), bound(dtype, 2 * length + 1));
     }
   }
   EXPECT_EQ(ops::sum_choices(at::empty({0, 2}, at::kInt), at::empty({0, 2}), 0, 5).counts_BE.numel(), 0);
