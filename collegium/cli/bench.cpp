@@ -125,21 +125,20 @@ Spread time_runs(comm::Communicator& world, double budget_s, std::int64_t& runs,
   return spread_of(max_over_ranks(world, seconds));
 }
 
-namespace {
-
-// By name and not by node, which an emulated network makes up.
-int ranks_of_this_machine(comm::Communicator& world) {
+std::vector<int> ranks_of_this_machine(comm::Communicator& world) {
   const auto name = static_cast<std::int64_t>(std::hash<std::string>()(machine_name()));
   const at::Tensor own = at::full({1}, name, at::kLong);
   const at::Tensor all = at::empty({world.size()}, at::kLong);
   world.all_gather(own, all).wait();
-  return (all == own).sum().item<int>();
+  std::vector<int> ranks;
+  for (int rank = 0; rank < world.size(); ++rank) {
+    if (all[rank].item<std::int64_t>() == name) ranks.push_back(rank);
+  }
+  return ranks;
 }
 
-}  // namespace
-
 double gemm_peak_of_all_ranks(comm::Communicator& world, at::ScalarType dtype) {
-  const int threads = ranks_of_this_machine(world) * at::get_num_threads();
+  const int threads = static_cast<int>(ranks_of_this_machine(world).size()) * at::get_num_threads();
   const bool shared = threads > static_cast<int>(std::thread::hardware_concurrency());
   return sum_over_ranks(world, {shared ? mean_gemm_rate(dtype) : ops::measure_gemm_peak(dtype)})[0];
 }

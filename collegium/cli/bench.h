@@ -50,6 +50,10 @@ double resident_bytes();
 /// What     Whether the ranks are threads of one process.
 /// Comm     one all_reduce.
 bool ranks_share_a_process(comm::Communicator& world);
+/// What     The ranks on this rank's machine, ascending; by its name and not by node, which an emulated
+///          network makes up.
+/// Comm     one all_gather.
+std::vector<int> ranks_of_this_machine(comm::Communicator& world);
 /// What     How often to repeat what takes rank 0 `once_s` to fill its budget; the same on all ranks.
 std::int64_t agree_on_runs(comm::Communicator& world, double once_s, double budget_s, std::int64_t least);
 

@@ -51,9 +51,8 @@ class CorpusFolder {
       : world_(world) {
     const at::Tensor pid = at::scalar_tensor(static_cast<std::int64_t>(::getpid()), at::kLong);
     world_->broadcast(pid, 0).wait();
-    const int node = world_->node(world_->rank());
-    path_ = fs::temp_directory_path() / fmt::format("collegium-bench-{}-{}", pid.item<std::int64_t>(), node);
-    for (int rank = 0; rank < world_->rank(); ++rank) writes_ = writes_ && world_->node(rank) != node;
+    path_ = fs::temp_directory_path() / fmt::format("collegium-bench-{}", pid.item<std::int64_t>());
+    writes_ = world_->rank() == ranks_of_this_machine(*world_).front();
     if (writes_) {
       fs::create_directories(path_);
       write_random_corpus(path_, config);
@@ -72,7 +71,7 @@ class CorpusFolder {
  private:
   std::shared_ptr<comm::Communicator> world_;
   fs::path path_;
-  bool writes_ = true;
+  bool writes_ = false;
 };
 
 double peak_rss_of_all_ranks(comm::Communicator& world) {
