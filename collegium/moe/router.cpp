@@ -7,6 +7,7 @@
 #include "collegium/moe/noise.h"
 #include "collegium/moe/router_state.h"
 #include "collegium/moe/selection.h"
+#include "collegium/ops/softmax_rows.h"
 #include "collegium/ops/topk.h"
 #include "collegium/ops/wide_linear.h"
 
@@ -43,11 +44,27 @@ void compute_logits(const RouterWeights& weights, const at::Tensor& x_TD, const 
   }
 }
 
+bool is_noisy(const RouterState& state) { return state.noisy.noisy_TE.defined(); }
+
 const at::Tensor& logits(const RouterState& state) {
-  return state.noisy.noisy_TE.defined() ? state.noisy.noisy_TE : state.clean_TE;
+  return is_noisy(state) ? state.noisy.noisy_TE : state.clean_TE;
 }
 
-// 2. The K experts that every token asks for; -1 = none.
+// 2. Scores of the (noisy) logits, and what the statistics want of the clean ones.
+void compute_scores(RouterState& state) {
+  if (state.options.router.score == ScoreFunction::kSigmoid) {
+    state.scores_TE = at::sigmoid(logits(state));
+    state.score_sum_T1 = state.scores_TE.sum(1, true);
+    state.lse_T1 = at::logsumexp(state.clean_TE, {1}, true);
+    return;
+  }
+  const ops::SoftmaxRows rows = ops::softmax_rows(logits(state));
+  state.scores_TE = rows.probs_TE;
+  state.entropy_T1 = rows.entropy_T1;
+  state.lse_T1 = is_noisy(state) ? at::logsumexp(state.clean_TE, {1}, true) : rows.lse_T1;
+}
+
+// 3. The K experts that every token asks for; -1 = none.
 at::Tensor select(const RouterWeights& weights, const TokenContext& context, const RouterState& state) {
   const MoeOptions& options = state.options;
   const RouterOptions& router = options.router;
@@ -77,7 +94,7 @@ at::Tensor without_padding(const at::Tensor& ids_TK, const TokenContext& context
   return ids_TK.masked_fill(context.padding_T.unsqueeze(1), -1);
 }
 
-// 3. Weights before renormalisation.
+// 4. Weights before renormalisation.
 void compute_raw_weights(const at::Tensor& chosen_ids_TK, RouterState& state) {
   const at::Tensor ids_TK = chosen_ids_TK.to(at::kLong);
   state.slot_ids_TK = ids_TK.clamp_min(0);
@@ -110,10 +127,7 @@ RouterOutput route(const MoeOptions& options, const RouterWeights& weights, cons
   if (context.padding_T.defined()) {
     state.valid_T1 = context.padding_T.logical_not().unsqueeze(1).to(state.gate_ED.scalar_type());
   }
-  const bool softmax = options.router.score == ScoreFunction::kSoftmax;
-  state.scores_TE = softmax ? at::softmax(logits(state), 1) : at::sigmoid(logits(state));
-  if (!softmax) state.score_sum_T1 = state.scores_TE.sum(1, true);
-  state.lse_T1 = at::logsumexp(state.clean_TE, {1}, true);
+  compute_scores(state);
 
   const at::Tensor wanted_TK = replayed_ids_TK.defined() ? replayed_ids_TK : select(weights, context, state);
   output.routing.chosen_ids_TK = without_padding(wanted_TK, context).contiguous();
@@ -138,29 +152,42 @@ at::Tensor per_token(const RouterState& state, const at::Tensor& rows_BE) {
   return state.valid_T1.defined() ? rows_TE * state.valid_T1 : rows_TE;
 }
 
-at::Tensor scores_gradient(const RouterState& state, const at::Tensor& grad_raw_TK,
-                           const RouterStatisticsGradient& statistics, bool raw_from_scores) {
+// dLoss/d(logsumexp of the clean logits), or undefined.
+at::Tensor lse_gradient(const RouterState& state, const RouterStatisticsGradient& statistics) {
+  if (statistics.squared_lse == 0.0) return {};
+  const at::Tensor grad_T1 = 2.0 * statistics.squared_lse * state.lse_T1;
+  return state.valid_T1.defined() ? grad_T1 * state.valid_T1 : grad_T1;
+}
+
+// dLoss/d(noisy logits) of sigmoid scores: of the raw weights and of the statistics' probabilities,
+// scores / their sum.
+at::Tensor sigmoid_gradient(const RouterState& state, const at::Tensor& grad_slots_TK,
+                            const RouterStatisticsGradient& statistics) {
   at::Tensor grad_TE = at::zeros_like(state.scores_TE);
   if (statistics.prob_sums_BE.defined()) {
     const at::Tensor coefficient_TE = per_token(state, statistics.prob_sums_BE);
-    if (state.score_sum_T1.defined()) {
-      const at::Tensor mean_T1 = (coefficient_TE * state.scores_TE).sum(1, true) / state.score_sum_T1;
-      grad_TE = (coefficient_TE - mean_T1) / state.score_sum_T1;
-    } else {
-      grad_TE = coefficient_TE;
-    }
+    const at::Tensor mean_T1 = (coefficient_TE * state.scores_TE).sum(1, true) / state.score_sum_T1;
+    grad_TE = (coefficient_TE - mean_T1) / state.score_sum_T1;
   }
-  if (!raw_from_scores) return grad_TE;
   // The slots of a token name different experts, except that absent ones point to expert 0 and carry exactly
   // zero.
-  return grad_TE.scatter_add(1, state.slot_ids_TK, grad_raw_TK * state.chosen_TK);
+  grad_TE = grad_TE.scatter_add(1, state.slot_ids_TK, grad_slots_TK);
+  return grad_TE * state.scores_TE * (1 - state.scores_TE);
 }
 
-at::Tensor logits_gradient(const RouterState& state, const at::Tensor& grad_scores_TE) {
-  if (state.options.router.score == ScoreFunction::kSigmoid) {
-    return grad_scores_TE * state.scores_TE * (1 - state.scores_TE);
-  }
-  return state.scores_TE * (grad_scores_TE - (grad_scores_TE * state.scores_TE).sum(1, true));
+// The same of softmax scores, with the share of the clean logits' logsumexp where these are the noisy ones.
+at::Tensor softmax_gradient(const RouterState& state, const at::Tensor& grad_raw_TK,
+                            const RouterStatisticsGradient& statistics) {
+  const bool select_first = state.options.router.order == ScoreOrder::kSelectFirst;
+  const at::Tensor grad_TE = ops::softmax_rows_backward(
+      state.scores_TE, {.sequence_BE = statistics.prob_sums_BE,
+                        .valid_T1 = state.valid_T1,
+                        .slot_ids_TK = state.slot_ids_TK,
+                        .slots_TK = select_first ? at::Tensor() : grad_raw_TK * state.chosen_TK,
+                        .lse_T1 = is_noisy(state) ? at::Tensor() : lse_gradient(state, statistics)});
+  if (!select_first) return grad_TE;
+  const at::Tensor inner_T1 = (grad_raw_TK * state.raw_TK).sum(1, true);
+  return grad_TE.scatter_add(1, state.slot_ids_TK, state.raw_TK * (grad_raw_TK - inner_T1));
 }
 
 // Of the logits, the learned noise (undefined without it) and the experts' share, through the jitter.
@@ -190,19 +217,14 @@ RouterGradients route_backward(const RouterState& state, const at::Tensor& grad_
         per_token(state, grad_statistics.importance_BE).gather(1, state.slot_ids_TK) * state.chosen_TK;
   }
   const at::Tensor grad_raw_TK = weights_backward(state, grad_weights_TK, grad_importance_TK);
-  const bool select_first = state.options.router.order == ScoreOrder::kSelectFirst &&
-                            state.options.router.score == ScoreFunction::kSoftmax;
-  at::Tensor grad_logits_TE =
-      logits_gradient(state, scores_gradient(state, grad_raw_TK, grad_statistics, !select_first));
-  if (select_first) {
-    const at::Tensor inner_T1 = (grad_raw_TK * state.raw_TK).sum(1, true);
-    grad_logits_TE =
-        grad_logits_TE.scatter_add(1, state.slot_ids_TK, state.raw_TK * (grad_raw_TK - inner_T1));
-  }
+  const bool sigmoid = state.options.router.score == ScoreFunction::kSigmoid;
+  const at::Tensor grad_logits_TE =
+      sigmoid ? sigmoid_gradient(state, grad_raw_TK * state.chosen_TK, grad_statistics)
+              : softmax_gradient(state, grad_raw_TK, grad_statistics);
 
   RouterGradients gradients;
   at::Tensor grad_clean_TE = grad_logits_TE;
-  if (state.noisy.noisy_TE.defined()) {
+  if (is_noisy(state)) {
     const at::Tensor grad_load_TE =
         grad_statistics.load_BE.defined() ? per_token(state, grad_statistics.load_BE) : at::Tensor();
     const NoisyGradients noisy = noisy_backward(state.noisy, state.load, grad_logits_TE, grad_load_TE);
@@ -210,11 +232,9 @@ RouterGradients route_backward(const RouterState& state, const at::Tensor& grad_
     gradients.noise_ED = ops::wide_linear_grad_weight(noisy.raw_std_TE, state.x_TD);
     gradients.x_TD = at::mm(noisy.raw_std_TE, state.noise_ED);
   }
-  if (grad_statistics.squared_lse != 0.0) {
-    const at::Tensor pull_TE =
-        2.0 * grad_statistics.squared_lse * state.lse_T1 * at::exp(state.clean_TE - state.lse_T1);
-    grad_clean_TE = grad_clean_TE + (state.valid_T1.defined() ? pull_TE * state.valid_T1 : pull_TE);
-  }
+  const at::Tensor grad_lse_T1 = lse_gradient(state, grad_statistics);
+  if (grad_lse_T1.defined() && (sigmoid || is_noisy(state)))
+    grad_clean_TE = grad_clean_TE + grad_lse_T1 * at::exp(state.clean_TE - state.lse_T1);
   gradients.gate_ED = ops::wide_linear_grad_weight(grad_clean_TE, state.x_TD);
   gradients.x_TD = input_gradient(state, grad_clean_TE, gradients.x_TD, grad_expert_input_TD);
   return gradients;

@@ -28,6 +28,7 @@ struct RouterState {
   at::Tensor scores_TE;          ///< softmax or sigmoid of the (noisy) logits
   at::Tensor score_sum_T1;       ///< sigmoid only: the sum that normalises the statistics' probabilities
   at::Tensor lse_T1;             ///< logsumexp of the clean logits
+  at::Tensor entropy_T1;         ///< softmax only: of the scores, in nats
   at::Tensor valid_T1;           ///< 1 = a token, 0 = padding; undefined = all tokens
   at::Tensor slot_ids_TK;        ///< int64, the choices before any drop, 0 where there is none
   at::Tensor chosen_TK;          ///< router dtype 0/1: there is a choice

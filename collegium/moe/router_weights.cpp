@@ -33,6 +33,12 @@ at::Tensor keep_second(const at::Tensor& normalized_TK, const TokenContext& cont
   return kept_TK;
 }
 
+at::Tensor entropy(const RouterState& state, const at::Tensor& probs_TE) {
+  if (state.entropy_T1.defined()) return state.entropy_T1;
+  // 0 log 0 = 0; at::xlogy has no vector form.
+  return -(probs_TE * at::log(probs_TE.clamp_min(1e-37))).sum(1, true);
+}
+
 at::Tensor sum_by_sequence(const at::Tensor& values, std::int64_t num_sequences, std::int64_t length) {
   return values.reshape({num_sequences, length, values.size(1)}).sum(1);
 }
@@ -113,9 +119,7 @@ RouterStatistics collect_statistics(const RouterState& state, const at::Tensor& 
   statistics.importance_BE = choices.weights_BE;
   if (state.load.probability_TE.defined()) statistics.load_BE = by_sequence(state.load.probability_TE);
   statistics.squared_lse_B = by_sequence(state.lse_T1 * state.lse_T1).reshape({num_sequences});
-  // 0 log 0 = 0; at::xlogy has no vector form.
-  const at::Tensor logs_TE = at::log(probs_TE.clamp_min(1e-37));
-  statistics.entropy_B = by_sequence(-(probs_TE * logs_TE).sum(1, true)).reshape({num_sequences});
+  statistics.entropy_B = by_sequence(entropy(state, probs_TE)).reshape({num_sequences});
   statistics.num_dropped = state.num_dropped;
   if (state.clean_TE.numel() > 0) statistics.max_abs_logit = state.clean_TE.abs().max().item<double>();
   return statistics;

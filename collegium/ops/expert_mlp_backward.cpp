@@ -11,6 +11,7 @@
 #include "collegium/ops/expert_mlp.h"
 #include "collegium/ops/product.h"
 #include "collegium/ops/swiglu.h"
+#include "collegium/ops/transpose.h"
 #include "collegium/ops/worker_weights.h"
 
 namespace collegium::ops {
@@ -42,6 +43,7 @@ struct ExpertMlpBackward::Workspace {
   WorkerRows x;
   WorkerWeights gate_up_weights;
   WorkerWeights down_weights;
+  WorkerTransposes turned;  // for small experts
 };
 
 ExpertMlpBackward::ExpertMlpBackward(const ExpertsKept& kept, ExpertWeights experts, RowSource grad,
@@ -104,7 +106,8 @@ void ExpertMlpBackward::rows_on_cpu(WeightGradients when) {
                   .grad = WorkerRows(grad_, std::max(piece_rows, small_rows), !small.empty()),
                   .x = WorkerRows(kept_.x, small_rows, !small.empty()),
                   .gate_up_weights = WorkerWeights(experts_.gate_up_EGD),
-                  .down_weights = WorkerWeights(experts_.down_EDF)};
+                  .down_weights = WorkerWeights(experts_.down_EDF),
+                  .turned = WorkerTransposes(kept_.gate_up_RG, small_rows * std::max(hidden, 2 * width))};
   const auto num_small = static_cast<std::int64_t>(small.size());
   const auto num_pieces = static_cast<std::int64_t>(pieces.size());
   run_tasks(num_small + num_pieces, [&](std::int64_t i, std::int64_t worker) {
@@ -166,12 +169,13 @@ void ExpertMlpBackward::small_expert(const ExpertRows& expert, Workspace& space,
   const std::int64_t missing = padded - expert.rows;
   activation.narrow(0, expert.rows, missing).zero_();
   gate_up.narrow(0, expert.rows, missing).zero_();
-  if (needs_.down) product_into(grad.t(), activation, grad_down);
+  if (needs_.down) product_into(space.turned.of(grad, worker), activation, grad_down);
   for (const ExpertRows& rows : gemms) {
     if (needs_.rows)
       product_into(within(gate_up, rows), space.gate_up_weights.of(rows.expert, worker), rows.of(rows_.x_RD));
   }
-  if (needs_.gate_up) product_into(gate_up.t(), space.x.rows(expert, padded, worker), grad_gate_up);
+  if (needs_.gate_up)
+    product_into(space.turned.of(gate_up, worker), space.x.rows(expert, padded, worker), grad_gate_up);
 }
 
 ExpertWeightGradients ExpertMlpBackward::weights() {

@@ -8,6 +8,7 @@
 #include <atomic>
 
 #include "collegium/base/error.h"
+#include "collegium/ops/product.h"
 
 namespace collegium::ops {
 
@@ -27,7 +28,8 @@ std::vector<ExpertRows> rows_of_experts(const at::Tensor& counts_E) {
 
 std::int64_t gemm_rows(std::int64_t num_rows, at::ScalarType dtype) {
   constexpr std::int64_t kLeastGemmRows = 256;
-  const std::int64_t pieces = dtype == at::kBFloat16 ? 64 : 16;
+  const bool short_products = dtype == at::kBFloat16 && bf16_products() != Bf16Products::kTiles;
+  const std::int64_t pieces = short_products ? 64 : 16;
   return std::clamp(num_rows / pieces / kSizeStep * kSizeStep, kLeastGemmRows, kMostGemmRows);
 }
 

@@ -14,7 +14,7 @@ namespace collegium::ops {
 
 namespace {
 
-bool found_bf16_products() {
+Bf16Products found_bf16_products() {
   const auto capabilities = at::cpu::get_cpu_capabilities();
   const auto has = [&](const char* name) {
     const auto found = capabilities.find(name);
@@ -22,22 +22,25 @@ bool found_bf16_products() {
   };
   const auto architecture = capabilities.find("architecture");
   const bool x86 = architecture != capabilities.end() && architecture->second.toStringRef() == "x86_64";
-  return !x86 || has("avx512_bf16") || has("amx_bf16");
+  if (has("amx_bf16")) return Bf16Products::kTiles;
+  return !x86 || has("avx512_bf16") ? Bf16Products::kVectors : Bf16Products::kWidened;
 }
 
-std::atomic<bool>& bf16_products() {
-  static std::atomic<bool> has{found_bf16_products()};
-  return has;
+std::atomic<Bf16Products>& chosen() {
+  static std::atomic<Bf16Products> products{found_bf16_products()};
+  return products;
 }
 
 }  // namespace
 
-bool has_bf16_products() { return bf16_products(); }
+Bf16Products bf16_products() { return chosen(); }
 
-void assume_bf16_products(std::optional<bool> has) { bf16_products() = has ? *has : found_bf16_products(); }
+void assume_bf16_products(std::optional<Bf16Products> products) {
+  chosen() = products ? *products : found_bf16_products();
+}
 
 at::ScalarType product_dtype(at::ScalarType dtype) {
-  return dtype == at::kBFloat16 && !has_bf16_products() ? at::kFloat : dtype;
+  return dtype == at::kBFloat16 && bf16_products() == Bf16Products::kWidened ? at::kFloat : dtype;
 }
 
 at::ScalarType product_dtype(const at::Tensor& operand) {

@@ -7,6 +7,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 
@@ -15,14 +16,20 @@ namespace collegium::ops {
 /// Values of the second factor that one product widens at a time: 16 MiB as fp32.
 inline constexpr std::int64_t kMostWidened = std::int64_t{1} << 22;
 
-/// What     Whether this machine multiplies bf16 matrices in hardware (AVX-512-bf16, AMX). Other
-///          architectures than x86 are taken to do so: what ATen chooses there was not measured.
-bool has_bf16_products();
-/// What     From now on has_bf16_products() answers this; nullopt = what the machine has. Both ways are right
-///          everywhere, so that tests run both on every machine.
-void assume_bf16_products(std::optional<bool> has);
+/// How this machine multiplies bf16 matrices: by widening to fp32, with the vector instructions of
+/// AVX-512-bf16, or with AMX tiles, several times as fast, so that whatever prepares operands weighs more.
+enum class Bf16Products { kWidened, kVectors, kTiles };
+inline constexpr std::array kAllBf16Products = {Bf16Products::kWidened, Bf16Products::kVectors,
+                                                Bf16Products::kTiles};
 
-/// What     The dtype that products of CPU tensors are computed in: fp32 for bf16 without the hardware.
+/// What     What the machine has. Other architectures than x86 are taken to have kVectors: what ATen chooses
+///          there was not measured.
+Bf16Products bf16_products();
+/// What     From now on bf16_products() answers this; nullopt = what the machine has. Every way is right
+///          everywhere, so that tests run all on every machine.
+void assume_bf16_products(std::optional<Bf16Products> products);
+
+/// What     The dtype that products of CPU tensors are computed in: fp32 for bf16 where it is widened.
 at::ScalarType product_dtype(at::ScalarType dtype);
 /// The same of a tensor's: its own on other devices.
 at::ScalarType product_dtype(const at::Tensor& operand);

@@ -8,6 +8,7 @@
 #include "collegium/base/error.h"
 #include "collegium/ops/permute.h"
 #include "collegium/ops/product.h"
+#include "collegium/ops/transpose.h"
 
 namespace collegium::ops {
 
@@ -77,12 +78,13 @@ struct OuterTile {
   std::int64_t first;  // row of the gradient
   std::int64_t count;
 
-  void compute() const {
+  void compute(const WorkerTransposes& turned, std::int64_t worker) const {
     const at::Tensor grad_OI = products->grad_EOI.select(0, rows.expert).narrow(0, first, count);
     if (rows.rows == 0) {
       grad_OI.zero_();
     } else {
-      product_into(rows.of(products->grad_ZO).narrow(1, first, count).t(), rows.of(products->x_ZI), grad_OI);
+      product_into(turned.of(rows.of(products->grad_ZO).narrow(1, first, count), worker),
+                   rows.of(products->x_ZI), grad_OI);
     }
   }
 };
@@ -115,15 +117,26 @@ void outer_into(const std::vector<ExpertRows>& experts, const std::vector<OuterP
     check(one);
     cut_outer(experts, one, tiles);
   }
-  run_tasks(static_cast<std::int64_t>(tiles.size()),
-            [&](std::int64_t i, std::int64_t) { tiles[static_cast<std::size_t>(i)].compute(); });
+  if (tiles.empty()) return;
+  std::int64_t most_values = 0;
+  for (const OuterTile& tile : tiles) most_values = std::max(most_values, tile.rows.rows * tile.count);
+  const WorkerTransposes turned(products[0].grad_ZO, most_values);
+  run_tasks(static_cast<std::int64_t>(tiles.size()), [&](std::int64_t i, std::int64_t worker) {
+    tiles[static_cast<std::size_t>(i)].compute(turned, worker);
+  });
 }
 
 void outer_into_aten(const std::vector<ExpertRows>& experts, const std::vector<OuterProducts>& products) {
   for (const OuterProducts& one : products) {
     check(one);
-    for (const ExpertRows& rows : experts)
-      OuterTile{.products = &one, .rows = rows, .first = 0, .count = one.grad_ZO.size(1)}.compute();
+    for (const ExpertRows& rows : experts) {
+      const at::Tensor grad_OI = one.grad_EOI.select(0, rows.expert);
+      if (rows.rows == 0) {
+        grad_OI.zero_();
+      } else {
+        product_into(rows.of(one.grad_ZO).t(), rows.of(one.x_ZI), grad_OI);
+      }
+    }
   }
 }
 

@@ -28,12 +28,12 @@ const std::vector<std::vector<std::int64_t>> kLoads = {{0, 0, 0},    {1, 0, 0}, 
                                                        {31, 32, 33}, {255, 256, 257}, {511, 512, 513},
                                                        {7, 65, 300}, {3, 1100, 40},   {1100, 0, 1057}};
 
-// With and without bf16 instructions, whatever this machine has.
-class ExpertMlp : public testing::TestWithParam<bool> {
+// Every way that bf16 is multiplied, whatever this machine has.
+class ExpertMlp : public testing::TestWithParam<ops::Bf16Products> {
  private:
   test::AssumeBf16Products assume_{GetParam()};
 };
-INSTANTIATE_TEST_SUITE_P(Bf16, ExpertMlp, testing::Bool());
+INSTANTIATE_TEST_SUITE_P(Bf16, ExpertMlp, testing::ValuesIn(ops::kAllBf16Products));
 
 at::ScalarType inner(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
@@ -88,8 +88,12 @@ TEST(ExpertTasks, more_rows_make_larger_pieces_within_bounds) {
     EXPECT_EQ(ops::gemm_rows(0, dtype), 256);
     EXPECT_EQ(ops::gemm_rows(std::int64_t{1} << 20, dtype), ops::kMostGemmRows);
   }
-  EXPECT_EQ(ops::gemm_rows(64 * 300, at::kBFloat16), 288);
   EXPECT_EQ(ops::gemm_rows(16 * 300, at::kFloat), 288);
+  for (const auto products : ops::kAllBf16Products) {
+    const test::AssumeBf16Products assume(products);
+    const std::int64_t pieces = products == ops::Bf16Products::kTiles ? 16 : 64;
+    EXPECT_EQ(ops::gemm_rows(pieces * 300, at::kBFloat16), 288);
+  }
 }
 
 TEST(ExpertTasks, every_task_runs_once_for_any_number_of_threads) {
@@ -311,7 +315,7 @@ TEST_P(ExpertMlp, padded_rows_are_found_again) {
   }
   // As many rows as it pads to, but the last ones are another expert's.
   const ops::PaddedRows alone({{.expert = 0, .begin = 0, .rows = 70}}, x);
-  if (ops::has_bf16_products()) {
+  if (ops::bf16_products() != ops::Bf16Products::kWidened) {
     const at::Tensor copy = alone.tensor(in_place(x.narrow(0, 0, 96)));
     EXPECT_EQ(copy.narrow(0, 70, 26).abs().sum().item<double>(), 0.0);
   }

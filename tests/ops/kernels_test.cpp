@@ -10,6 +10,7 @@
 #include "collegium/ops/permute.h"
 #include "collegium/ops/swiglu.h"
 #include "collegium/ops/topk.h"
+#include "collegium/ops/transpose.h"
 #include "collegium/ops/wide_linear.h"
 #include "tests/support/tensors.h"
 
@@ -160,6 +161,24 @@ TEST(WideLinear, products_equal_those_of_widened_inputs) {
       EXPECT_LE(relative_difference(ops::wide_linear_grad_input(g, w, {}, dtype), g_wide.mm(w_wide)), limit);
     }
   }
+}
+
+// Sizes around vectors and strips; rows apart in memory; what lies between them stays.
+TEST(Transpose, equals_aten_for_every_size) {
+  for (const auto dtype : kDtypes) {
+    for (const std::int64_t rows : {0, 1, 7, 8, 9, 31, 32, 33, 71}) {
+      for (const std::int64_t columns : {0, 1, 7, 8, 9, 40, 41}) {
+        const at::Tensor in = random_tensor("in", {rows, columns + 3}, dtype).narrow(1, 2, columns);
+        const at::Tensor all = at::full({columns, rows + 5}, 7.0, dtype);
+        const at::Tensor out = all.narrow(1, 1, rows);
+        ops::transpose_into(in, out);
+        EXPECT_TRUE(at::equal(out, in.t())) << rows << " " << columns;
+        EXPECT_TRUE(at::all(all.narrow(1, rows + 1, 4) == 7.0).item<bool>());
+        EXPECT_TRUE(at::all(all.narrow(1, 0, 1) == 7.0).item<bool>());
+      }
+    }
+  }
+  EXPECT_THROW(ops::transpose_into(at::ones({2, 3}), at::ones({2, 3})), InternalError);
 }
 
 }  // namespace

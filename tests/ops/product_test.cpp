@@ -34,8 +34,8 @@ void expect_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor
 }
 
 TEST(Product, equals_double_precision_in_every_layout) {
-  for (const bool bf16_instructions : {true, false}) {
-    const test::AssumeBf16Products assume(bf16_instructions);
+  for (const auto products : ops::kAllBf16Products) {
+    const test::AssumeBf16Products assume(products);
     for (const auto dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
       for (const std::string a_layout : {"plain", "turned", "piece", "turned piece"}) {
         for (const std::string b_layout : {"plain", "turned", "piece", "turned piece"}) {
@@ -121,7 +121,8 @@ TEST(Product, widened_results_do_not_depend_on_threads) {
 TEST(Product, the_dtype_of_products_follows_the_machine) {
   EXPECT_EQ(ops::product_dtype(at::kDouble), at::kDouble);
   EXPECT_EQ(ops::product_dtype(at::kFloat), at::kFloat);
-  EXPECT_EQ(ops::product_dtype(at::kBFloat16), ops::has_bf16_products() ? at::kBFloat16 : at::kFloat);
+  EXPECT_EQ(ops::product_dtype(at::kBFloat16),
+            ops::bf16_products() == ops::Bf16Products::kWidened ? at::kFloat : at::kBFloat16);
 }
 
 }  // namespace

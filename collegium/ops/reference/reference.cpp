@@ -27,6 +27,18 @@ std::vector<std::int64_t> topk(const std::vector<double>& scores, std::int64_t k
   return chosen;
 }
 
+std::vector<double> softmax(const std::vector<double>& logits) {
+  const double most = *std::max_element(logits.begin(), logits.end());
+  std::vector<double> probs;
+  double sum = 0.0;
+  for (const double logit : logits) {
+    probs.push_back(std::exp(logit - most));
+    sum += probs.back();
+  }
+  for (double& prob : probs) prob /= sum;
+  return probs;
+}
+
 std::vector<double> matrix_vector(const Matrix& w, const std::vector<double>& x) {
   std::vector<double> y(static_cast<std::size_t>(w.rows), 0.0);
   for (std::int64_t o = 0; o < w.rows; ++o) {

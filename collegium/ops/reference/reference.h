@@ -28,6 +28,9 @@ struct Matrix {
 /// What     The k best columns of a row: score descending, column ascending, NaN lowest; by repeated maximum.
 std::vector<std::int64_t> topk(const std::vector<double>& scores, std::int64_t k);
 
+/// What     exp(z_e) / sum_i exp(z_i) of a row.
+std::vector<double> softmax(const std::vector<double>& logits);
+
 /// What     W x for one row: y[o] = sum_i w[o, i] x[i].
 std::vector<double> matrix_vector(const Matrix& w, const std::vector<double>& x);
 
