@@ -2,8 +2,7 @@
 #pragma once
 
 // Transposed copies of rows. A weight's gradient multiplies by the transpose of rows; AMX products with such
-// a first operand take up to twice as long as with a transposed copy, and making one here takes a fifth of
-// that.
+// a first operand take up to twice as long as with a transposed copy.
 
 #include <ATen/core/Tensor.h>
 
@@ -21,9 +20,8 @@ class WorkerTransposes {
   /// What     For rows of at most `most_values` values of this kind.
   WorkerTransposes(const at::Tensor& like, std::int64_t most_values);
 
-  /// What     The transpose: a copy where products are faster with one, valid until the worker's next call,
-  /// or
-  ///          a view.
+  /// What     The transpose: a copy where products are faster with one, else a view. A copy is valid until
+  ///          the worker's next call.
   /// Shape    rows [Z, O] -> [O, Z].
   at::Tensor of(const at::Tensor& rows_ZO, std::int64_t worker) const;
 

@@ -71,6 +71,14 @@ void check(const OuterProducts& products) {
                   products.grad_ZO.size(0), products.x_ZI.size(0));
 }
 
+void outer_product(const at::Tensor& grad_OZ, const at::Tensor& x_ZI, const at::Tensor& grad_OI) {
+  if (x_ZI.size(0) == 0) {
+    grad_OI.zero_();
+  } else {
+    product_into(grad_OZ, x_ZI, grad_OI);
+  }
+}
+
 // A tile of an expert's weight gradient: some of its rows, all its columns.
 struct OuterTile {
   const OuterProducts* products;
@@ -80,12 +88,8 @@ struct OuterTile {
 
   void compute(const WorkerTransposes& turned, std::int64_t worker) const {
     const at::Tensor grad_OI = products->grad_EOI.select(0, rows.expert).narrow(0, first, count);
-    if (rows.rows == 0) {
-      grad_OI.zero_();
-    } else {
-      product_into(turned.of(rows.of(products->grad_ZO).narrow(1, first, count), worker),
-                   rows.of(products->x_ZI), grad_OI);
-    }
+    outer_product(turned.of(rows.of(products->grad_ZO).narrow(1, first, count), worker),
+                  rows.of(products->x_ZI), grad_OI);
   }
 };
 
@@ -129,14 +133,8 @@ void outer_into(const std::vector<ExpertRows>& experts, const std::vector<OuterP
 void outer_into_aten(const std::vector<ExpertRows>& experts, const std::vector<OuterProducts>& products) {
   for (const OuterProducts& one : products) {
     check(one);
-    for (const ExpertRows& rows : experts) {
-      const at::Tensor grad_OI = one.grad_EOI.select(0, rows.expert);
-      if (rows.rows == 0) {
-        grad_OI.zero_();
-      } else {
-        product_into(rows.of(one.grad_ZO).t(), rows.of(one.x_ZI), grad_OI);
-      }
-    }
+    for (const ExpertRows& rows : experts)
+      outer_product(rows.of(one.grad_ZO).t(), rows.of(one.x_ZI), one.grad_EOI.select(0, rows.expert));
   }
 }
 
