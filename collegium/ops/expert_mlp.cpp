@@ -7,6 +7,7 @@
 #include <ATen/ops/empty_like.h>
 
 #include "collegium/base/error.h"
+#include "collegium/ops/gated_product.h"
 #include "collegium/ops/product.h"
 #include "collegium/ops/swiglu.h"
 #include "collegium/ops/worker_weights.h"
@@ -46,12 +47,10 @@ at::Tensor expert_mlp(const RowSource& x, const at::Tensor& weights_R, const at:
   const auto pieces = cut_rows(counts_E, products);
   run_tasks(static_cast<std::int64_t>(pieces.size()), [&](std::int64_t i, std::int64_t worker) {
     for (const ExpertRows& rows : gemms_of(pieces[static_cast<std::size_t>(i)], most_rows, products)) {
-      const at::Tensor gate_up = rows.of(kept.gate_up_RG);
       const at::Tensor activation = activations.select(0, worker).narrow(0, 0, rows.rows);
-      product_into(inputs.rows(rows, rows.rows, worker), gate_up_weights.of(rows.expert, worker).t(),
-                   gate_up);
-      swiglu_into(gate_up, rows.of(weights), activation);
-      product_into(activation, down_weights.of(rows.expert, worker).t(), rows.of(y_RD));
+      gated_product_into(inputs.rows(rows, rows.rows, worker), gate_up_weights.of(rows.expert, worker),
+                         rows.of(weights), rows.of(kept.gate_up_RG), activation);
+      product_into(activation, down_weights.of(rows.expert, worker).t(), rows.of(y_RD), Reuse::kLater);
     }
   });
   return y_RD;

@@ -9,6 +9,7 @@
 
 #include "collegium/base/error.h"
 #include "collegium/ops/expert_mlp.h"
+#include "collegium/ops/gated_product.h"
 #include "collegium/ops/product.h"
 #include "collegium/ops/swiglu.h"
 #include "collegium/ops/transpose.h"
@@ -125,11 +126,12 @@ void ExpertMlpBackward::piece_of_large(const ExpertRows& piece, Workspace& space
     const ExpertRows padded = after_.of(rows);
     const SwigluGradients out{.gate_up_RG = padded.of(grad_gate_up_ZG_),
                               .weights_R = rows.of(rows_.weights_R)};
-    product_into(space.grad.rows(rows, rows.rows, worker), space.down_weights.of(rows.expert, worker), inner);
-    swiglu_backward_into(inner, rows.of(kept_.gate_up_RG), rows.of(row_weights_R_), out,
-                         padded.of(activation_ZF_));
+    gated_product_backward_into(space.grad.rows(rows, rows.rows, worker),
+                                space.down_weights.of(rows.expert, worker), rows.of(kept_.gate_up_RG),
+                                rows.of(row_weights_R_), out, padded.of(activation_ZF_), inner);
     if (needs_.rows)
-      product_into(out.gate_up_RG, space.gate_up_weights.of(rows.expert, worker), rows.of(rows_.x_RD));
+      product_into(out.gate_up_RG, space.gate_up_weights.of(rows.expert, worker), rows.of(rows_.x_RD),
+                   Reuse::kLater);
   }
 }
 
@@ -161,10 +163,10 @@ void ExpertMlpBackward::small_expert(const ExpertRows& expert, Workspace& space,
   };
   for (const ExpertRows& rows : gemms) {
     const at::Tensor inner = space.inner.select(0, worker).narrow(0, 0, rows.rows);
-    product_into(within(grad, rows), space.down_weights.of(rows.expert, worker), inner);
-    swiglu_backward_into(inner, rows.of(kept_.gate_up_RG), rows.of(row_weights_R_),
-                         {.gate_up_RG = within(gate_up, rows), .weights_R = rows.of(rows_.weights_R)},
-                         within(activation, rows));
+    gated_product_backward_into(within(grad, rows), space.down_weights.of(rows.expert, worker),
+                                rows.of(kept_.gate_up_RG), rows.of(row_weights_R_),
+                                {.gate_up_RG = within(gate_up, rows), .weights_R = rows.of(rows_.weights_R)},
+                                within(activation, rows), inner);
   }
   const std::int64_t missing = padded - expert.rows;
   activation.narrow(0, expert.rows, missing).zero_();
@@ -172,7 +174,8 @@ void ExpertMlpBackward::small_expert(const ExpertRows& expert, Workspace& space,
   if (needs_.down) product_into(space.turned.of(grad, worker), activation, grad_down);
   for (const ExpertRows& rows : gemms) {
     if (needs_.rows)
-      product_into(within(gate_up, rows), space.gate_up_weights.of(rows.expert, worker), rows.of(rows_.x_RD));
+      product_into(within(gate_up, rows), space.gate_up_weights.of(rows.expert, worker), rows.of(rows_.x_RD),
+                   Reuse::kLater);
   }
   if (needs_.gate_up)
     product_into(space.turned.of(gate_up, worker), space.x.rows(expert, padded, worker), grad_gate_up);

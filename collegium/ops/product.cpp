@@ -22,7 +22,7 @@ Bf16Products found_bf16_products() {
   };
   const auto architecture = capabilities.find("architecture");
   const bool x86 = architecture != capabilities.end() && architecture->second.toStringRef() == "x86_64";
-  if (has("amx_bf16")) return Bf16Products::kTiles;
+  if (has("amx_bf16") && TileBlock::has_tiles()) return Bf16Products::kTiles;
   return !x86 || has("avx512_bf16") ? Bf16Products::kVectors : Bf16Products::kWidened;
 }
 
@@ -47,9 +47,11 @@ at::ScalarType product_dtype(const at::Tensor& operand) {
   return operand.is_cpu() ? product_dtype(operand.scalar_type()) : operand.scalar_type();
 }
 
-void product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out) {
+void product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, Reuse reuse) {
   if (product_dtype(out) != out.scalar_type()) {
     widened_product_into(a, b, out);
+  } else if (bf16_products() == Bf16Products::kTiles && tiles_take(a, b)) {
+    tile_product_into(a, b, out, reuse);
   } else {
     at::Tensor target = out;
     at::mm_out(target, a, b);

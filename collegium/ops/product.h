@@ -11,13 +11,16 @@
 #include <cstdint>
 #include <optional>
 
+#include "collegium/ops/tile_product.h"
+
 namespace collegium::ops {
 
 /// Values of the second factor that one product widens at a time: 16 MiB as fp32.
 inline constexpr std::int64_t kMostWidened = std::int64_t{1} << 22;
 
 /// How this machine multiplies bf16 matrices: by widening to fp32, with the vector instructions of
-/// AVX-512-bf16, or with AMX tiles, several times as fast, so that whatever prepares operands weighs more.
+/// AVX-512-bf16, or with AMX tiles (ops/tile_product.h), several times as fast, so that whatever prepares
+/// operands weighs more.
 enum class Bf16Products { kWidened, kVectors, kTiles };
 inline constexpr std::array kAllBf16Products = {Bf16Products::kWidened, Bf16Products::kVectors,
                                                 Bf16Products::kTiles};
@@ -34,10 +37,12 @@ at::ScalarType product_dtype(at::ScalarType dtype);
 /// The same of a tensor's: its own on other devices.
 at::ScalarType product_dtype(const at::Tensor& operand);
 
-/// What     out = a b, into memory that is there already, such as some rows of a larger tensor.
+/// What     out = a b, into memory that is there already, such as some rows of a larger tensor. With AMX on
+///          the calling thread alone, unless tiles_take() declines. `reuse` says when `out` is read again.
 /// Shape    a [M, K], b [K, N], out [M, N], any strides.
 /// Dtype    a and b in that of `out` or in its product_dtype().
-void product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out);
+void product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out,
+                  Reuse reuse = Reuse::kSoon);
 /// The same by widening to fp32, whatever the machine has: of a large b some columns at a time.
 void widened_product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out);
 

@@ -13,104 +13,17 @@
 #include <array>
 
 #include "collegium/base/error.h"
-#include "collegium/ops/row_math.h"
+#include "collegium/ops/swiglu_rows.h"
 
 namespace collegium::ops {
 
 namespace {
 
-using row_math::narrow;
 using row_math::Wide;
-using row_math::widen;
 
 constexpr std::int64_t kRowsPerTask = 16;
 
 at::Tensor column(const at::Tensor& weights_R) { return weights_R.unsqueeze(1); }
-
-template <typename T>
-COLLEGIUM_INLINE void forward_rows(const T* h, const Wide<T>* weights, std::int64_t rows, std::int64_t width,
-                                   T* all_out) {
-  using W = Wide<T>;
-  for (std::int64_t row = 0; row < rows; ++row, h += 2 * width) {
-    const W weight = weights != nullptr ? weights[row] : W{1};
-    T* __restrict__ out = all_out + row * width;
-    for (std::int64_t f = 0; f < width; ++f) {
-      const W gate = widen(h[f]);
-      const W silu = gate * row_math::sigmoid(gate);
-      out[f] = narrow<T>(weight * (silu * widen(h[width + f])));
-    }
-  }
-}
-
-template <typename T>
-struct BackwardRows {
-  const T* grad;
-  const T* h;
-  const Wide<T>* weights;
-  std::int64_t rows;
-  std::int64_t width;
-  T* grad_h;
-  Wide<T>* grad_weights;
-  T* activation;
-};
-
-// Columns whose share of the weight's gradient is summed at a time, in a fixed order.
-constexpr std::int64_t kColumnsPerPass = 128;
-
-// `keep` writes the activation too.
-template <bool keep, typename T>
-COLLEGIUM_INLINE void backward_rows(BackwardRows<T> o) {
-  using W = Wide<T>;
-  std::array<W, kColumnsPerPass> terms;
-  W* __restrict__ term = terms.data();
-  for (std::int64_t row = 0; row < o.rows; ++row) {
-    const W weight = o.weights != nullptr ? o.weights[row] : W{1};
-    W dot{0};
-    for (std::int64_t first = 0; first < o.width; first += kColumnsPerPass) {
-      const std::int64_t columns = std::min(kColumnsPerPass, o.width - first);
-      const T* gate = o.h + row * 2 * o.width + first;
-      const T* up = gate + o.width;
-      const T* grad = o.grad + row * o.width + first;
-      T* __restrict__ grad_gate = o.grad_h + row * 2 * o.width + first;
-      T* __restrict__ grad_up = grad_gate + o.width;
-      T* __restrict__ activation = keep ? o.activation + row * o.width + first : nullptr;
-#pragma GCC ivdep
-      for (std::int64_t f = 0; f < columns; ++f) {
-        const W g = widen(gate[f]);
-        const W u = widen(up[f]);
-        const W da = widen(grad[f]);
-        const W s = row_math::sigmoid(g);
-        const W silu = g * s;
-        const W product = silu * u;
-        grad_gate[f] = narrow<T>(weight * da * u * s * (W{1} + g * (W{1} - s)));
-        grad_up[f] = narrow<T>(weight * da * silu);
-        if constexpr (keep) activation[f] = narrow<T>(weight * product);
-        term[f] = da * product;
-      }
-      dot += row_math::lane_sum<W>(columns, [term](std::int64_t f) { return term[f]; });
-    }
-    if (o.grad_weights != nullptr) o.grad_weights[row] = dot;
-  }
-}
-
-COLLEGIUM_CLONES void forward(const double* h, const double* weights, std::int64_t rows, std::int64_t width,
-                              double* out) {
-  forward_rows(h, weights, rows, width, out);
-}
-COLLEGIUM_CLONES void forward(const float* h, const float* weights, std::int64_t rows, std::int64_t width,
-                              float* out) {
-  forward_rows(h, weights, rows, width, out);
-}
-COLLEGIUM_CLONES void forward(const c10::BFloat16* h, const float* weights, std::int64_t rows,
-                              std::int64_t width, c10::BFloat16* out) {
-  forward_rows(h, weights, rows, width, out);
-}
-COLLEGIUM_CLONES void backward(const BackwardRows<double>& o) { backward_rows<false>(o); }
-COLLEGIUM_CLONES void backward(const BackwardRows<float>& o) { backward_rows<false>(o); }
-COLLEGIUM_CLONES void backward(const BackwardRows<c10::BFloat16>& o) { backward_rows<false>(o); }
-COLLEGIUM_CLONES void backward_keep(const BackwardRows<double>& o) { backward_rows<true>(o); }
-COLLEGIUM_CLONES void backward_keep(const BackwardRows<float>& o) { backward_rows<true>(o); }
-COLLEGIUM_CLONES void backward_keep(const BackwardRows<c10::BFloat16>& o) { backward_rows<true>(o); }
 
 void check_shapes(const at::Tensor& gate_up_RG, const at::Tensor& weights_R) {
   COLLEGIUM_CHECK(gate_up_RG.dim() == 2 && gate_up_RG.size(1) % 2 == 0, "gate_up must be [R, 2F]");
@@ -134,11 +47,15 @@ void swiglu_into(const at::Tensor& gate_up_RG, const at::Tensor& weights_R, cons
   const std::int64_t width = gate_up_RG.size(1) / 2;
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, gate_up_RG.scalar_type(), "swiglu", [&] {
     const auto* weights = data_or_null<Wide<scalar_t>>(weights_R);
-    const auto* h = gate_up_RG.const_data_ptr<scalar_t>();
-    auto* out = out_RF.mutable_data_ptr<scalar_t>();
+    const StridedRows<const scalar_t> h{gate_up_RG.const_data_ptr<scalar_t>(), 2 * width};
+    const StridedRows<scalar_t> out{out_RF.mutable_data_ptr<scalar_t>(), width};
     at::parallel_for(0, gate_up_RG.size(0), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
-      forward(h + begin * 2 * width, weights != nullptr ? weights + begin : nullptr, end - begin, width,
-              out + begin * width);
+      swiglu_part(SwigluPart<scalar_t>{.rows = end - begin,
+                                       .columns = width,
+                                       .gate = {h.row(begin), h.stride},
+                                       .up = {h.row(begin) + width, h.stride},
+                                       .weights = weights != nullptr ? weights + begin : nullptr,
+                                       .activation = {out.row(begin), out.stride}});
     });
   });
 }
@@ -157,28 +74,27 @@ void swiglu_backward_into(const at::Tensor& grad_RF, const at::Tensor& gate_up_R
   const std::int64_t width = gate_up_RG.size(1) / 2;
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, gate_up_RG.scalar_type(), "swiglu_backward", [&] {
     using W = Wide<scalar_t>;
-    const BackwardRows<scalar_t> all = {
-        .grad = grad_RF.const_data_ptr<scalar_t>(),
-        .h = gate_up_RG.const_data_ptr<scalar_t>(),
-        .weights = data_or_null<W>(weights_R),
-        .rows = gate_up_RG.size(0),
-        .width = width,
-        .grad_h = out.gate_up_RG.mutable_data_ptr<scalar_t>(),
-        .grad_weights = out.weights_R.defined() ? out.weights_R.mutable_data_ptr<W>() : nullptr,
-        .activation = activation_RF.defined() ? activation_RF.mutable_data_ptr<scalar_t>() : nullptr};
-    at::parallel_for(0, all.rows, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
-      const auto from = [begin](auto* data, std::int64_t columns) {
-        return data != nullptr ? data + begin * columns : nullptr;
-      };
-      const BackwardRows<scalar_t> part = {.grad = from(all.grad, width),
-                                           .h = from(all.h, 2 * width),
-                                           .weights = from(all.weights, 1),
-                                           .rows = end - begin,
-                                           .width = width,
-                                           .grad_h = from(all.grad_h, 2 * width),
-                                           .grad_weights = from(all.grad_weights, 1),
-                                           .activation = from(all.activation, width)};
-      part.activation != nullptr ? backward_keep(part) : backward(part);
+    const auto* weights = data_or_null<W>(weights_R);
+    W* grad_weights = out.weights_R.defined() ? out.weights_R.mutable_data_ptr<W>() : nullptr;
+    const StridedRows<const scalar_t> h{gate_up_RG.const_data_ptr<scalar_t>(), 2 * width};
+    const StridedRows<const scalar_t> grad{grad_RF.const_data_ptr<scalar_t>(), width};
+    const StridedRows<scalar_t> grad_h{out.gate_up_RG.mutable_data_ptr<scalar_t>(), 2 * width};
+    const StridedRows<scalar_t> activation{
+        activation_RF.defined() ? activation_RF.mutable_data_ptr<scalar_t>() : nullptr, width};
+    at::parallel_for(0, gate_up_RG.size(0), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+      const SwigluPart<scalar_t> forward{.rows = end - begin,
+                                         .columns = width,
+                                         .gate = {h.row(begin), h.stride},
+                                         .up = {h.row(begin) + width, h.stride},
+                                         .weights = weights != nullptr ? weights + begin : nullptr,
+                                         .activation = {activation.row(begin), width}};
+      swiglu_backward_part(SwigluBackwardPart<scalar_t>{
+          .forward = forward,
+          .grad = {grad.row(begin), width},
+          .grad_gate = {grad_h.row(begin), grad_h.stride},
+          .grad_up = {grad_h.row(begin) + width, grad_h.stride},
+          .grad_weights = grad_weights != nullptr ? grad_weights + begin : nullptr,
+          .adds = false});
     });
   });
 }

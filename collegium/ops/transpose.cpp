@@ -15,38 +15,66 @@ namespace collegium::ops {
 
 namespace {
 
-constexpr std::int64_t kBlock = 8;   // rows and columns that vectors hold
-constexpr std::int64_t kStrip = 32;  // rows whose transpose fills cache lines
-using Vector = std::uint16_t __attribute__((vector_size(2 * kBlock)));
+// Sixteen rows of sixteen values of 32 bits: a row is a cache line.
+constexpr std::int64_t kBlock = 16;
+using Line = std::uint32_t __attribute__((vector_size(4 * kBlock)));
+using HalfLine = std::uint16_t __attribute__((vector_size(2 * kBlock)));
+struct Block {
+  Line rows[kBlock];
+};
 
+template <typename Bits>
 struct Rows {
-  const std::uint16_t* in;
+  const Bits* in;
   std::int64_t in_stride;
-  std::uint16_t* out;
+  Bits* out;
   std::int64_t out_stride;
 };
 
-// Three rounds, each of which interleaves row i with row i + 4.
-COLLEGIUM_INLINE void transpose_block(const Rows& o, std::int64_t row, std::int64_t column) {
-  struct Block {
-    Vector rows[kBlock];
-  } block;
+// Rows of `in` that a block holds: two values of 16 bits, of one column, make one of 32.
+template <typename Bits>
+constexpr std::int64_t kRowsOfBlock = kBlock * sizeof(std::uint32_t) / sizeof(Bits);
+
+COLLEGIUM_INLINE void load(const Rows<std::uint32_t>& o, std::int64_t row, std::int64_t column,
+                           Block& block) {
   for (std::int64_t i = 0; i < kBlock; ++i)
-    std::memcpy(&block.rows[i], o.in + (row + i) * o.in_stride + column, sizeof(Vector));
-  for (int round = 0; round < 3; ++round) {
+    std::memcpy(&block.rows[i], o.in + (row + i) * o.in_stride + column, sizeof(Line));
+}
+
+COLLEGIUM_INLINE void load(const Rows<std::uint16_t>& o, std::int64_t row, std::int64_t column,
+                           Block& block) {
+  for (std::int64_t i = 0; i < kBlock; ++i) {
+    const std::uint16_t* in = o.in + (row + 2 * i) * o.in_stride + column;
+    HalfLine first;
+    HalfLine second;
+    std::memcpy(&first, in, sizeof(first));
+    std::memcpy(&second, in + o.in_stride, sizeof(second));
+    block.rows[i] = __builtin_convertvector(first, Line) | __builtin_convertvector(second, Line) << 16U;
+  }
+}
+
+// Four rounds, each of which interleaves row i with row i + 8.
+template <typename Bits>
+COLLEGIUM_INLINE void transpose_block(const Rows<Bits>& o, std::int64_t row, std::int64_t column) {
+  Block block;
+  load(o, row, column, block);
+  for (int round = 0; round < 4; ++round) {
     const Block last = block;
     for (std::int64_t i = 0; i < kBlock / 2; ++i) {
-      const Vector a = last.rows[i];
-      const Vector b = last.rows[i + kBlock / 2];
-      block.rows[2 * i] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-      block.rows[2 * i + 1] = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+      const Line a = last.rows[i];
+      const Line b = last.rows[i + kBlock / 2];
+      block.rows[2 * i] =
+          __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      block.rows[2 * i + 1] =
+          __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     }
   }
   for (std::int64_t i = 0; i < kBlock; ++i)
-    std::memcpy(o.out + (column + i) * o.out_stride + row, &block.rows[i], sizeof(Vector));
+    std::memcpy(o.out + (column + i) * o.out_stride + row, &block.rows[i], sizeof(Line));
 }
 
-COLLEGIUM_INLINE void transpose_one_by_one(const Rows& o, std::int64_t first_row, std::int64_t end_row,
+template <typename Bits>
+COLLEGIUM_INLINE void transpose_one_by_one(const Rows<Bits>& o, std::int64_t first_row, std::int64_t end_row,
                                            std::int64_t first_column, std::int64_t end_column) {
   for (std::int64_t row = first_row; row < end_row; ++row) {
     for (std::int64_t column = first_column; column < end_column; ++column)
@@ -54,17 +82,24 @@ COLLEGIUM_INLINE void transpose_one_by_one(const Rows& o, std::int64_t first_row
   }
 }
 
-COLLEGIUM_CLONES void transpose_rows(const Rows& o, std::int64_t num_rows, std::int64_t num_columns) {
+template <typename Bits>
+COLLEGIUM_INLINE void transpose_all(const Rows<Bits>& o, std::int64_t num_rows, std::int64_t num_columns) {
+  const std::int64_t whole_rows = num_rows / kRowsOfBlock<Bits> * kRowsOfBlock<Bits>;
   const std::int64_t whole_columns = num_columns / kBlock * kBlock;
-  for (std::int64_t strip = 0; strip < num_rows; strip += kStrip) {
-    const std::int64_t end = std::min(strip + kStrip, num_rows);
-    const std::int64_t whole_end = strip + (end - strip) / kBlock * kBlock;
-    for (std::int64_t column = 0; column < whole_columns; column += kBlock) {
-      for (std::int64_t row = strip; row < whole_end; row += kBlock) transpose_block(o, row, column);
-    }
-    transpose_one_by_one(o, strip, whole_end, whole_columns, num_columns);
-    transpose_one_by_one(o, whole_end, end, 0, num_columns);
+  for (std::int64_t row = 0; row < whole_rows; row += kRowsOfBlock<Bits>) {
+    for (std::int64_t column = 0; column < whole_columns; column += kBlock) transpose_block(o, row, column);
+    transpose_one_by_one(o, row, row + kRowsOfBlock<Bits>, whole_columns, num_columns);
   }
+  transpose_one_by_one(o, whole_rows, num_rows, 0, num_columns);
+}
+
+COLLEGIUM_CLONES void transpose_rows(const Rows<std::uint16_t>& o, std::int64_t num_rows,
+                                     std::int64_t num_columns) {
+  transpose_all(o, num_rows, num_columns);
+}
+COLLEGIUM_CLONES void transpose_rows(const Rows<std::uint32_t>& o, std::int64_t num_rows,
+                                     std::int64_t num_columns) {
+  transpose_all(o, num_rows, num_columns);
 }
 
 const std::uint16_t* bits(const at::Tensor& tensor) {
@@ -88,6 +123,15 @@ void transpose_into(const at::Tensor& in_XY, const at::Tensor& out_YX) {
                   .out = static_cast<std::uint16_t*>(out_YX.mutable_data_ptr()),
                   .out_stride = out_YX.stride(0)},
                  in_XY.size(0), in_XY.size(1));
+}
+
+void transpose_pairs(const std::uint16_t* in, std::int64_t stride, std::int64_t rows, std::int64_t depth,
+                     std::uint32_t* out, std::int64_t out_stride) {
+  transpose_rows({.in = reinterpret_cast<const std::uint32_t*>(in),
+                  .in_stride = stride / 2,
+                  .out = out,
+                  .out_stride = out_stride},
+                 rows, depth / 2);
 }
 
 WorkerTransposes::WorkerTransposes(const at::Tensor& like, std::int64_t most_values) {

@@ -14,6 +14,12 @@ namespace collegium::ops {
 /// Shape    in [X, Y], out [Y, X]; rows of both are contiguous and may lie apart. Dtype any, alike.
 void transpose_into(const at::Tensor& in_XY, const at::Tensor& out_YX);
 
+/// What     Pairs of 16-bit values next to each other in a row stay together: pair p of row n becomes
+///          out[p out_stride + n]. That is how AMX reads the transpose of these rows.
+/// Shape    rows of `depth` values, `stride` apart; both even.
+void transpose_pairs(const std::uint16_t* in, std::int64_t stride, std::int64_t rows, std::int64_t depth,
+                     std::uint32_t* out, std::int64_t out_stride);
+
 /// A buffer per worker for transposed rows, where products want them.
 class WorkerTransposes {
  public:

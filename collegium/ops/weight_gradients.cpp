@@ -75,7 +75,7 @@ void outer_product(const at::Tensor& grad_OZ, const at::Tensor& x_ZI, const at::
   if (x_ZI.size(0) == 0) {
     grad_OI.zero_();
   } else {
-    product_into(grad_OZ, x_ZI, grad_OI);
+    product_into(grad_OZ, x_ZI, grad_OI, Reuse::kLater);
   }
 }
 

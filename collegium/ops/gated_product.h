@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// The product beside SwiGLU in one: with AMX the product's sums are used while they are in the core's first
+// cache, so that a pass through memory is saved. Elsewhere one comes after the other. Results are the same,
+// bit for bit.
+
+#include <ATen/core/Tensor.h>
+
+#include "collegium/ops/swiglu.h"
+
+namespace collegium::ops {
+
+/// What     h = x W^T, written to gate_up_RG, and a = swiglu(h, weights), on the calling thread.
+/// Shape    x [R, D], gate_up_GD or its copy in the dtype of products [2F, D], weights_R [R] or undefined in
+///          the type of SwiGLU's inner math, gate_up_RG [R, 2F], activation_RF [R, F]; both contiguous.
+void gated_product_into(const at::Tensor& x_RD, const at::Tensor& gate_up_GD, const at::Tensor& weights_R,
+                        const at::Tensor& gate_up_RG, const at::Tensor& activation_RF);
+
+/// What     The gradients of swiglu() for dLoss/da = dy W with the weights W of the down projection, and the
+///          activation again; see swiglu_backward_into().
+/// Shape    grad_RD [R, D], down_DF [D, F], inner_RF [R, F] for what lies between where it has to lie there.
+void gated_product_backward_into(const at::Tensor& grad_RD, const at::Tensor& down_DF,
+                                 const at::Tensor& gate_up_RG, const at::Tensor& weights_R,
+                                 const SwigluGradients& out, const at::Tensor& activation_RF,
+                                 const at::Tensor& inner_RF);
+
+}  // namespace collegium::ops

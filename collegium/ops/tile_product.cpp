@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/ops/tile_product.h"
+
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+
+#include "collegium/base/error.h"
+#include "collegium/ops/round.h"
+#include "collegium/ops/row_math.h"
+#include "collegium/ops/transpose.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace collegium::ops {
+
+namespace {
+
+using Bf16 = c10::BFloat16;
+
+// The sums of a block are 32 KiB and stay in the first cache; the ordered columns in the second. Of {32, 64,
+// 128, 256} rows, {32, 64, 96, 128, 192, 256, 512} columns and depths of 512, 1024 and all at a time, these
+// were among the best for each of the experts' products, coarse and fine.
+constexpr std::int64_t kMostDepth = 1024;
+constexpr std::int64_t kDepthStep = 32;  // of an AMX instruction
+
+COLLEGIUM_CLONES void interleave(const std::uint16_t* in, std::int64_t stride, std::int64_t depth,
+                                 std::int64_t columns, std::uint32_t* out, std::int64_t out_stride) {
+  for (std::int64_t k = 0; k < depth; k += 2, in += 2 * stride, out += out_stride) {
+    const std::uint16_t* next = in + stride;
+    std::uint32_t* __restrict__ pairs = out;
+    for (std::int64_t n = 0; n < columns; ++n)
+      pairs[n] = static_cast<std::uint32_t>(in[n]) | static_cast<std::uint32_t>(next[n]) << 16U;
+  }
+}
+
+#if defined(__x86_64__)
+constexpr std::int64_t kLine = 32;  // bf16 values of a cache line
+
+// `to` begins at a line. Every processor with tiles has these instructions.
+__attribute__((target("avx512f"))) void copy_past_cache(const Bf16Rows& from, std::int64_t rows,
+                                                        std::int64_t columns, const Bf16Rows& to) {
+  for (std::int64_t row = 0; row < rows; ++row) {
+    for (std::int64_t i = 0; i < columns; i += kLine)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to.at(row, i)), _mm512_loadu_si512(from.at(row, i)));
+  }
+}
+#endif
+
+// What brgemm() computes.
+COLLEGIUM_CLONES void plain_product(const Bf16Rows& a, std::int64_t rows, std::int64_t columns,
+                                    std::int64_t depth, const Bf16* ordered, float* sums) {
+  std::fill_n(sums, rows * columns, 0.0F);
+  for (std::int64_t row = 0; row < rows; ++row, sums += columns) {
+    for (std::int64_t k = 0; k < depth; ++k) {
+      const float left = row_math::widen(*a.at(row, k));
+      const Bf16* pairs = ordered + k / 2 * 2 * columns + k % 2;
+      for (std::int64_t n = 0; n < columns; ++n) sums[n] += left * row_math::widen(pairs[2 * n]);
+    }
+  }
+}
+
+}  // namespace
+
+Bf16Rows::Bf16Rows(const at::Tensor& rows_XY)
+    : values(rows_XY.mutable_data_ptr<Bf16>()), stride(rows_XY.stride(0)) {
+  COLLEGIUM_CHECK(rows_XY.stride(1) == 1 || rows_XY.size(1) == 1, "Bf16Rows: rows must be contiguous");
+}
+
+bool TileBlock::has_tiles() {
+  static const bool found = at::native::cpublas::could_pack(at::kBFloat16);
+  return found;
+}
+
+TileBlock::TileBlock(std::int64_t depth, std::int64_t columns, bool tiles)
+    : depth_(depth),
+      columns_(columns),
+      tiles_(tiles),
+      ordered_(at::empty({depth / 2, columns}, at::kInt)),
+      sums_(at::empty({kRows, columns}, at::kFloat)),
+      rounded_(at::empty({kRows, columns}, at::kBFloat16)) {
+  COLLEGIUM_CHECK(depth > 0 && depth % 2 == 0 && columns <= kColumns, "TileBlock: {} rows, {} columns", depth,
+                  columns);
+}
+
+TileBlock::~TileBlock() {
+  if (!tiles_) return;
+  at::native::cpublas::brgemm_release();
+#if defined(__x86_64__)
+  _mm_sfence();  // what was written past the cache, before other threads read it
+#endif
+}
+
+void TileBlock::order(const at::Tensor& b_KN, std::int64_t first, std::int64_t count, std::int64_t into) {
+  const auto* in = static_cast<const std::uint16_t*>(b_KN.const_data_ptr()) + first * b_KN.stride(1);
+  auto* out = static_cast<std::uint32_t*>(ordered_.mutable_data_ptr()) + into;
+  if (b_KN.stride(1) == 1) {
+    interleave(in, b_KN.stride(0), depth_, count, out, columns_);
+  } else {
+    transpose_pairs(in, b_KN.stride(1), count, depth_, out, columns_);
+  }
+}
+
+Bf16Rows TileBlock::multiply(const Bf16Rows& a, std::int64_t rows) {
+  const auto* ordered = static_cast<const Bf16*>(ordered_.const_data_ptr());
+  auto* sums = sums_.mutable_data_ptr<float>();
+  if (tiles_) {
+    const std::int64_t parts = (depth_ + kMostDepth - 1) / kMostDepth;
+    const std::int64_t part = (depth_ + parts * kDepthStep - 1) / (parts * kDepthStep) * kDepthStep;
+    for (std::int64_t k = 0; k < depth_; k += part) {
+      at::native::cpublas::brgemm(rows, columns_, std::min(part, depth_ - k), a.stride, columns_, columns_,
+                                  k > 0, a.at(0, k), ordered + k * columns_, sums);
+    }
+  } else {
+    plain_product(a, rows, columns_, depth_, ordered, sums);
+  }
+  const Bf16Rows result(rounded_.mutable_data_ptr<Bf16>(), columns_);
+  round_values(sums, rows * columns_, result.values);
+  return result;
+}
+
+void copy_rows(const Bf16Rows& from, std::int64_t rows, std::int64_t columns, const Bf16Rows& to,
+               Reuse reuse) {
+#if defined(__x86_64__)
+  if (reuse == Reuse::kLater && TileBlock::has_tiles() && columns % kLine == 0 && to.stride % kLine == 0 &&
+      reinterpret_cast<std::uintptr_t>(to.values) % sizeof(__m512i) == 0)
+    return copy_past_cache(from, rows, columns, to);
+#endif
+  for (std::int64_t row = 0; row < rows; ++row) std::copy_n(from.at(row, 0), columns, to.at(row, 0));
+}
+
+bool tiles_take(const at::Tensor& a_MK, const at::Tensor& b_KN) {
+  const auto bf16 = [](const at::Tensor& x) { return x.is_cpu() && x.scalar_type() == at::kBFloat16; };
+  const std::int64_t depth = a_MK.size(1);
+  return bf16(a_MK) && bf16(b_KN) && depth > 0 && depth % 2 == 0 && a_MK.stride(1) == 1 &&
+         (b_KN.stride(1) == 1 || (b_KN.stride(0) == 1 && b_KN.stride(1) % 2 == 0));
+}
+
+void tile_product_into(const at::Tensor& a_MK, const at::Tensor& b_KN, const at::Tensor& out_MN,
+                       Reuse reuse) {
+  COLLEGIUM_CHECK(tiles_take(a_MK, b_KN), "tile_product_into: not such factors");
+  const std::int64_t rows = a_MK.size(0);
+  const std::int64_t columns = b_KN.size(1);
+  const Bf16Rows a(a_MK);
+  const Bf16Rows out(out_MN);
+  TileBlock block(a_MK.size(1), std::min(columns, TileBlock::kColumns));
+  for (std::int64_t n = 0; n < columns; n += TileBlock::kColumns) {
+    const std::int64_t count = std::min(TileBlock::kColumns, columns - n);
+    block.set_columns(count);
+    block.order(b_KN, n, count, 0);
+    for (std::int64_t m = 0; m < rows; m += TileBlock::kRows) {
+      const std::int64_t height = std::min(TileBlock::kRows, rows - m);
+      copy_rows(block.multiply({a.at(m, 0), a.stride}, height), height, count, {out.at(m, n), out.stride},
+                reuse);
+    }
+  }
+}
+
+}  // namespace collegium::ops

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// bf16 products of one thread on AMX tiles, by oneDNN's block kernel, which ATen exports. A whole product of
+// ATen's brings both factors into another order and its sums through memory; here some columns of the second
+// factor are put in order once for all rows, and sums of a few rows are at hand in the core's first cache.
+// Processors without AMX compute the same by plain loops.
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+namespace collegium::ops {
+
+/// When a result is read again: kSoon leaves it in the cache, kLater writes it past the cache, which saves
+/// reading the lines that are overwritten.
+enum class Reuse { kSoon, kLater };
+
+/// A bf16 matrix with contiguous rows, or some of its rows.
+struct Bf16Rows {
+  c10::BFloat16* values;
+  std::int64_t stride;  ///< between rows, in values
+
+  explicit Bf16Rows(const at::Tensor& rows_XY);
+  Bf16Rows(c10::BFloat16* first, std::int64_t row_stride) : values(first), stride(row_stride) {}
+
+  c10::BFloat16* at(std::int64_t row, std::int64_t column) const { return values + row * stride + column; }
+};
+
+/// Some columns of a second factor b [K, N] in the order of tiles, and room for the sums of kRows rows.
+/// Belongs to one thread.
+class TileBlock {
+ public:
+  static constexpr std::int64_t kRows = 32;
+  static constexpr std::int64_t kColumns = 256;
+
+  /// What     Whether this processor has tiles and ATen's oneDNN uses them.
+  static bool has_tiles();
+
+  /// What     For the depth K, even and not 0, and at most kColumns columns. `tiles` false = plain loops.
+  TileBlock(std::int64_t depth, std::int64_t columns, bool tiles = has_tiles());
+  ~TileBlock();
+  TileBlock(const TileBlock&) = delete;
+  TileBlock& operator=(const TileBlock&) = delete;
+
+  /// What     From now on the block has so many columns; all have to be ordered anew.
+  void set_columns(std::int64_t columns) { columns_ = columns; }
+  /// What     Columns [first, first + count) of b become the block's columns from `into` on.
+  void order(const at::Tensor& b_KN, std::int64_t first, std::int64_t count, std::int64_t into);
+  /// What     a times the block, summed in fp32 and rounded once, valid until the next call.
+  /// Shape    a [rows, K], rows <= kRows -> [rows, columns], contiguous.
+  Bf16Rows multiply(const Bf16Rows& a, std::int64_t rows);
+
+ private:
+  std::int64_t depth_;
+  std::int64_t columns_;
+  bool tiles_;
+  at::Tensor ordered_;  // int32 [K / 2, columns]: a pair of b's rows each
+  at::Tensor sums_;     // fp32 [kRows, columns]
+  at::Tensor rounded_;
+};
+
+/// What     Copies rows to where they are read again as `reuse` says; other threads may read them after the
+///          TileBlock that they come from is gone.
+void copy_rows(const Bf16Rows& from, std::int64_t rows, std::int64_t columns, const Bf16Rows& to,
+               Reuse reuse);
+
+/// What     Whether the functions here take such factors: bf16 on the CPU, K even and not 0, rows of a
+///          contiguous, of b either rows or columns.
+bool tiles_take(const at::Tensor& a_MK, const at::Tensor& b_KN);
+
+/// What     out = a b on the calling thread; a row of `out` depends on that row of `a` alone.
+/// Shape    a [M, K], b [K, N] as tiles_take() says, out [M, N] bf16 with contiguous rows.
+void tile_product_into(const at::Tensor& a_MK, const at::Tensor& b_KN, const at::Tensor& out_MN, Reuse reuse);
+
+}  // namespace collegium::ops

@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Products on tiles and what is fused with them: against double precision, and bit for bit against the same
+// steps one after the other. On processors without AMX all of it runs by plain loops.
+
+#include "collegium/ops/tile_product.h"
+
+#include <ATen/ops/cat.h>
+#include <ATen/ops/equal.h>
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <limits>
+
+#include "collegium/base/error.h"
+#include "collegium/ops/gated_product.h"
+#include "collegium/ops/product.h"
+#include "collegium/ops/round.h"
+#include "collegium/ops/swiglu.h"
+#include "tests/support/bf16_products.h"
+#include "tests/support/tensors.h"
+
+namespace collegium {
+namespace {
+
+using test::bound;
+using test::random_tensor;
+using test::relative_difference;
+
+void expect_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
+  const at::Tensor exact = a.to(at::kDouble).mm(b.to(at::kDouble));
+  EXPECT_LE(relative_difference(out, exact), bound(at::kBFloat16, 1) + bound(at::kFloat, a.size(1)));
+}
+
+// Columns around a block's, depths around an instruction's and a part's, rows around a block's.
+TEST(TileProduct, equals_double_precision_for_every_size) {
+  for (const std::int64_t depth : {2, 30, 32, 34, 1022, 1026, 2050}) {
+    for (const std::int64_t columns : {1, 15, 16, 33, 255, 256, 257, 530}) {
+      const at::Tensor rows_of_b = random_tensor("b", {depth, columns}, at::kBFloat16);
+      const at::Tensor columns_of_b = rows_of_b.t().contiguous().t();
+      for (const std::int64_t rows : {1, 31, 32, 33, 70}) {
+        SCOPED_TRACE(testing::Message() << rows << " x " << depth << " x " << columns);
+        const at::Tensor a = random_tensor("a", {rows, depth + 4}, at::kBFloat16).narrow(1, 2, depth);
+        const at::Tensor all = at::full({rows + 2, columns + 3}, 7.0, at::kBFloat16);
+        const at::Tensor out = all.narrow(0, 1, rows).narrow(1, 2, columns);
+        ops::tile_product_into(a, rows_of_b, out, ops::Reuse::kLater);
+        expect_product(out, a, rows_of_b);
+        const at::Tensor plain = at::empty({rows, columns}, at::kBFloat16);
+        ops::tile_product_into(a, columns_of_b, plain, ops::Reuse::kSoon);
+        EXPECT_TRUE(at::equal(plain, out));
+        out.fill_(7.0);
+        EXPECT_TRUE(at::all(all == 7.0).item<bool>()) << "something was written beside the result";
+      }
+    }
+  }
+}
+
+TEST(TileProduct, a_row_depends_on_that_row_alone) {
+  const at::Tensor a = random_tensor("a", {67, 96}, at::kBFloat16);
+  const at::Tensor b = random_tensor("b", {96, 300}, at::kBFloat16);
+  const at::Tensor all = at::empty({67, 300}, at::kBFloat16);
+  ops::tile_product_into(a, b, all, ops::Reuse::kSoon);
+  for (const auto& [first, count] : {std::pair{0, 1}, {1, 40}, {35, 32}, {66, 1}}) {
+    const at::Tensor some = at::empty({count, 300}, at::kBFloat16);
+    ops::tile_product_into(a.narrow(0, first, count), b, some, ops::Reuse::kSoon);
+    EXPECT_TRUE(at::equal(some, all.narrow(0, first, count)));
+  }
+}
+
+TEST(TileProduct, plain_loops_and_the_processors_tiles_agree) {
+  for (const bool tiles : {false, ops::TileBlock::has_tiles()}) {
+    for (const auto& [depth, columns] : {std::pair{2, 1}, {96, 256}, {1500, 40}}) {
+      const at::Tensor a = random_tensor("a", {ops::TileBlock::kRows, depth}, at::kBFloat16);
+      const at::Tensor b = random_tensor("b", {depth, columns + 5}, at::kBFloat16);
+      ops::TileBlock block(depth, columns, tiles);
+      // In two parts, the first of them to the right of the second.
+      const std::int64_t left = columns / 2;
+      block.order(b, 3, columns - left, left);
+      block.order(b, 3 + columns - left, left, 0);
+      const ops::Bf16Rows found = block.multiply(ops::Bf16Rows(a), a.size(0));
+      const at::Tensor copy = at::empty({a.size(0), columns}, at::kBFloat16);
+      ops::copy_rows(found, a.size(0), columns, ops::Bf16Rows(copy), ops::Reuse::kSoon);
+      const at::Tensor right = b.narrow(1, 3, columns - left);
+      expect_product(copy, a, at::cat({b.narrow(1, 3 + columns - left, left), right}, 1));
+    }
+  }
+}
+
+TEST(TileProduct, not_a_number_and_infinity_stay) {
+  at::Tensor a = random_tensor("a", {3, 4}, at::kBFloat16);
+  a[1][2] = std::numeric_limits<double>::quiet_NaN();
+  a[2][0] = std::numeric_limits<double>::infinity();
+  const at::Tensor out = at::empty({3, 2}, at::kBFloat16);
+  ops::tile_product_into(a, at::ones({4, 2}, at::kBFloat16), out, ops::Reuse::kSoon);
+  EXPECT_TRUE(out[0].isfinite().all().item<bool>());
+  EXPECT_TRUE(out[1].isnan().all().item<bool>());
+  EXPECT_TRUE(out[2].isinf().all().item<bool>());
+}
+
+TEST(TileProduct, declines_what_it_cannot_multiply) {
+  const at::Tensor a = at::ones({3, 4}, at::kBFloat16);
+  const at::Tensor b = at::ones({4, 2}, at::kBFloat16);
+  EXPECT_TRUE(ops::tiles_take(a, b));
+  EXPECT_TRUE(ops::tiles_take(a, at::ones({2, 4}, at::kBFloat16).t()));
+  EXPECT_FALSE(ops::tiles_take(a.to(at::kFloat), b));
+  EXPECT_FALSE(ops::tiles_take(a, b.to(at::kFloat)));
+  EXPECT_FALSE(ops::tiles_take(a.narrow(1, 0, 3), b.narrow(0, 0, 3)));
+  EXPECT_FALSE(ops::tiles_take(a.narrow(1, 0, 0), b.narrow(0, 0, 0)));
+  EXPECT_FALSE(ops::tiles_take(at::ones({4, 4}, at::kBFloat16).t(), b));
+  EXPECT_THROW(ops::tile_product_into(a.narrow(1, 0, 3), b.narrow(0, 0, 3), at::empty({3, 2}, at::kBFloat16),
+                                      ops::Reuse::kSoon),
+               InternalError);
+}
+
+// A bf16 number, what lies half way to the next one, and the numbers beside both.
+TEST(Round, equals_aten_for_ties_their_neighbours_and_extremes) {
+  std::vector<float> values = {0.0F,    -0.0F,    std::numeric_limits<float>::infinity(),
+                               3.4e38F, -3.4e38F, 1e-37F};
+  for (std::uint32_t high = 0x3f00; high < 0x4010; ++high) {
+    for (const std::uint32_t low : {0x0000U, 0x0001U, 0x7fffU, 0x8000U, 0x8001U, 0xffffU}) {
+      values.push_back(std::bit_cast<float>(high << 16U | low));
+      values.push_back(-values.back());
+    }
+  }
+  const at::Tensor wide = at::empty({static_cast<std::int64_t>(values.size())}, at::kFloat);
+  std::copy(values.begin(), values.end(), wide.mutable_data_ptr<float>());
+  const at::Tensor rounded = at::empty_like(wide, at::kBFloat16);
+  ops::round_values(wide.const_data_ptr<float>(), wide.numel(), rounded.mutable_data_ptr<c10::BFloat16>());
+  EXPECT_TRUE(at::equal(rounded, wide.to(at::kBFloat16)));
+  for (const std::int64_t count : {1, 15, 16, 17}) {
+    const at::Tensor nan = at::full({count}, std::numeric_limits<float>::quiet_NaN(), at::kFloat);
+    const at::Tensor out = at::zeros({count + 1}, at::kBFloat16);
+    ops::round_values(nan.const_data_ptr<float>(), count, out.mutable_data_ptr<c10::BFloat16>());
+    EXPECT_TRUE(out.narrow(0, 0, count).isnan().all().item<bool>());
+    EXPECT_EQ(out[count].item<float>(), 0.0F);
+  }
+}
+
+struct Gated {
+  at::Tensor x_RD;
+  at::Tensor gate_up_GD;
+  at::Tensor down_DF;
+  at::Tensor weights_R;
+};
+
+Gated gated(std::int64_t rows, std::int64_t hidden, std::int64_t width, bool weighted) {
+  return {random_tensor("x", {rows, hidden}, at::kBFloat16),
+          random_tensor("gate_up", {2 * width, hidden}, at::kBFloat16) * 0.1,
+          random_tensor("down", {hidden, width}, at::kBFloat16),
+          weighted ? random_tensor("weights", {rows}, at::kFloat) : at::Tensor()};
+}
+
+class GatedProduct : public testing::TestWithParam<ops::Bf16Products> {};
+INSTANTIATE_TEST_SUITE_P(Bf16, GatedProduct, testing::ValuesIn(ops::kAllBf16Products));
+
+TEST_P(GatedProduct, equals_product_and_swiglu_bit_for_bit) {
+  const test::AssumeBf16Products assume(GetParam());
+  for (const std::int64_t hidden : {7, 64}) {
+    for (const std::int64_t width : {1, 5, 96, 128, 130, 270}) {
+      for (const std::int64_t rows : {1, 32, 45}) {
+        SCOPED_TRACE(testing::Message() << rows << " rows, " << hidden << " -> " << width);
+        const Gated g = gated(rows, hidden, width, rows != 32);
+        const at::Tensor gate_up = at::empty({rows, 2 * width}, at::kBFloat16);
+        const at::Tensor activation = at::empty({rows, width}, at::kBFloat16);
+        ops::gated_product_into(g.x_RD, g.gate_up_GD, g.weights_R, gate_up, activation);
+        const at::Tensor expected = at::empty_like(gate_up);
+        ops::product_into(g.x_RD, g.gate_up_GD.t(), expected);
+        EXPECT_TRUE(at::equal(gate_up, expected));
+        EXPECT_TRUE(at::equal(activation, ops::swiglu(expected, g.weights_R)));
+      }
+    }
+  }
+}
+
+TEST_P(GatedProduct, backward_equals_product_and_gradients_bit_for_bit) {
+  const test::AssumeBf16Products assume(GetParam());
+  for (const std::int64_t hidden : {7, 64}) {
+    for (const std::int64_t width : {1, 5, 96, 256, 270, 530}) {
+      for (const std::int64_t rows : {1, 32, 45}) {
+        SCOPED_TRACE(testing::Message() << rows << " rows, " << hidden << " -> " << width);
+        const bool weighted = rows != 32;
+        const Gated g = gated(rows, hidden, width, weighted);
+        const at::Tensor gate_up = random_tensor("h", {rows, 2 * width}, at::kBFloat16);
+        const ops::SwigluGradients found{
+            .gate_up_RG = at::empty_like(gate_up),
+            .weights_R = weighted ? at::empty({rows}, at::kFloat) : at::Tensor()};
+        const at::Tensor activation = weighted ? at::empty({rows, width}, at::kBFloat16) : at::Tensor();
+        const at::Tensor inner = at::empty({rows, width}, at::kBFloat16);
+        ops::gated_product_backward_into(g.x_RD, g.down_DF, gate_up, g.weights_R, found, activation, inner);
+        ops::product_into(g.x_RD, g.down_DF, inner);
+        const ops::SwigluGradients expected = ops::swiglu_backward(inner, gate_up, g.weights_R);
+        EXPECT_TRUE(at::equal(found.gate_up_RG, expected.gate_up_RG));
+        if (!weighted) continue;
+        EXPECT_TRUE(at::equal(found.weights_R, expected.weights_R));
+        EXPECT_TRUE(at::equal(activation, ops::swiglu(gate_up, g.weights_R)));
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace collegium
