@@ -54,7 +54,7 @@ std::vector<ExpertRows> cut_rows(const ExpertRows& expert, std::int64_t most_row
 std::vector<ExpertRows> gemms_of(const ExpertRows& piece, std::int64_t most_rows, at::ScalarType dtype);
 
 /// What     Calls task(i, worker) for i < num_tasks, in any order, from at most at::get_num_threads()
-///          workers. A single task runs on the caller, so that its GEMMs may use all threads.
+///          workers. A single task runs on the caller, so that GEMMs of ATen's may use all threads in it.
 void run_tasks(std::int64_t num_tasks,
                const std::function<void(std::int64_t task, std::int64_t worker)>& task);
 

@@ -123,7 +123,7 @@ Bf16Rows TileBlock::multiply(const Bf16Rows& a, std::int64_t rows) {
 }
 
 void copy_rows(const Bf16Rows& from, std::int64_t rows, std::int64_t columns, const Bf16Rows& to,
-               Reuse reuse) {
+               [[maybe_unused]] Reuse reuse) {
 #if defined(__x86_64__)
   if (reuse == Reuse::kLater && TileBlock::has_tiles() && columns % kLine == 0 && to.stride % kLine == 0 &&
       reinterpret_cast<std::uintptr_t>(to.values) % sizeof(__m512i) == 0)
@@ -134,9 +134,14 @@ void copy_rows(const Bf16Rows& from, std::int64_t rows, std::int64_t columns, co
 
 bool tiles_take(const at::Tensor& a_MK, const at::Tensor& b_KN) {
   const auto bf16 = [](const at::Tensor& x) { return x.is_cpu() && x.scalar_type() == at::kBFloat16; };
+  // Columns are read in pairs of values.
+  const auto in_pairs = [](const at::Tensor& b) {
+    const auto first = reinterpret_cast<std::uintptr_t>(b.const_data_ptr());
+    return b.stride(0) == 1 && b.stride(1) % 2 == 0 && first % sizeof(std::uint32_t) == 0;
+  };
   const std::int64_t depth = a_MK.size(1);
   return bf16(a_MK) && bf16(b_KN) && depth > 0 && depth % 2 == 0 && a_MK.stride(1) == 1 &&
-         (b_KN.stride(1) == 1 || (b_KN.stride(0) == 1 && b_KN.stride(1) % 2 == 0));
+         (b_KN.stride(1) == 1 || in_pairs(b_KN));
 }
 
 void tile_product_into(const at::Tensor& a_MK, const at::Tensor& b_KN, const at::Tensor& out_MN,

@@ -66,7 +66,7 @@ void copy_rows(const Bf16Rows& from, std::int64_t rows, std::int64_t columns, co
                Reuse reuse);
 
 /// What     Whether the functions here take such factors: bf16 on the CPU, K even and not 0, rows of a
-///          contiguous, of b either rows or columns.
+///          contiguous, of b either rows or columns, these beginning at pairs of values.
 bool tiles_take(const at::Tensor& a_MK, const at::Tensor& b_KN);
 
 /// What     out = a b on the calling thread; a row of `out` depends on that row of `a` alone.

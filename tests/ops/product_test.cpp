@@ -40,14 +40,17 @@ TEST(Product, equals_double_precision_in_every_layout) {
       for (const std::string a_layout : {"plain", "turned", "piece", "turned piece"}) {
         for (const std::string b_layout : {"plain", "turned", "piece", "turned piece"}) {
           SCOPED_TRACE(a_layout + " times " + b_layout);
-          // Several tiles down and across; and one.
-          for (const auto& [rows, columns] : {std::pair{141, 523}, {37, 41}}) {
-            const at::Tensor a = matrix("a", rows, 29, dtype, a_layout);
-            const at::Tensor b = matrix("b", 29, columns, dtype, b_layout);
+          // Several tiles down and across; and one. Tiles of AMX take even depths only.
+          for (const auto& [rows, depth, columns] :
+               {std::tuple{141, 29, 523}, {37, 29, 41}, {141, 30, 523}, {37, 30, 41}}) {
+            const at::Tensor a = matrix("a", rows, depth, dtype, a_layout);
+            const at::Tensor b = matrix("b", depth, columns, dtype, b_layout);
             expect_product(ops::product(a, b), a, b);
-            const at::Tensor out = matrix("out", rows, columns, dtype, a_layout);
-            ops::product_into(a, b, out);
-            expect_product(out, a, b);
+            for (const std::string out_layout : {"plain", "piece", "turned"}) {
+              const at::Tensor out = matrix("out", rows, columns, dtype, out_layout);
+              ops::product_into(a, b, out);
+              expect_product(out, a, b);
+            }
           }
         }
       }

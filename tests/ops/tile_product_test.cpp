@@ -102,6 +102,9 @@ TEST(TileProduct, declines_what_it_cannot_multiply) {
   const at::Tensor b = at::ones({4, 2}, at::kBFloat16);
   EXPECT_TRUE(ops::tiles_take(a, b));
   EXPECT_TRUE(ops::tiles_take(a, at::ones({2, 4}, at::kBFloat16).t()));
+  const at::Tensor wider = at::ones({2, 6}, at::kBFloat16);
+  EXPECT_TRUE(ops::tiles_take(a, wider.narrow(1, 2, 4).t()));
+  EXPECT_FALSE(ops::tiles_take(a, wider.narrow(1, 1, 4).t()));
   EXPECT_FALSE(ops::tiles_take(a.to(at::kFloat), b));
   EXPECT_FALSE(ops::tiles_take(a, b.to(at::kFloat)));
   EXPECT_FALSE(ops::tiles_take(a.narrow(1, 0, 3), b.narrow(0, 0, 3)));
