@@ -171,14 +171,15 @@ void ExpertMlpBackward::small_expert(const ExpertRows& expert, Workspace& space,
   const std::int64_t missing = padded - expert.rows;
   activation.narrow(0, expert.rows, missing).zero_();
   gate_up.narrow(0, expert.rows, missing).zero_();
-  if (needs_.down) product_into(space.turned.of(grad, worker), activation, grad_down);
+  if (needs_.down) product_into(space.turned.of(grad, worker), activation, grad_down, Reuse::kLater);
   for (const ExpertRows& rows : gemms) {
     if (needs_.rows)
       product_into(within(gate_up, rows), space.gate_up_weights.of(rows.expert, worker), rows.of(rows_.x_RD),
                    Reuse::kLater);
   }
   if (needs_.gate_up)
-    product_into(space.turned.of(gate_up, worker), space.x.rows(expert, padded, worker), grad_gate_up);
+    product_into(space.turned.of(gate_up, worker), space.x.rows(expert, padded, worker), grad_gate_up,
+                 Reuse::kLater);
 }
 
 ExpertWeightGradients ExpertMlpBackward::weights() {

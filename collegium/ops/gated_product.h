@@ -11,7 +11,8 @@
 
 namespace collegium::ops {
 
-/// What     h = x W^T, written to gate_up_RG, and a = swiglu(h, weights), on the calling thread.
+/// What     h = x W^T, written to gate_up_RG, and a = swiglu(h, weights): what a task of one thread does with
+///          some rows of an expert.
 /// Shape    x [R, D], gate_up_GD or its copy in the dtype of products [2F, D], weights_R [R] or undefined in
 ///          the type of SwiGLU's inner math, gate_up_RG [R, 2F], activation_RF [R, F]; both contiguous.
 void gated_product_into(const at::Tensor& x_RD, const at::Tensor& gate_up_GD, const at::Tensor& weights_R,
@@ -19,7 +20,7 @@ void gated_product_into(const at::Tensor& x_RD, const at::Tensor& gate_up_GD, co
 
 /// What     The gradients of swiglu() for dLoss/da = dy W with the weights W of the down projection, and the
 ///          activation again; see swiglu_backward_into().
-/// Shape    grad_RD [R, D], down_DF [D, F], inner_RF [R, F] for what lies between where it has to lie there.
+/// Shape    grad_RD [R, D], down_DF [D, F], inner_RF [R, F], scratch for dLoss/da.
 void gated_product_backward_into(const at::Tensor& grad_RD, const at::Tensor& down_DF,
                                  const at::Tensor& gate_up_RG, const at::Tensor& weights_R,
                                  const SwigluGradients& out, const at::Tensor& activation_RF,

@@ -3,7 +3,7 @@
 
 // Matrix products in the compute dtype. Cores without bf16 instructions emulate bf16 products at a fifth of
 // the rate of fp32 ones (measured with AVX-512, oneDNN 3): there the operands are widened to fp32 and the
-// result is rounded once. Both ways multiply the same numbers and add in fp32.
+// result is rounded once. Every way multiplies the same numbers and adds in fp32.
 
 #include <ATen/core/Tensor.h>
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/ops/round.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "collegium/ops/row_math.h"
@@ -28,7 +29,11 @@ __attribute__((target("avx512f,avx512bf16"))) void round_with_instruction(const 
     const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(values + i));
     std::memcpy(out + i, &rounded, sizeof(rounded));
   }
-  for (std::int64_t i = whole; i < count; ++i) out[i] = row_math::narrow<Bf16>(values[i]);
+  if (whole == count) return;
+  float last[kLanes] = {};
+  std::copy(values + whole, values + count, last);
+  const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(last));
+  std::memcpy(out + whole, &rounded, static_cast<std::size_t>(count - whole) * sizeof(Bf16));
 }
 #endif
 

@@ -9,17 +9,12 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sigmoid.h>
 
-#include <algorithm>
-#include <array>
-
 #include "collegium/base/error.h"
 #include "collegium/ops/swiglu_rows.h"
 
 namespace collegium::ops {
 
 namespace {
-
-using row_math::Wide;
 
 constexpr std::int64_t kRowsPerTask = 16;
 
@@ -36,26 +31,13 @@ at::Tensor inner_weights(const at::Tensor& weights_R, at::ScalarType dtype) {
   return weights_R.defined() ? weights_R.to(at::toOpMathType(dtype)).contiguous() : at::Tensor();
 }
 
-template <typename W>
-const W* data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr<W>() : nullptr;
-}
-
 }  // namespace
 
 void swiglu_into(const at::Tensor& gate_up_RG, const at::Tensor& weights_R, const at::Tensor& out_RF) {
-  const std::int64_t width = gate_up_RG.size(1) / 2;
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, gate_up_RG.scalar_type(), "swiglu", [&] {
-    const auto* weights = data_or_null<Wide<scalar_t>>(weights_R);
-    const StridedRows<const scalar_t> h{gate_up_RG.const_data_ptr<scalar_t>(), 2 * width};
-    const StridedRows<scalar_t> out{out_RF.mutable_data_ptr<scalar_t>(), width};
-    at::parallel_for(0, gate_up_RG.size(0), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
-      swiglu_part(SwigluPart<scalar_t>{.rows = end - begin,
-                                       .columns = width,
-                                       .gate = {h.row(begin), h.stride},
-                                       .up = {h.row(begin) + width, h.stride},
-                                       .weights = weights != nullptr ? weights + begin : nullptr,
-                                       .activation = {out.row(begin), out.stride}});
+    const auto whole = whole_swiglu<scalar_t>(gate_up_RG, weights_R, out_RF);
+    at::parallel_for(0, whole.rows, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+      swiglu_part(whole.part(begin, end - begin, 0, whole.columns));
     });
   });
 }
@@ -71,30 +53,10 @@ at::Tensor swiglu(const at::Tensor& gate_up_RG, const at::Tensor& weights_R) {
 void swiglu_backward_into(const at::Tensor& grad_RF, const at::Tensor& gate_up_RG,
                           const at::Tensor& weights_R, const SwigluGradients& out,
                           const at::Tensor& activation_RF) {
-  const std::int64_t width = gate_up_RG.size(1) / 2;
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, gate_up_RG.scalar_type(), "swiglu_backward", [&] {
-    using W = Wide<scalar_t>;
-    const auto* weights = data_or_null<W>(weights_R);
-    W* grad_weights = out.weights_R.defined() ? out.weights_R.mutable_data_ptr<W>() : nullptr;
-    const StridedRows<const scalar_t> h{gate_up_RG.const_data_ptr<scalar_t>(), 2 * width};
-    const StridedRows<const scalar_t> grad{grad_RF.const_data_ptr<scalar_t>(), width};
-    const StridedRows<scalar_t> grad_h{out.gate_up_RG.mutable_data_ptr<scalar_t>(), 2 * width};
-    const StridedRows<scalar_t> activation{
-        activation_RF.defined() ? activation_RF.mutable_data_ptr<scalar_t>() : nullptr, width};
-    at::parallel_for(0, gate_up_RG.size(0), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
-      const SwigluPart<scalar_t> forward{.rows = end - begin,
-                                         .columns = width,
-                                         .gate = {h.row(begin), h.stride},
-                                         .up = {h.row(begin) + width, h.stride},
-                                         .weights = weights != nullptr ? weights + begin : nullptr,
-                                         .activation = {activation.row(begin), width}};
-      swiglu_backward_part(SwigluBackwardPart<scalar_t>{
-          .forward = forward,
-          .grad = {grad.row(begin), width},
-          .grad_gate = {grad_h.row(begin), grad_h.stride},
-          .grad_up = {grad_h.row(begin) + width, grad_h.stride},
-          .grad_weights = grad_weights != nullptr ? grad_weights + begin : nullptr,
-          .adds = false});
+    const auto whole = whole_swiglu_backward<scalar_t>(grad_RF, gate_up_RG, weights_R, out, activation_RF);
+    at::parallel_for(0, whole.forward.rows, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+      swiglu_backward_part(whole.part(begin, end - begin, 0, whole.forward.columns));
     });
   });
 }

@@ -42,9 +42,9 @@ COLLEGIUM_INLINE void forward_rows(const SwigluPart<T>& o) {
     const W weight = o.weights != nullptr ? o.weights[row] : W{1};
     for (std::int64_t first = 0; first < o.columns; first += kSwigluColumns) {
       const std::int64_t columns = std::min(kSwigluColumns, o.columns - first);
-      const T* gates = o.gate.row(row) + first;
-      const T* ups = o.up.row(row) + first;
-      Results<T> results(o.activation.row(row) + first);
+      const T* gates = o.gate.at(row, first);
+      const T* ups = o.up.at(row, first);
+      Results<T> results(o.activation.at(row, first));
       W* __restrict__ out = results.values();
       for (std::int64_t f = 0; f < columns; ++f) {
         const W gate = widen(gates[f]);
@@ -67,12 +67,12 @@ COLLEGIUM_INLINE void backward_rows(const SwigluBackwardPart<T>& o) {
     W dot{o.adds ? o.grad_weights[row] : W{0}};
     for (std::int64_t first = 0; first < o.forward.columns; first += kSwigluColumns) {
       const std::int64_t columns = std::min(kSwigluColumns, o.forward.columns - first);
-      const T* gate = o.forward.gate.row(row) + first;
-      const T* up = o.forward.up.row(row) + first;
-      const T* grad = o.grad.row(row) + first;
-      Results<T> grad_gates(o.grad_gate.row(row) + first);
-      Results<T> grad_ups(o.grad_up.row(row) + first);
-      Results<T> activations(keep ? o.forward.activation.row(row) + first : nullptr);
+      const T* gate = o.forward.gate.at(row, first);
+      const T* up = o.forward.up.at(row, first);
+      const T* grad = o.grad.at(row, first);
+      Results<T> grad_gates(o.grad_gate.at(row, first));
+      Results<T> grad_ups(o.grad_up.at(row, first));
+      Results<T> activations(keep ? o.forward.activation.at(row, first) : nullptr);
       W* __restrict__ grad_gate = grad_gates.values();
       W* __restrict__ grad_up = grad_ups.values();
       W* __restrict__ activation = activations.values();
@@ -107,7 +107,11 @@ COLLEGIUM_CLONES void backward_keep(const SwigluBackwardPart<c10::BFloat16>& o) 
 
 template <typename T>
 void backward_part(const SwigluBackwardPart<T>& part) {
-  part.forward.activation.values != nullptr ? backward_keep(part) : backward(part);
+  if (part.forward.activation.values != nullptr) {
+    backward_keep(part);
+  } else {
+    backward(part);
+  }
 }
 
 }  // namespace

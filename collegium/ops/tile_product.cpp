@@ -38,20 +38,19 @@ COLLEGIUM_CLONES void interleave(const std::uint16_t* in, std::int64_t stride, s
 }
 
 #if defined(__x86_64__)
-constexpr std::int64_t kLine = 32;  // bf16 values of a cache line
-
 // `to` begins at a line. Every processor with tiles has these instructions.
-__attribute__((target("avx512f"))) void copy_past_cache(const Bf16Rows& from, std::int64_t rows,
-                                                        std::int64_t columns, const Bf16Rows& to) {
+__attribute__((target("avx512f"))) void copy_past_cache(const StridedRows<const Bf16>& from,
+                                                        std::int64_t rows, std::int64_t columns,
+                                                        const StridedRows<Bf16>& to) {
   for (std::int64_t row = 0; row < rows; ++row) {
-    for (std::int64_t i = 0; i < columns; i += kLine)
+    for (std::int64_t i = 0; i < columns; i += kLineValues)
       _mm512_stream_si512(reinterpret_cast<__m512i*>(to.at(row, i)), _mm512_loadu_si512(from.at(row, i)));
   }
 }
 #endif
 
 // What brgemm() computes.
-COLLEGIUM_CLONES void plain_product(const Bf16Rows& a, std::int64_t rows, std::int64_t columns,
+COLLEGIUM_CLONES void plain_product(const StridedRows<const Bf16>& a, std::int64_t rows, std::int64_t columns,
                                     std::int64_t depth, const Bf16* ordered, float* sums) {
   std::fill_n(sums, rows * columns, 0.0F);
   for (std::int64_t row = 0; row < rows; ++row, sums += columns) {
@@ -64,11 +63,6 @@ COLLEGIUM_CLONES void plain_product(const Bf16Rows& a, std::int64_t rows, std::i
 }
 
 }  // namespace
-
-Bf16Rows::Bf16Rows(const at::Tensor& rows_XY)
-    : values(rows_XY.mutable_data_ptr<Bf16>()), stride(rows_XY.stride(0)) {
-  COLLEGIUM_CHECK(rows_XY.stride(1) == 1 || rows_XY.size(1) == 1, "Bf16Rows: rows must be contiguous");
-}
 
 bool TileBlock::has_tiles() {
   static const bool found = at::native::cpublas::could_pack(at::kBFloat16);
@@ -87,14 +81,21 @@ TileBlock::TileBlock(std::int64_t depth, std::int64_t columns, bool tiles)
 }
 
 TileBlock::~TileBlock() {
-  if (!tiles_) return;
-  at::native::cpublas::brgemm_release();
+  if (tiles_) at::native::cpublas::brgemm_release();
 #if defined(__x86_64__)
-  _mm_sfence();  // what was written past the cache, before other threads read it
+  if (wrote_past_cache_) _mm_sfence();
 #endif
 }
 
+void TileBlock::set_columns(std::int64_t columns) {
+  COLLEGIUM_CHECK(columns <= sums_.size(1), "{} columns in a block of {}", columns, sums_.size(1));
+  columns_ = columns;
+}
+
 void TileBlock::order(const at::Tensor& b_KN, std::int64_t first, std::int64_t count, std::int64_t into) {
+  COLLEGIUM_CHECK(b_KN.size(0) == depth_ && first + count <= b_KN.size(1) && into + count <= columns_,
+                  "{} columns from {} of [{}, {}] for a block [{}, {}] at {}", count, first, b_KN.size(0),
+                  b_KN.size(1), depth_, columns_, into);
   const auto* in = static_cast<const std::uint16_t*>(b_KN.const_data_ptr()) + first * b_KN.stride(1);
   auto* out = static_cast<std::uint32_t*>(ordered_.mutable_data_ptr()) + into;
   if (b_KN.stride(1) == 1) {
@@ -104,32 +105,38 @@ void TileBlock::order(const at::Tensor& b_KN, std::int64_t first, std::int64_t c
   }
 }
 
-Bf16Rows TileBlock::multiply(const Bf16Rows& a, std::int64_t rows) {
+StridedRows<const Bf16> TileBlock::multiply(const StridedRows<const Bf16>& a, std::int64_t rows) {
+  COLLEGIUM_CHECK(rows <= kRows, "{} rows in a block of {}", rows, kRows);
   const auto* ordered = static_cast<const Bf16*>(ordered_.const_data_ptr());
   auto* sums = sums_.mutable_data_ptr<float>();
   if (tiles_) {
     const std::int64_t parts = (depth_ + kMostDepth - 1) / kMostDepth;
     const std::int64_t part = (depth_ + parts * kDepthStep - 1) / (parts * kDepthStep) * kDepthStep;
+    // A single row's stride may be anything.
+    const std::int64_t stride = std::max(a.stride, depth_);
     for (std::int64_t k = 0; k < depth_; k += part) {
-      at::native::cpublas::brgemm(rows, columns_, std::min(part, depth_ - k), a.stride, columns_, columns_,
+      at::native::cpublas::brgemm(rows, columns_, std::min(part, depth_ - k), stride, columns_, columns_,
                                   k > 0, a.at(0, k), ordered + k * columns_, sums);
     }
   } else {
     plain_product(a, rows, columns_, depth_, ordered, sums);
   }
-  const Bf16Rows result(rounded_.mutable_data_ptr<Bf16>(), columns_);
-  round_values(sums, rows * columns_, result.values);
-  return result;
+  auto* rounded = rounded_.mutable_data_ptr<Bf16>();
+  round_values(sums, rows * columns_, rounded);
+  return {rounded, columns_};
 }
 
-void copy_rows(const Bf16Rows& from, std::int64_t rows, std::int64_t columns, const Bf16Rows& to,
-               [[maybe_unused]] Reuse reuse) {
+void TileBlock::write(const StridedRows<const Bf16>& results, std::int64_t rows, std::int64_t columns,
+                      const StridedRows<Bf16>& to, [[maybe_unused]] Reuse reuse) {
 #if defined(__x86_64__)
-  if (reuse == Reuse::kLater && TileBlock::has_tiles() && columns % kLine == 0 && to.stride % kLine == 0 &&
-      reinterpret_cast<std::uintptr_t>(to.values) % sizeof(__m512i) == 0)
-    return copy_past_cache(from, rows, columns, to);
+  const bool in_lines = columns % kLineValues == 0 && to.stride % kLineValues == 0 &&
+                        reinterpret_cast<std::uintptr_t>(to.values) % sizeof(__m512i) == 0;
+  if (reuse == Reuse::kLater && in_lines && has_tiles()) {
+    wrote_past_cache_ = true;
+    return copy_past_cache(results, rows, columns, to);
+  }
 #endif
-  for (std::int64_t row = 0; row < rows; ++row) std::copy_n(from.at(row, 0), columns, to.at(row, 0));
+  for (std::int64_t row = 0; row < rows; ++row) std::copy_n(results.at(row, 0), columns, to.at(row, 0));
 }
 
 bool tiles_take(const at::Tensor& a_MK, const at::Tensor& b_KN) {
@@ -141,7 +148,7 @@ bool tiles_take(const at::Tensor& a_MK, const at::Tensor& b_KN) {
   };
   const std::int64_t depth = a_MK.size(1);
   return bf16(a_MK) && bf16(b_KN) && depth > 0 && depth % 2 == 0 && a_MK.stride(1) == 1 &&
-         (b_KN.stride(1) == 1 || in_pairs(b_KN));
+         (a_MK.size(0) <= 1 || a_MK.stride(0) >= depth) && (b_KN.stride(1) == 1 || in_pairs(b_KN));
 }
 
 void tile_product_into(const at::Tensor& a_MK, const at::Tensor& b_KN, const at::Tensor& out_MN,
@@ -149,8 +156,12 @@ void tile_product_into(const at::Tensor& a_MK, const at::Tensor& b_KN, const at:
   COLLEGIUM_CHECK(tiles_take(a_MK, b_KN), "tile_product_into: not such factors");
   const std::int64_t rows = a_MK.size(0);
   const std::int64_t columns = b_KN.size(1);
-  const Bf16Rows a(a_MK);
-  const Bf16Rows out(out_MN);
+  COLLEGIUM_CHECK(b_KN.size(0) == a_MK.size(1) && out_MN.size(0) == rows && out_MN.size(1) == columns,
+                  "tile_product_into: [{}, {}] x [{}, {}] -> [{}, {}]", rows, a_MK.size(1), b_KN.size(0),
+                  columns, out_MN.size(0), out_MN.size(1));
+  if (rows == 0) return;
+  const auto a = rows_of<Bf16>(a_MK);
+  const auto out = mutable_rows_of<Bf16>(out_MN);
   TileBlock block(a_MK.size(1), std::min(columns, TileBlock::kColumns));
   for (std::int64_t n = 0; n < columns; n += TileBlock::kColumns) {
     const std::int64_t count = std::min(TileBlock::kColumns, columns - n);
@@ -158,8 +169,7 @@ void tile_product_into(const at::Tensor& a_MK, const at::Tensor& b_KN, const at:
     block.order(b_KN, n, count, 0);
     for (std::int64_t m = 0; m < rows; m += TileBlock::kRows) {
       const std::int64_t height = std::min(TileBlock::kRows, rows - m);
-      copy_rows(block.multiply({a.at(m, 0), a.stride}, height), height, count, {out.at(m, n), out.stride},
-                reuse);
+      block.write(block.multiply(a.from(m, 0), height), height, count, out.from(m, n), reuse);
     }
   }
 }

@@ -10,22 +10,16 @@
 
 #include <cstdint>
 
+#include "collegium/ops/strided_rows.h"
+
 namespace collegium::ops {
 
 /// When a result is read again: kSoon leaves it in the cache, kLater writes it past the cache, which saves
 /// reading the lines that are overwritten.
 enum class Reuse { kSoon, kLater };
 
-/// A bf16 matrix with contiguous rows, or some of its rows.
-struct Bf16Rows {
-  c10::BFloat16* values;
-  std::int64_t stride;  ///< between rows, in values
-
-  explicit Bf16Rows(const at::Tensor& rows_XY);
-  Bf16Rows(c10::BFloat16* first, std::int64_t row_stride) : values(first), stride(row_stride) {}
-
-  c10::BFloat16* at(std::int64_t row, std::int64_t column) const { return values + row * stride + column; }
-};
+/// bf16 values of a cache line.
+inline constexpr std::int64_t kLineValues = 32;
 
 /// Some columns of a second factor b [K, N] in the order of tiles, and room for the sums of kRows rows.
 /// Belongs to one thread.
@@ -34,7 +28,7 @@ class TileBlock {
   static constexpr std::int64_t kRows = 32;
   static constexpr std::int64_t kColumns = 256;
 
-  /// What     Whether this processor has tiles and ATen's oneDNN uses them.
+  /// What     Whether this processor has tiles and ATen's oneDNN, which must stay enabled, uses them.
   static bool has_tiles();
 
   /// What     For the depth K, even and not 0, and at most kColumns columns. `tiles` false = plain loops.
@@ -43,30 +37,31 @@ class TileBlock {
   TileBlock(const TileBlock&) = delete;
   TileBlock& operator=(const TileBlock&) = delete;
 
-  /// What     From now on the block has so many columns; all have to be ordered anew.
-  void set_columns(std::int64_t columns) { columns_ = columns; }
+  /// What     From now on the block has so many columns, at most those it was made for; all have to be
+  ///          ordered anew.
+  void set_columns(std::int64_t columns);
   /// What     Columns [first, first + count) of b become the block's columns from `into` on.
   void order(const at::Tensor& b_KN, std::int64_t first, std::int64_t count, std::int64_t into);
   /// What     a times the block, summed in fp32 and rounded once, valid until the next call.
   /// Shape    a [rows, K], rows <= kRows -> [rows, columns], contiguous.
-  Bf16Rows multiply(const Bf16Rows& a, std::int64_t rows);
+  StridedRows<const c10::BFloat16> multiply(const StridedRows<const c10::BFloat16>& a, std::int64_t rows);
+  /// What     Copies such results to where they are read as `reuse` says: by other threads after the block is
+  ///          gone.
+  void write(const StridedRows<const c10::BFloat16>& results, std::int64_t rows, std::int64_t columns,
+             const StridedRows<c10::BFloat16>& to, Reuse reuse);
 
  private:
   std::int64_t depth_;
   std::int64_t columns_;
   bool tiles_;
+  bool wrote_past_cache_ = false;
   at::Tensor ordered_;  // int32 [K / 2, columns]: a pair of b's rows each
   at::Tensor sums_;     // fp32 [kRows, columns]
   at::Tensor rounded_;
 };
 
-/// What     Copies rows to where they are read again as `reuse` says; other threads may read them after the
-///          TileBlock that they come from is gone.
-void copy_rows(const Bf16Rows& from, std::int64_t rows, std::int64_t columns, const Bf16Rows& to,
-               Reuse reuse);
-
 /// What     Whether the functions here take such factors: bf16 on the CPU, K even and not 0, rows of a
-///          contiguous, of b either rows or columns, these beginning at pairs of values.
+///          contiguous, and not overlapping, of b either rows or columns, these beginning at pairs of values.
 bool tiles_take(const at::Tensor& a_MK, const at::Tensor& b_KN);
 
 /// What     out = a b on the calling thread; a row of `out` depends on that row of `a` alone.

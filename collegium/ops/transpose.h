@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// Transposed copies of rows. A weight's gradient multiplies by the transpose of rows; AMX products with such
-// a first operand take up to twice as long as with a transposed copy.
+// Transposed copies of rows. A weight's gradient multiplies by the transpose of rows; AMX products take
+// rows as they lie only: ATen's with such a first operand took up to twice as long as with a transposed copy.
 
 #include <ATen/core/Tensor.h>
 

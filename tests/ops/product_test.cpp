@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Products in the compute dtype against the same in double precision: both ways that bf16 is multiplied,
+// Products in the compute dtype against the same in double precision: every way that bf16 is multiplied,
 // whatever this machine has, for every layout of operands that training uses and sizes around every cut.
 
 #include "collegium/ops/product.h"

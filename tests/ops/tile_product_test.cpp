@@ -32,27 +32,63 @@ void expect_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor
   EXPECT_LE(relative_difference(out, exact), bound(at::kBFloat16, 1) + bound(at::kFloat, a.size(1)));
 }
 
+// What lies beside `a` is not a number, and what lies beside the result must stay.
+void expect_product_beside(const at::Tensor& a, const at::Tensor& b, std::int64_t left, std::int64_t stride) {
+  const std::int64_t columns = b.size(1);
+  const at::Tensor all = at::full({a.size(0) + 2, stride}, 7.0, at::kBFloat16);
+  const at::Tensor out = all.narrow(0, 1, a.size(0)).narrow(1, left, columns);
+  ops::tile_product_into(a, b, out, ops::Reuse::kLater);
+  expect_product(out, a, b);
+  const at::Tensor plain = at::empty({a.size(0), columns}, at::kBFloat16);
+  ops::tile_product_into(a, b.t().contiguous().t(), plain, ops::Reuse::kSoon);
+  EXPECT_TRUE(at::equal(plain, out));
+  out.fill_(7.0);
+  EXPECT_TRUE(at::all(all == 7.0).item<bool>()) << "something was written beside the result";
+}
+
+at::Tensor between_nan(std::int64_t rows, std::int64_t depth) {
+  const at::Tensor all = at::full({rows, depth + 4}, std::numeric_limits<float>::quiet_NaN(), at::kBFloat16);
+  return all.narrow(1, 2, depth).copy_(random_tensor("a", {rows, depth}, at::kBFloat16));
+}
+
 // Columns around a block's, depths around an instruction's and a part's, rows around a block's.
 TEST(TileProduct, equals_double_precision_for_every_size) {
   for (const std::int64_t depth : {2, 30, 32, 34, 1022, 1026, 2050}) {
-    for (const std::int64_t columns : {1, 15, 16, 33, 255, 256, 257, 530}) {
-      const at::Tensor rows_of_b = random_tensor("b", {depth, columns}, at::kBFloat16);
-      const at::Tensor columns_of_b = rows_of_b.t().contiguous().t();
-      for (const std::int64_t rows : {1, 31, 32, 33, 70}) {
+    for (const std::int64_t columns : {1, 15, 16, 255, 256, 257, 530}) {
+      for (const std::int64_t rows : {1, 31, 32, 70}) {
         SCOPED_TRACE(testing::Message() << rows << " x " << depth << " x " << columns);
-        const at::Tensor a = random_tensor("a", {rows, depth + 4}, at::kBFloat16).narrow(1, 2, depth);
-        const at::Tensor all = at::full({rows + 2, columns + 3}, 7.0, at::kBFloat16);
-        const at::Tensor out = all.narrow(0, 1, rows).narrow(1, 2, columns);
-        ops::tile_product_into(a, rows_of_b, out, ops::Reuse::kLater);
-        expect_product(out, a, rows_of_b);
-        const at::Tensor plain = at::empty({rows, columns}, at::kBFloat16);
-        ops::tile_product_into(a, columns_of_b, plain, ops::Reuse::kSoon);
-        EXPECT_TRUE(at::equal(plain, out));
-        out.fill_(7.0);
-        EXPECT_TRUE(at::all(all == 7.0).item<bool>()) << "something was written beside the result";
+        const at::Tensor b = random_tensor("b", {depth, columns}, at::kBFloat16);
+        expect_product_beside(between_nan(rows, depth), b, 2, columns + 3);
       }
     }
   }
+}
+
+TEST(TileProduct, results_may_be_written_past_the_cache) {
+  for (const std::int64_t columns : {32, 256, 320}) {
+    for (const std::int64_t rows : {1, 33}) {
+      const at::Tensor b = random_tensor("b", {64, columns}, at::kBFloat16);
+      expect_product_beside(between_nan(rows, 64), b, 32, columns + 64);
+    }
+  }
+}
+
+TEST(TileProduct, nothing_one_and_repeated_rows) {
+  const at::Tensor b = random_tensor("b", {6, 5}, at::kBFloat16);
+  const at::Tensor column = random_tensor("a", {6, 1}, at::kBFloat16);
+  const at::Tensor row = at::empty({1, 5}, at::kBFloat16);
+  ASSERT_TRUE(ops::tiles_take(column.t(), b));
+  ops::tile_product_into(column.t(), b, row, ops::Reuse::kSoon);
+  expect_product(row, column.t(), b);
+  EXPECT_FALSE(ops::tiles_take(column.t().expand({3, 6}), b)) << "rows that overlap";
+  const at::Tensor one = at::empty({4, 1}, at::kBFloat16);
+  const at::Tensor a = random_tensor("rows", {4, 6}, at::kBFloat16);
+  ops::tile_product_into(a, column, one, ops::Reuse::kLater);
+  expect_product(one, a, column);
+  const at::Tensor no_rows = at::empty({0, 5}, at::kBFloat16);
+  ops::tile_product_into(a.narrow(0, 0, 0), b, no_rows, ops::Reuse::kLater);
+  const at::Tensor no_columns = at::empty({4, 0}, at::kBFloat16);
+  ops::tile_product_into(a, b.narrow(1, 0, 0), no_columns, ops::Reuse::kLater);
 }
 
 TEST(TileProduct, a_row_depends_on_that_row_alone) {
@@ -67,21 +103,23 @@ TEST(TileProduct, a_row_depends_on_that_row_alone) {
   }
 }
 
-TEST(TileProduct, plain_loops_and_the_processors_tiles_agree) {
+TEST(TileProduct, a_block_of_two_parts_by_tiles_and_by_plain_loops) {
   for (const bool tiles : {false, ops::TileBlock::has_tiles()}) {
     for (const auto& [depth, columns] : {std::pair{2, 1}, {96, 256}, {1500, 40}}) {
-      const at::Tensor a = random_tensor("a", {ops::TileBlock::kRows, depth}, at::kBFloat16);
-      const at::Tensor b = random_tensor("b", {depth, columns + 5}, at::kBFloat16);
-      ops::TileBlock block(depth, columns, tiles);
-      // In two parts, the first of them to the right of the second.
-      const std::int64_t left = columns / 2;
-      block.order(b, 3, columns - left, left);
-      block.order(b, 3 + columns - left, left, 0);
-      const ops::Bf16Rows found = block.multiply(ops::Bf16Rows(a), a.size(0));
-      const at::Tensor copy = at::empty({a.size(0), columns}, at::kBFloat16);
-      ops::copy_rows(found, a.size(0), columns, ops::Bf16Rows(copy), ops::Reuse::kSoon);
-      const at::Tensor right = b.narrow(1, 3, columns - left);
-      expect_product(copy, a, at::cat({b.narrow(1, 3 + columns - left, left), right}, 1));
+      for (const std::int64_t rows : {std::int64_t{1}, ops::TileBlock::kRows}) {
+        const at::Tensor a = between_nan(rows, depth);
+        const at::Tensor b = random_tensor("b", {depth, columns + 5}, at::kBFloat16);
+        ops::TileBlock block(depth, columns, tiles);
+        // The part to the right comes first.
+        const std::int64_t left = columns / 2;
+        block.order(b, 3, columns - left, left);
+        block.order(b, 3 + columns - left, left, 0);
+        const auto found = block.multiply(ops::rows_of<c10::BFloat16>(a), rows);
+        const at::Tensor copy = at::empty({rows, columns}, at::kBFloat16);
+        block.write(found, rows, columns, ops::mutable_rows_of<c10::BFloat16>(copy), ops::Reuse::kSoon);
+        const at::Tensor right = b.narrow(1, 3, columns - left);
+        expect_product(copy, a, at::cat({b.narrow(1, 3 + columns - left, left), right}, 1));
+      }
     }
   }
 }
@@ -113,6 +151,15 @@ TEST(TileProduct, declines_what_it_cannot_multiply) {
   EXPECT_THROW(ops::tile_product_into(a.narrow(1, 0, 3), b.narrow(0, 0, 3), at::empty({3, 2}, at::kBFloat16),
                                       ops::Reuse::kSoon),
                InternalError);
+  EXPECT_THROW(ops::tile_product_into(a, at::ones({6, 2}, at::kBFloat16), at::empty({3, 2}, at::kBFloat16),
+                                      ops::Reuse::kSoon),
+               InternalError);
+  EXPECT_THROW(ops::tile_product_into(a, b, at::empty({2, 2}, at::kBFloat16), ops::Reuse::kSoon),
+               InternalError);
+  ops::TileBlock block(4, 2);
+  EXPECT_THROW(block.set_columns(3), InternalError);
+  EXPECT_THROW(block.order(b, 1, 2, 0), InternalError);
+  EXPECT_THROW(block.order(b, 0, 2, 1), InternalError);
 }
 
 // A bf16 number, what lies half way to the next one, and the numbers beside both.
@@ -139,6 +186,15 @@ TEST(Round, equals_aten_for_ties_their_neighbours_and_extremes) {
   }
 }
 
+// Whether it is one of a vector's or of the tail, a number is rounded in one way.
+TEST(Round, subnormal_numbers_are_treated_alike) {
+  const at::Tensor small = at::full({19}, 1e-39, at::kFloat);
+  const at::Tensor out = at::empty({19}, at::kBFloat16);
+  ops::round_values(small.const_data_ptr<float>(), 19, out.mutable_data_ptr<c10::BFloat16>());
+  EXPECT_TRUE(at::all(out == out[0]).item<bool>());
+  EXPECT_LE(out[0].item<float>(), 1.01e-39F);
+}
+
 struct Gated {
   at::Tensor x_RD;
   at::Tensor gate_up_GD;
@@ -146,10 +202,11 @@ struct Gated {
   at::Tensor weights_R;
 };
 
+// Pieces of larger tensors.
 Gated gated(std::int64_t rows, std::int64_t hidden, std::int64_t width, bool weighted) {
-  return {random_tensor("x", {rows, hidden}, at::kBFloat16),
-          random_tensor("gate_up", {2 * width, hidden}, at::kBFloat16) * 0.1,
-          random_tensor("down", {hidden, width}, at::kBFloat16),
+  return {random_tensor("x", {rows, hidden + 2}, at::kBFloat16).narrow(1, 2, hidden),
+          (random_tensor("gate_up", {2 * width, hidden + 2}, at::kBFloat16) * 0.1).narrow(1, 2, hidden),
+          random_tensor("down", {hidden, width + 1}, at::kBFloat16).narrow(1, 1, width),
           weighted ? random_tensor("weights", {rows}, at::kFloat) : at::Tensor()};
 }
 
@@ -158,9 +215,10 @@ INSTANTIATE_TEST_SUITE_P(Bf16, GatedProduct, testing::ValuesIn(ops::kAllBf16Prod
 
 TEST_P(GatedProduct, equals_product_and_swiglu_bit_for_bit) {
   const test::AssumeBf16Products assume(GetParam());
-  for (const std::int64_t hidden : {7, 64}) {
-    for (const std::int64_t width : {1, 5, 96, 128, 130, 270}) {
-      for (const std::int64_t rows : {1, 32, 45}) {
+  for (const std::int64_t hidden : {7, 64, 1030}) {
+    for (const std::int64_t width : {1, 5, 96, 128, 270}) {
+      if (hidden > 64 && width != 270) continue;
+      for (const std::int64_t rows : {1, 32, 77}) {
         SCOPED_TRACE(testing::Message() << rows << " rows, " << hidden << " -> " << width);
         const Gated g = gated(rows, hidden, width, rows != 32);
         const at::Tensor gate_up = at::empty({rows, 2 * width}, at::kBFloat16);
@@ -169,6 +227,7 @@ TEST_P(GatedProduct, equals_product_and_swiglu_bit_for_bit) {
         const at::Tensor expected = at::empty_like(gate_up);
         ops::product_into(g.x_RD, g.gate_up_GD.t(), expected);
         EXPECT_TRUE(at::equal(gate_up, expected));
+        expect_product(gate_up, g.x_RD, g.gate_up_GD.t());
         EXPECT_TRUE(at::equal(activation, ops::swiglu(expected, g.weights_R)));
       }
     }
@@ -177,9 +236,10 @@ TEST_P(GatedProduct, equals_product_and_swiglu_bit_for_bit) {
 
 TEST_P(GatedProduct, backward_equals_product_and_gradients_bit_for_bit) {
   const test::AssumeBf16Products assume(GetParam());
-  for (const std::int64_t hidden : {7, 64}) {
-    for (const std::int64_t width : {1, 5, 96, 256, 270, 530}) {
-      for (const std::int64_t rows : {1, 32, 45}) {
+  for (const std::int64_t hidden : {7, 64, 1030}) {
+    for (const std::int64_t width : {1, 5, 96, 256, 270}) {
+      if (hidden > 64 && width != 270) continue;
+      for (const std::int64_t rows : {1, 32, 77}) {
         SCOPED_TRACE(testing::Message() << rows << " rows, " << hidden << " -> " << width);
         const bool weighted = rows != 32;
         const Gated g = gated(rows, hidden, width, weighted);
@@ -199,6 +259,22 @@ TEST_P(GatedProduct, backward_equals_product_and_gradients_bit_for_bit) {
       }
     }
   }
+}
+
+TEST_P(GatedProduct, refuses_sizes_that_differ) {
+  const test::AssumeBf16Products assume(GetParam());
+  const auto ones = [](std::int64_t rows, std::int64_t columns) {
+    return at::ones({rows, columns}, at::kBFloat16);
+  };
+  EXPECT_THROW(ops::gated_product_into(ones(3, 4), ones(6, 6), {}, ones(3, 6), ones(3, 3)), InternalError);
+  EXPECT_THROW(ops::gated_product_into(ones(3, 4), ones(6, 4), {}, ones(2, 6), ones(3, 3)), InternalError);
+  EXPECT_THROW(ops::gated_product_into(ones(3, 4), ones(6, 4), {}, ones(3, 6), ones(3, 2)), InternalError);
+  EXPECT_THROW(ops::gated_product_backward_into(ones(3, 4), ones(4, 3), ones(3, 4), {}, {ones(3, 6), {}}, {},
+                                                ones(3, 3)),
+               InternalError);
+  EXPECT_THROW(ops::gated_product_backward_into(ones(3, 4), ones(4, 2), ones(3, 6), {}, {ones(3, 6), {}}, {},
+                                                ones(3, 3)),
+               InternalError);
 }
 
 }  // namespace
