@@ -47,10 +47,14 @@ at::ScalarType product_dtype(const at::Tensor& operand) {
   return operand.is_cpu() ? product_dtype(operand.scalar_type()) : operand.scalar_type();
 }
 
+bool multiplies_in_tiles(const at::Tensor& a, const at::Tensor& b) {
+  return bf16_products() == Bf16Products::kTiles && tiles_take(a, b);
+}
+
 void product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, Reuse reuse) {
   if (product_dtype(out) != out.scalar_type()) {
     widened_product_into(a, b, out);
-  } else if (bf16_products() == Bf16Products::kTiles && tiles_take(a, b) && out.stride(1) == 1) {
+  } else if (multiplies_in_tiles(a, b) && out.stride(1) == 1) {
     tile_product_into(a, b, out, reuse);
   } else {
     at::Tensor target = out;

@@ -37,8 +37,11 @@ at::ScalarType product_dtype(at::ScalarType dtype);
 /// The same of a tensor's: its own on other devices.
 at::ScalarType product_dtype(const at::Tensor& operand);
 
-/// What     out = a b, into memory that is there already, such as some rows of a larger tensor. With AMX on
-///          the calling thread alone, unless tiles_take() declines. `reuse` says when `out` is read again.
+/// What     Whether products of these are computed on tiles here, on the calling thread alone.
+bool multiplies_in_tiles(const at::Tensor& a, const at::Tensor& b);
+
+/// What     out = a b, into memory that is there already, such as some rows of a larger tensor. `reuse`
+///          says when `out` is read again.
 /// Shape    a [M, K], b [K, N], out [M, N], any strides.
 /// Dtype    a and b in that of `out` or in its product_dtype().
 void product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out,

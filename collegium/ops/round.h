@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// Rounding of fp32 results to bf16 with the instruction of AVX-512-bf16 where the processor has it: the bit
-// operations that compilers make of row_math::narrow() take five times as long.
+// Rounding of fp32 results to bf16 with the instruction of AVX-512-bf16 where the processor has it, instead
+// of the bit operations of row_math::narrow().
 
 #include <c10/util/BFloat16.h>
 

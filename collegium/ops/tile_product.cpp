@@ -151,27 +151,44 @@ bool tiles_take(const at::Tensor& a_MK, const at::Tensor& b_KN) {
          (a_MK.size(0) <= 1 || a_MK.stride(0) >= depth) && (b_KN.stride(1) == 1 || in_pairs(b_KN));
 }
 
-void tile_product_into(const at::Tensor& a_MK, const at::Tensor& b_KN, const at::Tensor& out_MN,
-                       Reuse reuse) {
-  COLLEGIUM_CHECK(tiles_take(a_MK, b_KN), "tile_product_into: not such factors");
+void product_in_blocks(
+    const at::Tensor& a_MK, const at::Tensor& b_KN, std::int64_t parts,
+    const std::function<void(const BlockRange&)>& before,
+    const std::function<void(TileBlock& block, const BlockResults& results, const BlockRange&)>& use) {
+  COLLEGIUM_CHECK(tiles_take(a_MK, b_KN), "product_in_blocks: not such factors");
+  COLLEGIUM_CHECK(b_KN.size(0) == a_MK.size(1) && b_KN.size(1) % parts == 0,
+                  "product_in_blocks: [{}, {}] x [{}, {}] in {} parts", a_MK.size(0), a_MK.size(1),
+                  b_KN.size(0), b_KN.size(1), parts);
   const std::int64_t rows = a_MK.size(0);
-  const std::int64_t columns = b_KN.size(1);
-  COLLEGIUM_CHECK(b_KN.size(0) == a_MK.size(1) && out_MN.size(0) == rows && out_MN.size(1) == columns,
-                  "tile_product_into: [{}, {}] x [{}, {}] -> [{}, {}]", rows, a_MK.size(1), b_KN.size(0),
-                  columns, out_MN.size(0), out_MN.size(1));
+  const std::int64_t width = b_KN.size(1) / parts;
   if (rows == 0) return;
+  const std::int64_t most = TileBlock::kColumns / parts;
   const auto a = rows_of<Bf16>(a_MK);
-  const auto out = mutable_rows_of<Bf16>(out_MN);
-  TileBlock block(a_MK.size(1), std::min(columns, TileBlock::kColumns));
-  for (std::int64_t n = 0; n < columns; n += TileBlock::kColumns) {
-    const std::int64_t count = std::min(TileBlock::kColumns, columns - n);
-    block.set_columns(count);
-    block.order(b_KN, n, count, 0);
-    for (std::int64_t m = 0; m < rows; m += TileBlock::kRows) {
-      const std::int64_t height = std::min(TileBlock::kRows, rows - m);
-      block.write(block.multiply(a.from(m, 0), height), height, count, out.from(m, n), reuse);
+  TileBlock block(a_MK.size(1), parts * std::min(most, width));
+  for (std::int64_t column = 0; column < width; column += most) {
+    const std::int64_t columns = std::min(most, width - column);
+    block.set_columns(parts * columns);
+    for (std::int64_t part = 0; part < parts; ++part)
+      block.order(b_KN, part * width + column, columns, part * columns);
+    for (std::int64_t row = 0; row < rows; row += TileBlock::kRows) {
+      const BlockRange range{
+          .row = row, .rows = std::min(TileBlock::kRows, rows - row), .column = column, .columns = columns};
+      if (before) before(range);
+      use(block, block.multiply(a.from(row, 0), range.rows), range);
     }
   }
+}
+
+void tile_product_into(const at::Tensor& a_MK, const at::Tensor& b_KN, const at::Tensor& out_MN,
+                       Reuse reuse) {
+  COLLEGIUM_CHECK(out_MN.size(0) == a_MK.size(0) && out_MN.size(1) == b_KN.size(1),
+                  "tile_product_into: [{}, {}] x [{}, {}] -> [{}, {}]", a_MK.size(0), a_MK.size(1),
+                  b_KN.size(0), b_KN.size(1), out_MN.size(0), out_MN.size(1));
+  const auto out = mutable_rows_of<Bf16>(out_MN);
+  product_in_blocks(
+      a_MK, b_KN, 1, {}, [&](TileBlock& block, const BlockResults& results, const BlockRange& range) {
+        block.write(results, range.rows, range.columns, out.from(range.row, range.column), reuse);
+      });
 }
 
 }  // namespace collegium::ops

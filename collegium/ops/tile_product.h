@@ -9,6 +9,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 
 #include "collegium/ops/strided_rows.h"
 
@@ -61,8 +62,29 @@ class TileBlock {
 };
 
 /// What     Whether the functions here take such factors: bf16 on the CPU, K even and not 0, rows of a
-///          contiguous, and not overlapping, of b either rows or columns, these beginning at pairs of values.
+///          contiguous and not overlapping, of b either rows or columns contiguous, columns beginning at
+///          pairs of values.
 bool tiles_take(const at::Tensor& a_MK, const at::Tensor& b_KN);
+
+/// Where results of a block belong: some rows of a, some columns of every part of b.
+struct BlockRange {
+  std::int64_t row;
+  std::int64_t rows;
+  std::int64_t column;
+  std::int64_t columns;
+};
+
+using BlockResults = StridedRows<const c10::BFloat16>;
+
+/// What     a b on the calling thread, block by block of the result. b is `parts` matrices side by side; a
+///          block's results are those of the same columns of each, one part after the other. `use` gets them
+///          while they are in the first cache. `before`, unless empty, is told the range before it is
+///          multiplied.
+/// Shape    a [M, K], b [K, parts N] as tiles_take() says -> results [rows, parts columns].
+void product_in_blocks(
+    const at::Tensor& a_MK, const at::Tensor& b_KN, std::int64_t parts,
+    const std::function<void(const BlockRange&)>& before,
+    const std::function<void(TileBlock& block, const BlockResults& results, const BlockRange&)>& use);
 
 /// What     out = a b on the calling thread; a row of `out` depends on that row of `a` alone.
 /// Shape    a [M, K], b [K, N] as tiles_take() says, out [M, N] bf16 with contiguous rows.

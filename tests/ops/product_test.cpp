@@ -9,14 +9,14 @@
 #include <gtest/gtest.h>
 
 #include "tests/support/bf16_products.h"
+#include "tests/support/products.h"
 #include "tests/support/tensors.h"
 
 namespace collegium {
 namespace {
 
-using test::bound;
+using test::expect_product;
 using test::random_tensor;
-using test::relative_difference;
 
 // A matrix whose rows or columns lie apart in memory, as a piece of a larger tensor's do.
 at::Tensor matrix(std::string_view name, std::int64_t rows, std::int64_t columns, at::ScalarType dtype,
@@ -25,12 +25,6 @@ at::Tensor matrix(std::string_view name, std::int64_t rows, std::int64_t columns
   if (layout == "piece") return random_tensor(name, {rows, columns + 3}, dtype).narrow(1, 1, columns);
   if (layout == "turned piece") return random_tensor(name, {columns, rows + 3}, dtype).narrow(1, 1, rows).t();
   return random_tensor(name, {rows, columns}, dtype);
-}
-
-void expect_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
-  const at::Tensor exact = a.to(at::kDouble).mm(b.to(at::kDouble));
-  const at::ScalarType sums = out.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  EXPECT_LE(relative_difference(out, exact), bound(out.scalar_type(), 1) + bound(sums, a.size(1)));
 }
 
 TEST(Product, equals_double_precision_in_every_layout) {
@@ -98,14 +92,7 @@ TEST(Product, an_empty_sum_is_zero) {
 }
 
 TEST(Product, not_a_number_and_infinity_stay) {
-  at::Tensor a = random_tensor("a", {3, 4}, at::kBFloat16);
-  a[1][2] = std::numeric_limits<double>::quiet_NaN();
-  a[2][0] = std::numeric_limits<double>::infinity();
-  const at::Tensor out = at::empty({3, 2}, at::kBFloat16);
-  ops::widened_product_into(a, at::ones({4, 2}, at::kBFloat16), out);
-  EXPECT_TRUE(out[0].isfinite().all().item<bool>());
-  EXPECT_TRUE(out[1].isnan().all().item<bool>());
-  EXPECT_TRUE(out[2].isinf().all().item<bool>());
+  test::expect_not_a_number_and_infinity_stay(ops::widened_product_into);
 }
 
 TEST(Product, widened_results_do_not_depend_on_threads) {

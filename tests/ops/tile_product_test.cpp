@@ -10,6 +10,7 @@
 #include <gtest/gtest.h>
 
 #include <bit>
+#include <functional>
 #include <limits>
 
 #include "collegium/base/error.h"
@@ -18,19 +19,14 @@
 #include "collegium/ops/round.h"
 #include "collegium/ops/swiglu.h"
 #include "tests/support/bf16_products.h"
+#include "tests/support/products.h"
 #include "tests/support/tensors.h"
 
 namespace collegium {
 namespace {
 
-using test::bound;
+using test::expect_product;
 using test::random_tensor;
-using test::relative_difference;
-
-void expect_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
-  const at::Tensor exact = a.to(at::kDouble).mm(b.to(at::kDouble));
-  EXPECT_LE(relative_difference(out, exact), bound(at::kBFloat16, 1) + bound(at::kFloat, a.size(1)));
-}
 
 // What lies beside `a` is not a number, and what lies beside the result must stay.
 void expect_product_beside(const at::Tensor& a, const at::Tensor& b, std::int64_t left, std::int64_t stride) {
@@ -125,14 +121,9 @@ TEST(TileProduct, a_block_of_two_parts_by_tiles_and_by_plain_loops) {
 }
 
 TEST(TileProduct, not_a_number_and_infinity_stay) {
-  at::Tensor a = random_tensor("a", {3, 4}, at::kBFloat16);
-  a[1][2] = std::numeric_limits<double>::quiet_NaN();
-  a[2][0] = std::numeric_limits<double>::infinity();
-  const at::Tensor out = at::empty({3, 2}, at::kBFloat16);
-  ops::tile_product_into(a, at::ones({4, 2}, at::kBFloat16), out, ops::Reuse::kSoon);
-  EXPECT_TRUE(out[0].isfinite().all().item<bool>());
-  EXPECT_TRUE(out[1].isnan().all().item<bool>());
-  EXPECT_TRUE(out[2].isinf().all().item<bool>());
+  test::expect_not_a_number_and_infinity_stay([](const auto& a, const auto& b, const auto& out) {
+    ops::tile_product_into(a, b, out, ops::Reuse::kSoon);
+  });
 }
 
 TEST(TileProduct, declines_what_it_cannot_multiply) {
@@ -210,55 +201,53 @@ Gated gated(std::int64_t rows, std::int64_t hidden, std::int64_t width, bool wei
           weighted ? random_tensor("weights", {rows}, at::kFloat) : at::Tensor()};
 }
 
-class GatedProduct : public testing::TestWithParam<ops::Bf16Products> {};
-INSTANTIATE_TEST_SUITE_P(Bf16, GatedProduct, testing::ValuesIn(ops::kAllBf16Products));
-
-TEST_P(GatedProduct, equals_product_and_swiglu_bit_for_bit) {
-  const test::AssumeBf16Products assume(GetParam());
+// Depths that tiles decline and that take two parts; widths around a block's.
+void for_every_size(const std::function<void(const Gated&)>& check) {
   for (const std::int64_t hidden : {7, 64, 1030}) {
-    for (const std::int64_t width : {1, 5, 96, 128, 270}) {
+    for (const std::int64_t width : {1, 5, 96, 128, 256, 270}) {
       if (hidden > 64 && width != 270) continue;
       for (const std::int64_t rows : {1, 32, 77}) {
         SCOPED_TRACE(testing::Message() << rows << " rows, " << hidden << " -> " << width);
-        const Gated g = gated(rows, hidden, width, rows != 32);
-        const at::Tensor gate_up = at::empty({rows, 2 * width}, at::kBFloat16);
-        const at::Tensor activation = at::empty({rows, width}, at::kBFloat16);
-        ops::gated_product_into(g.x_RD, g.gate_up_GD, g.weights_R, gate_up, activation);
-        const at::Tensor expected = at::empty_like(gate_up);
-        ops::product_into(g.x_RD, g.gate_up_GD.t(), expected);
-        EXPECT_TRUE(at::equal(gate_up, expected));
-        expect_product(gate_up, g.x_RD, g.gate_up_GD.t());
-        EXPECT_TRUE(at::equal(activation, ops::swiglu(expected, g.weights_R)));
+        check(gated(rows, hidden, width, /*weighted=*/rows != 32));
       }
     }
   }
 }
 
+class GatedProduct : public testing::TestWithParam<ops::Bf16Products> {};
+INSTANTIATE_TEST_SUITE_P(Bf16, GatedProduct, testing::ValuesIn(ops::kAllBf16Products));
+
+TEST_P(GatedProduct, equals_product_and_swiglu_bit_for_bit) {
+  const test::AssumeBf16Products assume(GetParam());
+  for_every_size([](const Gated& g) {
+    const at::Tensor gate_up = at::empty({g.x_RD.size(0), g.gate_up_GD.size(0)}, at::kBFloat16);
+    const at::Tensor activation = at::empty({g.x_RD.size(0), g.down_DF.size(1)}, at::kBFloat16);
+    ops::gated_product_into(g.x_RD, g.gate_up_GD, g.weights_R, gate_up, activation);
+    const at::Tensor expected = at::empty_like(gate_up);
+    ops::product_into(g.x_RD, g.gate_up_GD.t(), expected);
+    EXPECT_TRUE(at::equal(gate_up, expected));
+    expect_product(gate_up, g.x_RD, g.gate_up_GD.t());
+    EXPECT_TRUE(at::equal(activation, ops::swiglu(expected, g.weights_R)));
+  });
+}
+
 TEST_P(GatedProduct, backward_equals_product_and_gradients_bit_for_bit) {
   const test::AssumeBf16Products assume(GetParam());
-  for (const std::int64_t hidden : {7, 64, 1030}) {
-    for (const std::int64_t width : {1, 5, 96, 256, 270}) {
-      if (hidden > 64 && width != 270) continue;
-      for (const std::int64_t rows : {1, 32, 77}) {
-        SCOPED_TRACE(testing::Message() << rows << " rows, " << hidden << " -> " << width);
-        const bool weighted = rows != 32;
-        const Gated g = gated(rows, hidden, width, weighted);
-        const at::Tensor gate_up = random_tensor("h", {rows, 2 * width}, at::kBFloat16);
-        const ops::SwigluGradients found{
-            .gate_up_RG = at::empty_like(gate_up),
-            .weights_R = weighted ? at::empty({rows}, at::kFloat) : at::Tensor()};
-        const at::Tensor activation = weighted ? at::empty({rows, width}, at::kBFloat16) : at::Tensor();
-        const at::Tensor inner = at::empty({rows, width}, at::kBFloat16);
-        ops::gated_product_backward_into(g.x_RD, g.down_DF, gate_up, g.weights_R, found, activation, inner);
-        ops::product_into(g.x_RD, g.down_DF, inner);
-        const ops::SwigluGradients expected = ops::swiglu_backward(inner, gate_up, g.weights_R);
-        EXPECT_TRUE(at::equal(found.gate_up_RG, expected.gate_up_RG));
-        if (!weighted) continue;
-        EXPECT_TRUE(at::equal(found.weights_R, expected.weights_R));
-        EXPECT_TRUE(at::equal(activation, ops::swiglu(gate_up, g.weights_R)));
-      }
-    }
-  }
+  for_every_size([](const Gated& g) {
+    const bool weighted = g.weights_R.defined();
+    const at::Tensor gate_up = random_tensor("h", {g.x_RD.size(0), g.gate_up_GD.size(0)}, at::kBFloat16);
+    const at::Tensor inner = at::empty({g.x_RD.size(0), g.down_DF.size(1)}, at::kBFloat16);
+    const ops::SwigluGradients found{.gate_up_RG = at::empty_like(gate_up),
+                                     .weights_R = weighted ? at::empty_like(g.weights_R) : at::Tensor()};
+    const at::Tensor activation = weighted ? at::empty_like(inner) : at::Tensor();
+    ops::gated_product_backward_into(g.x_RD, g.down_DF, gate_up, g.weights_R, found, activation, inner);
+    ops::product_into(g.x_RD, g.down_DF, inner);
+    const ops::SwigluGradients expected = ops::swiglu_backward(inner, gate_up, g.weights_R);
+    EXPECT_TRUE(at::equal(found.gate_up_RG, expected.gate_up_RG));
+    if (!weighted) return;
+    EXPECT_TRUE(at::equal(found.weights_R, expected.weights_R));
+    EXPECT_TRUE(at::equal(activation, ops::swiglu(gate_up, g.weights_R)));
+  });
 }
 
 TEST_P(GatedProduct, refuses_sizes_that_differ) {

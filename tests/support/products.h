@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// What every way of multiplying must give.
+
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <limits>
+
+#include "tests/support/tensors.h"
+
+namespace collegium::test {
+
+/// out = a b within the roundings of its sums and of its result.
+inline void expect_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
+  const at::Tensor exact = a.to(at::kDouble).mm(b.to(at::kDouble));
+  const at::ScalarType sums = out.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  EXPECT_LE(relative_difference(out, exact), bound(out.scalar_type(), 1) + bound(sums, a.size(1)));
+}
+
+using MultiplyInto = std::function<void(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out)>;
+/// Rows with such numbers get them, other rows do not.
+inline void expect_not_a_number_and_infinity_stay(const MultiplyInto& multiply_into) {
+  at::Tensor a = random_tensor("a", {3, 4}, at::kBFloat16);
+  a[1][2] = std::numeric_limits<double>::quiet_NaN();
+  a[2][0] = std::numeric_limits<double>::infinity();
+  const at::Tensor out = at::empty({3, 2}, at::kBFloat16);
+  multiply_into(a, at::ones({4, 2}, at::kBFloat16), out);
+  EXPECT_TRUE(out[0].isfinite().all().item<bool>());
+  EXPECT_TRUE(out[1].isnan().all().item<bool>());
+  EXPECT_TRUE(out[2].isinf().all().item<bool>());
+}
+
+}  // namespace collegium::test
