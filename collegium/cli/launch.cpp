@@ -65,8 +65,13 @@ void prepare_threads(comm::Communicator& world, const LaunchOptions& options, in
   int threads = options.threads > 0 ? static_cast<int>(options.threads) : default_threads;
   if (!user_chose) threads = std::max(1, std::min(threads, static_cast<int>(cores.size())) / count);
   at::set_num_threads(threads);
-  // With fewer cores than ranks the scheduler knows better which rank has something to do.
-  if (static_cast<int>(cores.size()) >= count) ops::bind_threads(ops::slice_of_cores(cores, place, count));
+  // OpenMP's own binding, where it is asked for, would put every rank on the same cores. With fewer cores
+  // than ranks the scheduler knows better which rank has something to do.
+  if (count == 1) {
+    ops::bind_threads();
+  } else if (static_cast<int>(cores.size()) >= count) {
+    ops::bind_threads(ops::slice_of_cores(cores, place, count));
+  }
 }
 
 void run_rank(const std::shared_ptr<comm::Communicator>& world, const LaunchOptions& options,
@@ -153,7 +158,10 @@ void launch(const LaunchOptions& options, const RankFunction& fn) {
   const int num_ranks = claim ? 1 : ranks_of_this_machine(options);
   if (num_ranks == 1) return rank(comm::single_rank_world());
   const std::string mpirun = choose_mpirun(options);
-  if (!mpirun.empty()) return run_with_mpirun(mpirun, num_ranks);
+  if (!mpirun.empty()) {
+    ops::unbind_thread();
+    return run_with_mpirun(mpirun, num_ranks);
+  }
   comm::run_ranks(num_ranks, [&](comm::Communicator& world) { rank(world.shared_from_this()); },
                   {.timeout = timeout_of(options), .ranks_per_node = options.ranks_per_node});
 }

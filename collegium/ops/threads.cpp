@@ -6,11 +6,14 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <cstdlib>
 
 namespace collegium::ops {
 
-std::vector<int> allowed_cores() {
+namespace {
+
+std::vector<int> cores_of_this_thread() {
   cpu_set_t set;
   CPU_ZERO(&set);
   std::vector<int> cores;
@@ -18,6 +21,22 @@ std::vector<int> allowed_cores() {
   for (int core = 0; core < CPU_SETSIZE; ++core) {
     if (CPU_ISSET(core, &set)) cores.push_back(core);
   }
+  return cores;
+}
+
+}  // namespace
+
+std::vector<int> allowed_cores() {
+  // OMP_PROC_BIND and OMP_PLACES have bound the first thread to one place before main().
+  std::vector<int> cores;
+  for (int place = 0; place < omp_get_num_places(); ++place) {
+    std::vector<int> of_place(static_cast<std::size_t>(omp_get_place_num_procs(place)));
+    omp_get_place_proc_ids(place, of_place.data());
+    cores.insert(cores.end(), of_place.begin(), of_place.end());
+  }
+  if (cores.empty()) return cores_of_this_thread();
+  std::sort(cores.begin(), cores.end());
+  cores.erase(std::unique(cores.begin(), cores.end()), cores.end());
   return cores;
 }
 
@@ -29,7 +48,6 @@ std::vector<int> slice_of_cores(const std::vector<int>& cores, int index, int co
 }
 
 void bind_threads(const std::vector<int>& cores) {
-  if (std::getenv("OMP_PROC_BIND") != nullptr) return;  // NOLINT(concurrency-mt-unsafe): start-up, one thread
   const int num_threads = at::get_num_threads();
   if (num_threads < 1 || static_cast<std::size_t>(num_threads) > cores.size()) return;
 #pragma omp parallel num_threads(num_threads)
@@ -41,14 +59,24 @@ void bind_threads(const std::vector<int>& cores) {
   }
 }
 
-void bind_threads() { bind_threads(allowed_cores()); }
+void bind_threads() {
+  if (std::getenv("OMP_PROC_BIND") != nullptr) return;  // NOLINT(concurrency-mt-unsafe): start-up, one thread
+  bind_threads(allowed_cores());
+}
+
+void unbind_thread() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (const int core : allowed_cores()) CPU_SET(static_cast<std::size_t>(core), &set);
+  sched_setaffinity(0, sizeof(set), &set);
+}
 
 std::vector<ThreadBinding> thread_bindings() {
   std::vector<ThreadBinding> bindings(static_cast<std::size_t>(at::get_num_threads()));
 #pragma omp parallel num_threads(at::get_num_threads())
   {
     const int thread = omp_get_thread_num();
-    bindings[static_cast<std::size_t>(thread)] = {.thread = thread, .cores = allowed_cores()};
+    bindings[static_cast<std::size_t>(thread)] = {.thread = thread, .cores = cores_of_this_thread()};
   }
   return bindings;
 }

@@ -11,7 +11,7 @@ struct ThreadBinding {
   std::vector<int> cores;
 };
 
-/// What     The cores that the calling thread may run on: all, or those a launcher left it.
+/// What     The cores that the process may use: all, those a launcher left it, or OpenMP's places.
 std::vector<int> allowed_cores();
 
 /// What     The cores for rank `index` of `count` ranks that share `cores`: consecutive, sizes that differ by
@@ -20,12 +20,15 @@ std::vector<int> slice_of_cores(const std::vector<int>& cores, int index, int co
 
 /// What     Binds each OpenMP thread of the calling thread to one of `cores`. Unbound threads on a small
 ///          virtual machine wait a scheduler quantum (8 ms) at parallel regions. Does nothing when there are
-///          more threads than cores, or when OMP_PROC_BIND is set: then the user has chosen.
+///          more threads than cores.
 /// Order    Call once at start-up, from the thread that will compute; every thread that computes has OpenMP
 ///          threads of its own.
 void bind_threads(const std::vector<int>& cores);
-/// What     The same with all allowed cores.
+/// What     The same with all allowed cores, unless OMP_PROC_BIND is set: then the user has chosen.
 void bind_threads();
+
+/// What     Lets the calling thread run on all allowed cores, and programs that it starts.
+void unbind_thread();
 
 /// What     Where the OpenMP threads of the calling thread may run now.
 std::vector<ThreadBinding> thread_bindings();

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verbs on several ranks: the same results as one rank, one message when something fails, and nothing hangs."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -128,10 +129,10 @@ def check_messages(model: pathlib.Path, ids: str, scratch: pathlib.Path) -> None
         expect_message(2, "this build has no MPI", *evaluate, str(model), "--ranks", "2", "--backend", "mpi")
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+def start(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
+    variables = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"} | (environment or {})
     return subprocess.Popen(
-        [BINARY, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [BINARY, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables
     )
 
 
@@ -198,8 +199,12 @@ def check_threads(endless: list[str]) -> None:
         busy = [task for task in tasks if cpu_seconds_of_task(task) > 0.5]
         return [os.sched_getaffinity(int(task.name)) for task in busy if int(task.name) != pid or len(busy) == 1]
 
-    for backend in BACKENDS:
-        process = start(*endless, "--ranks", "2", "--backend", backend)
+    bound = {"OMP_PROC_BIND": "close"}  # OpenMP has bound the first thread to one core before main()
+    small = ("bench", "layer", "--tokens", "64", "--hidden", "32", "--ffn", "32", "--experts", "4", "--top-k", "2")
+    alone, _ = start(*small, "--seconds", "0.01", "--json", environment=bound).communicate()
+    passed(json.loads(alone)["threads_per_rank"] == len(cores), f"{bound}: {alone}")
+    for backend, environment in itertools.product(BACKENDS, ({}, bound)):
+        process = start(*endless, "--ranks", "2", "--backend", backend, environment=environment)
         if backend == "mpi":
             ranks = rank_processes(process, 2).values()
             while min(cpu_seconds(pid) for pid in ranks) < 3:
@@ -214,10 +219,10 @@ def check_threads(endless: list[str]) -> None:
         process.communicate()
         if len(cores) < 2:
             continue
-        passed(len(sets) >= 2, f"{backend}: busy threads run on {sets}")
+        passed(len(sets) >= 2, f"{backend}, {environment}: busy threads run on {sets}")
         first = [s for s in sets if s <= set(cores[: len(cores) // 2])]
         second = [s for s in sets if s <= set(cores[len(cores) // 2 :])]
-        passed(first and second, f"{backend}: busy threads run on {sets} of {cores}")
+        passed(first and second, f"{backend}, {environment}: busy threads run on {sets} of {cores}")
 
 
 def cpu_seconds_of_task(task: pathlib.Path) -> float:
