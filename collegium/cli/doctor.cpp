@@ -92,7 +92,7 @@ Json examine() {
 void print(const Json& j) {
   const auto isa = j["instruction_sets"].get<std::vector<std::string>>();
   const auto libraries = j["openmp_libraries"].get<std::vector<std::string>>();
-  const bool bf16 = ops::bf16_products() != ops::Bf16Products::kWidened;
+  const bool bf16 = !ops::product_ways().widen_bf16;
   fmt::print("cores        {} with {}\n", j["cores"].get<int>(), fmt::join(isa, ", "));
   fmt::print("             {}\n",
              bf16 ? "bfloat16 runs in hardware: train with dtype = \"bfloat16\""

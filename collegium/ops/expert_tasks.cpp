@@ -28,7 +28,7 @@ std::vector<ExpertRows> rows_of_experts(const at::Tensor& counts_E) {
 
 std::int64_t gemm_rows(std::int64_t num_rows, at::ScalarType dtype) {
   constexpr std::int64_t kLeastGemmRows = 256;
-  const bool short_products = dtype == at::kBFloat16 && bf16_products() != Bf16Products::kTiles;
+  const bool short_products = dtype == at::kBFloat16 && !product_ways().blocks;
   const std::int64_t pieces = short_products ? 64 : 16;
   return std::clamp(num_rows / pieces / kSizeStep * kSizeStep, kLeastGemmRows, kMostGemmRows);
 }
@@ -60,7 +60,7 @@ std::vector<ExpertRows> gemms_of(const ExpertRows& piece, std::int64_t most_rows
     gemms.push_back({.expert = piece.expert, .begin = begin, .rows = rows});
     return begin + rows;
   };
-  if (dtype != at::kBFloat16) {
+  if (dtype != at::kBFloat16 || product_ways().blocks) {
     add(piece.begin, piece.rows);
     return gemms;
   }

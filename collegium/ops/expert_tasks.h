@@ -30,12 +30,10 @@ struct ExpertRows {
 /// Shape    counts_E int64 on the CPU.
 std::vector<ExpertRows> rows_of_experts(const at::Tensor& counts_E);
 
-/// What     Rows that one GEMM takes: a 64th of all rows, so that many cores have work and experts that
-///          differ even out, but at least 256 and at most 512, a multiple of kSizeStep. SwiGLU finds its
-///          result in the core's own cache; smaller GEMMs are slower (fine experts in bf16: 201, 216, 219,
-///          222 GFLOP/s of a core with 128, 256, 384 and 512 rows). fp32 products take as long as several
-///          bf16 ones: a 16th of all rows is as even, and 2 % faster. So it is with AMX, where every GEMM
-///          brings its weights into another order first, in a quarter of the time that 256 rows then take.
+/// What     Rows that one GEMM takes: a 16th of all rows, so that several cores have work and experts that
+///          differ even out, but at least 256 and at most 512, a multiple of kSizeStep: the GEMM brings its
+///          weights into another order once for all of them. Whole bf16 products are short where a core has
+///          the instructions: a 64th is more even, and SwiGLU finds their result in the core's own cache.
 ///          `dtype` is product_dtype().
 std::int64_t gemm_rows(std::int64_t num_rows, at::ScalarType dtype);
 inline constexpr std::int64_t kSizeStep = 32;
@@ -47,7 +45,7 @@ std::vector<ExpertRows> cut_rows(const at::Tensor& counts_E, at::ScalarType dtyp
 /// What     The pieces of one expert's rows.
 std::vector<ExpertRows> cut_rows(const ExpertRows& expert, std::int64_t most_rows);
 
-/// What     The GEMMs of one piece of cut_rows(). Where products are in bf16 their sizes are multiples of
+/// What     The GEMMs of one piece of cut_rows(). Where bf16 products are whole their sizes are multiples of
 ///          kSizeStep, so that few kernels have to be generated (each costs as much time as a small GEMM
 ///          and up to 0.6 MB): the last one begins earlier and computes rows a second time, unless the
 ///          piece is shorter than it. `dtype` is product_dtype().

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// The product beside SwiGLU in one: with AMX the product's sums are used while they are in the core's first
-// cache, so that a pass through memory is saved. Elsewhere one comes after the other. Results are the same,
-// bit for bit.
+// The product beside SwiGLU in one: block by block (ops/block_product.h) the product's sums are used while
+// they are in the core's first cache, so that a pass through memory is saved. Where products are whole one
+// comes after the other. Results are the same, bit for bit.
 
 #include <ATen/core/Tensor.h>
 

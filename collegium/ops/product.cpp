@@ -8,13 +8,14 @@
 #include <algorithm>
 #include <atomic>
 
+#include "collegium/ops/column_block.h"
 #include "collegium/ops/expert_tasks.h"
 
 namespace collegium::ops {
 
 namespace {
 
-Bf16Products found_bf16_products() {
+ProductWays found_ways() {
   const auto capabilities = at::cpu::get_cpu_capabilities();
   const auto has = [&](const char* name) {
     const auto found = capabilities.find(name);
@@ -22,47 +23,53 @@ Bf16Products found_bf16_products() {
   };
   const auto architecture = capabilities.find("architecture");
   const bool x86 = architecture != capabilities.end() && architecture->second.toStringRef() == "x86_64";
-  if (has("amx_bf16") && TileBlock::has_tiles()) return Bf16Products::kTiles;
-  return !x86 || has("avx512_bf16") ? Bf16Products::kVectors : Bf16Products::kWidened;
+  const bool widen = x86 && !has("avx512_bf16") && !has("amx_bf16");
+  return {.widen_bf16 = widen,
+          .blocks = has_block_kernel<float>() && (widen || has_block_kernel<c10::BFloat16>())};
 }
 
-std::atomic<Bf16Products>& chosen() {
-  static std::atomic<Bf16Products> products{found_bf16_products()};
-  return products;
+std::atomic<ProductWays>& chosen() {
+  static std::atomic<ProductWays> ways{found_ways()};
+  return ways;
+}
+
+void multiply_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, Reuse reuse) {
+  if (multiplies_in_blocks(a, b) && out.stride(1) == 1) {
+    block_product_into(a, b, out, reuse);
+  } else if (a.scalar_type() == out.scalar_type()) {
+    at::Tensor target = out;
+    at::mm_out(target, a, b);
+  } else {
+    out.copy_(at::mm(a, b));
+  }
 }
 
 }  // namespace
 
-Bf16Products bf16_products() { return chosen(); }
+ProductWays product_ways() { return chosen(); }
 
-void assume_bf16_products(std::optional<Bf16Products> products) {
-  chosen() = products ? *products : found_bf16_products();
-}
+void assume_product_ways(std::optional<ProductWays> ways) { chosen() = ways ? *ways : found_ways(); }
 
 at::ScalarType product_dtype(at::ScalarType dtype) {
-  return dtype == at::kBFloat16 && bf16_products() == Bf16Products::kWidened ? at::kFloat : dtype;
+  return dtype == at::kBFloat16 && product_ways().widen_bf16 ? at::kFloat : dtype;
 }
 
 at::ScalarType product_dtype(const at::Tensor& operand) {
   return operand.is_cpu() ? product_dtype(operand.scalar_type()) : operand.scalar_type();
 }
 
-bool multiplies_in_tiles(const at::Tensor& a, const at::Tensor& b) {
-  return bf16_products() == Bf16Products::kTiles && tiles_take(a, b);
+bool multiplies_in_blocks(const at::Tensor& a, const at::Tensor& b) {
+  // A single row of fp32 does not pay for putting the other factor in order (half as fast, measured).
+  const bool takes_longer = a.size(0) == 1 && a.scalar_type() == at::kFloat;
+  return product_ways().blocks && !takes_longer && blocks_take(a, b);
 }
 
 void product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, Reuse reuse) {
-  if (product_dtype(out) != out.scalar_type()) {
-    widened_product_into(a, b, out);
-  } else if (multiplies_in_tiles(a, b) && out.stride(1) == 1) {
-    tile_product_into(a, b, out, reuse);
-  } else {
-    at::Tensor target = out;
-    at::mm_out(target, a, b);
-  }
+  if (product_dtype(out) != out.scalar_type()) return widened_product_into(a, b, out, reuse);
+  multiply_into(a, b, out, reuse);
 }
 
-void widened_product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out) {
+void widened_product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, Reuse reuse) {
   constexpr std::int64_t kLeastColumns = 64;
   const at::Tensor wide_a = a.to(at::kFloat);
   const std::int64_t columns = b.size(1);
@@ -70,7 +77,7 @@ void widened_product_into(const at::Tensor& a, const at::Tensor& b, const at::Te
       std::max(kLeastColumns, b.numel() > kMostWidened ? kMostWidened / b.size(0) : columns);
   for (std::int64_t first = 0; first < columns; first += most) {
     const std::int64_t count = std::min(most, columns - first);
-    out.narrow(1, first, count).copy_(at::mm(wide_a, b.narrow(1, first, count).to(at::kFloat)));
+    multiply_into(wide_a, b.narrow(1, first, count).to(at::kFloat), out.narrow(1, first, count), reuse);
   }
 }
 

@@ -11,43 +11,48 @@
 #include <cstdint>
 #include <optional>
 
-#include "collegium/ops/tile_product.h"
+#include "collegium/ops/block_product.h"
 
 namespace collegium::ops {
 
 /// Values of the second factor that one product widens at a time: 16 MiB as fp32.
 inline constexpr std::int64_t kMostWidened = std::int64_t{1} << 22;
 
-/// How this machine multiplies bf16 matrices: by widening to fp32, with the vector instructions of
-/// AVX-512-bf16, or with AMX tiles (ops/tile_product.h), several times as fast, so that whatever prepares
-/// operands weighs more.
-enum class Bf16Products { kWidened, kVectors, kTiles };
-inline constexpr std::array kAllBf16Products = {Bf16Products::kWidened, Bf16Products::kVectors,
-                                                Bf16Products::kTiles};
+/// How this machine multiplies.
+struct ProductWays {
+  bool widen_bf16;  ///< bf16 in fp32, for want of instructions
+  bool blocks;      ///< bf16 and fp32 products of one thread block by block (ops/block_product.h), else whole
+};
+inline constexpr std::array<ProductWays, 4> kAllProductWays = {{{.widen_bf16 = false, .blocks = false},
+                                                                {.widen_bf16 = false, .blocks = true},
+                                                                {.widen_bf16 = true, .blocks = false},
+                                                                {.widen_bf16 = true, .blocks = true}}};
 
-/// What     What the machine has. Other architectures than x86 are taken to have kVectors: what ATen chooses
-///          there was not measured.
-Bf16Products bf16_products();
-/// What     From now on bf16_products() answers this; nullopt = what the machine has. Every way is right
+/// What     What the machine has. Other architectures than x86 are taken not to widen: what ATen chooses
+/// there
+///          was not measured.
+ProductWays product_ways();
+/// What     From now on product_ways() answers this; nullopt = what the machine has. Every way is right
 ///          everywhere, so that tests run all on every machine.
-void assume_bf16_products(std::optional<Bf16Products> products);
+void assume_product_ways(std::optional<ProductWays> ways);
 
 /// What     The dtype that products of CPU tensors are computed in: fp32 for bf16 where it is widened.
 at::ScalarType product_dtype(at::ScalarType dtype);
 /// The same of a tensor's: its own on other devices.
 at::ScalarType product_dtype(const at::Tensor& operand);
 
-/// What     Whether products of these are computed on tiles here, on the calling thread alone.
-bool multiplies_in_tiles(const at::Tensor& a, const at::Tensor& b);
+/// What     Whether products of these are computed block by block here.
+bool multiplies_in_blocks(const at::Tensor& a, const at::Tensor& b);
 
-/// What     out = a b, into memory that is there already, such as some rows of a larger tensor. `reuse`
-///          says when `out` is read again.
+/// What     out = a b, into memory that is there already, such as some rows of a larger tensor, for a task
+///          that has one thread or is alone. `reuse` says when `out` is read again.
 /// Shape    a [M, K], b [K, N], out [M, N], any strides.
 /// Dtype    a and b in that of `out` or in its product_dtype().
 void product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out,
                   Reuse reuse = Reuse::kSoon);
 /// The same by widening to fp32, whatever the machine has: of a large b some columns at a time.
-void widened_product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out);
+void widened_product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out,
+                          Reuse reuse = Reuse::kSoon);
 
 /// What     a b, on all threads.
 /// Shape    a [M, K], b [K, N] -> [M, N] in the dtype of a; b may be in its product_dtype().

@@ -102,8 +102,13 @@ COLLEGIUM_CLONES void transpose_rows(const Rows<std::uint32_t>& o, std::int64_t 
   transpose_all(o, num_rows, num_columns);
 }
 
-const std::uint16_t* bits(const at::Tensor& tensor) {
-  return static_cast<const std::uint16_t*>(tensor.const_data_ptr());
+template <typename Bits>
+void transpose_tensor(const at::Tensor& in_XY, const at::Tensor& out_YX) {
+  transpose_rows({.in = static_cast<const Bits*>(in_XY.const_data_ptr()),
+                  .in_stride = in_XY.stride(0),
+                  .out = static_cast<Bits*>(out_YX.mutable_data_ptr()),
+                  .out_stride = out_YX.stride(0)},
+                 in_XY.size(0), in_XY.size(1));
 }
 
 }  // namespace
@@ -112,37 +117,36 @@ void transpose_into(const at::Tensor& in_XY, const at::Tensor& out_YX) {
   COLLEGIUM_CHECK(in_XY.dim() == 2 && out_YX.dim() == 2 && in_XY.size(0) == out_YX.size(1) &&
                       in_XY.size(1) == out_YX.size(0) && in_XY.scalar_type() == out_YX.scalar_type(),
                   "transpose_into: shapes or dtypes do not match");
-  if (in_XY.scalar_type() != at::kBFloat16) {
+  const auto bytes = in_XY.element_size();
+  if (bytes != sizeof(std::uint16_t) && bytes != sizeof(std::uint32_t)) {
     out_YX.copy_(in_XY.t());
     return;
   }
   if (in_XY.numel() == 0) return;
   COLLEGIUM_CHECK(in_XY.stride(1) == 1 && out_YX.stride(1) == 1, "transpose_into: rows must be contiguous");
-  transpose_rows({.in = bits(in_XY),
-                  .in_stride = in_XY.stride(0),
-                  .out = static_cast<std::uint16_t*>(out_YX.mutable_data_ptr()),
-                  .out_stride = out_YX.stride(0)},
-                 in_XY.size(0), in_XY.size(1));
+  if (bytes == sizeof(std::uint16_t)) return transpose_tensor<std::uint16_t>(in_XY, out_YX);
+  transpose_tensor<std::uint32_t>(in_XY, out_YX);
 }
 
-void transpose_pairs(const std::uint16_t* in, std::int64_t stride, std::int64_t rows, std::int64_t depth,
-                     std::uint32_t* out, std::int64_t out_stride) {
-  transpose_rows({.in = reinterpret_cast<const std::uint32_t*>(in),
-                  .in_stride = stride / 2,
-                  .out = out,
-                  .out_stride = out_stride},
-                 rows, depth / 2);
+void transpose_words(const StridedRows<const std::uint32_t>& in, std::int64_t rows, std::int64_t words,
+                     const StridedRows<std::uint32_t>& out) {
+  transpose_rows({.in = in.values, .in_stride = in.stride, .out = out.values, .out_stride = out.stride}, rows,
+                 words);
 }
 
 WorkerTransposes::WorkerTransposes(const at::Tensor& like, std::int64_t most_values) {
-  if (like.scalar_type() != at::kBFloat16 || bf16_products() != Bf16Products::kTiles) return;
-  buffers_ = at::empty({at::get_num_threads(), most_values}, like.options());
+  const at::ScalarType dtype = product_dtype(like);
+  if (!product_ways().blocks || (dtype != at::kBFloat16 && dtype != at::kFloat)) return;
+  buffers_ = at::empty({at::get_num_threads(), most_values}, like.options().dtype(dtype));
 }
 
 at::Tensor WorkerTransposes::of(const at::Tensor& rows_ZO, std::int64_t worker) const {
   if (!buffers_.defined()) return rows_ZO.t();
-  const at::Tensor turned =
-      buffers_.select(0, worker).narrow(0, 0, rows_ZO.numel()).view({rows_ZO.size(1), rows_ZO.size(0)});
+  // Where products are widened, rows that are not yet take the first half.
+  const at::Tensor turned = buffers_.select(0, worker)
+                                .view(rows_ZO.scalar_type())
+                                .narrow(0, 0, rows_ZO.numel())
+                                .view({rows_ZO.size(1), rows_ZO.size(0)});
   transpose_into(rows_ZO, turned);
   return turned;
 }

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// Transposed copies of rows. A weight's gradient multiplies by the transpose of rows; AMX products take
-// rows as they lie only: ATen's with such a first operand took up to twice as long as with a transposed copy.
+// Transposed copies of rows. A weight's gradient multiplies by the transpose of rows; block products take
+// rows as they lie only (ops/block_product.h), and ATen's on AMX took up to twice as long without such a
+// copy.
 
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+
+#include "collegium/ops/strided_rows.h"
 
 namespace collegium::ops {
 
@@ -14,11 +17,10 @@ namespace collegium::ops {
 /// Shape    in [X, Y], out [Y, X]; rows of both are contiguous and may lie apart. Dtype any, alike.
 void transpose_into(const at::Tensor& in_XY, const at::Tensor& out_YX);
 
-/// What     Pairs of 16-bit values next to each other in a row stay together: pair p of row n becomes
-///          out[p out_stride + n]. That is how AMX reads the transpose of these rows.
-/// Shape    rows of `depth` values, `stride` apart; both even.
-void transpose_pairs(const std::uint16_t* in, std::int64_t stride, std::int64_t rows, std::int64_t depth,
-                     std::uint32_t* out, std::int64_t out_stride);
+/// What     out[w, n] = in[n, w], words of 32 bits: fp32 values, or pairs of bf16 values that stay together.
+/// Shape    in [rows, words].
+void transpose_words(const StridedRows<const std::uint32_t>& in, std::int64_t rows, std::int64_t words,
+                     const StridedRows<std::uint32_t>& out);
 
 /// A buffer per worker for transposed rows, where products want them.
 class WorkerTransposes {
@@ -32,7 +34,7 @@ class WorkerTransposes {
   at::Tensor of(const at::Tensor& rows_ZO, std::int64_t worker) const;
 
  private:
-  at::Tensor buffers_;  // [workers, values], or undefined
+  at::Tensor buffers_;  // [workers, values] in the dtype of products, or undefined
 };
 
 }  // namespace collegium::ops

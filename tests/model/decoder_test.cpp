@@ -8,7 +8,7 @@
 #include "collegium/base/error.h"
 #include "collegium/model/attention.h"
 #include "collegium/model/generate.h"
-#include "tests/support/bf16_products.h"
+#include "tests/support/product_ways.h"
 #include "tests/support/tensors.h"
 #include "tests/support/tiny_decoder.h"
 
@@ -36,8 +36,8 @@ std::vector<at::Tensor> gradients(const Decoder& decoder, bool recompute) {
 TEST(Decoder, recomputation_changes_no_bit_of_any_gradient) {
   for (const auto dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
     const Decoder decoder = tiny_decoder(dtype);
-    for (const auto products : ops::kAllBf16Products) {
-      const test::AssumeBf16Products assume(products);
+    for (const auto ways : ops::kAllProductWays) {
+      const test::AssumeProductWays assume(ways);
       const auto kept = gradients(decoder, false);
       const auto recomputed = gradients(decoder, true);
       for (std::size_t i = 0; i < kept.size(); ++i)
@@ -89,8 +89,8 @@ TEST(CrossEntropySum, in_bf16_equals_float64_with_and_without_bf16_instructions)
   const at::Tensor exact = at::cross_entropy_loss(logits, targets.flatten(), {}, at::Reduction::Sum);
   exact.backward();
   const double limit = bound(at::kBFloat16, 2) * std::max(1.0, logits.abs().max().item<double>());
-  for (const auto products : ops::kAllBf16Products) {
-    const test::AssumeBf16Products assume(products);
+  for (const auto ways : ops::kAllProductWays) {
+    const test::AssumeProductWays assume(ways);
     const at::Tensor hidden = start.clone().requires_grad_(true);
     const at::Tensor loss = cross_entropy_sum(decoder, hidden, targets);
     loss.backward();
@@ -125,8 +125,8 @@ TEST(Attention, masked_in_bf16_equals_float64_with_and_without_bf16_instructions
     return attention(c, w, x.to(dtype), attention_context(c, 0, 11, {}, dtype), nullptr);
   };
   const at::Tensor exact = mixed(at::kDouble);
-  for (const auto products : ops::kAllBf16Products) {
-    const test::AssumeBf16Products assume(products);
+  for (const auto ways : ops::kAllProductWays) {
+    const test::AssumeProductWays assume(ways);
     const at::Tensor ours = mixed(at::kBFloat16);
     EXPECT_EQ(ours.scalar_type(), at::kBFloat16);
     // Projections, rotation, scores, mixture and output are rounded one after the other.

@@ -13,7 +13,7 @@
 #include "collegium/model/norm.h"
 #include "collegium/model/rotary.h"
 #include "collegium/model/softmax_loss.h"
-#include "tests/support/bf16_products.h"
+#include "tests/support/product_ways.h"
 #include "tests/support/tensors.h"
 
 namespace collegium::model {
@@ -139,8 +139,8 @@ TEST(Embedding, sums_a_frequent_token_in_fp32_and_skips_padding) {
 }
 
 TEST(Linear, and_its_gradients_equal_double_precision_with_and_without_bf16_instructions) {
-  for (const auto products : ops::kAllBf16Products) {
-    const test::AssumeBf16Products assume(products);
+  for (const auto ways : ops::kAllProductWays) {
+    const test::AssumeProductWays assume(ways);
     for (const auto dtype : kDtypes) {
       for (const std::int64_t rows : {1, 5, 130}) {
         const at::Tensor x = random_tensor("x", {2, rows, 19}, dtype).requires_grad_(true);

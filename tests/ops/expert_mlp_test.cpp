@@ -13,7 +13,7 @@
 #include "collegium/ops/expert_tasks.h"
 #include "collegium/ops/product.h"
 #include "collegium/ops/weight_gradients.h"
-#include "tests/support/bf16_products.h"
+#include "tests/support/product_ways.h"
 #include "tests/support/tensors.h"
 
 namespace collegium {
@@ -28,12 +28,12 @@ const std::vector<std::vector<std::int64_t>> kLoads = {{0, 0, 0},    {1, 0, 0}, 
                                                        {31, 32, 33}, {255, 256, 257}, {511, 512, 513},
                                                        {7, 65, 300}, {3, 1100, 40},   {1100, 0, 1057}};
 
-// Every way that bf16 is multiplied, whatever this machine has.
-class ExpertMlp : public testing::TestWithParam<ops::Bf16Products> {
+// Every way of multiplying, whatever this machine has.
+class ExpertMlp : public testing::TestWithParam<ops::ProductWays> {
  private:
-  test::AssumeBf16Products assume_{GetParam()};
+  test::AssumeProductWays assume_{GetParam()};
 };
-INSTANTIATE_TEST_SUITE_P(Bf16, ExpertMlp, testing::ValuesIn(ops::kAllBf16Products));
+INSTANTIATE_TEST_SUITE_P(Ways, ExpertMlp, testing::ValuesIn(ops::kAllProductWays));
 
 at::ScalarType inner(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
@@ -54,7 +54,7 @@ struct Case {
   }
 };
 
-TEST(ExpertTasks, pieces_cover_every_row_once_and_gemms_cover_every_piece) {
+TEST_P(ExpertMlp, pieces_cover_every_row_once_and_gemms_cover_every_piece) {
   for (const auto dtype : kDtypes) {
     for (const auto& load : kLoads) {
       const at::Tensor counts = at::tensor(load, at::kLong);
@@ -71,7 +71,7 @@ TEST(ExpertTasks, pieces_cover_every_row_once_and_gemms_cover_every_piece) {
           EXPECT_LE(gemm.begin, reached);
           EXPECT_GE(gemm.begin, piece.begin);
           EXPECT_GT(gemm.begin + gemm.rows, reached);
-          if (dtype == at::kBFloat16 && piece.rows >= ops::kSizeStep) {
+          if (dtype == at::kBFloat16 && !ops::product_ways().blocks && piece.rows >= ops::kSizeStep) {
             EXPECT_EQ(gemm.rows % ops::kSizeStep, 0);
           }
           reached = gemm.begin + gemm.rows;
@@ -89,9 +89,9 @@ TEST(ExpertTasks, more_rows_make_larger_pieces_within_bounds) {
     EXPECT_EQ(ops::gemm_rows(std::int64_t{1} << 20, dtype), ops::kMostGemmRows);
   }
   EXPECT_EQ(ops::gemm_rows(16 * 300, at::kFloat), 288);
-  for (const auto products : ops::kAllBf16Products) {
-    const test::AssumeBf16Products assume(products);
-    const std::int64_t pieces = products == ops::Bf16Products::kTiles ? 16 : 64;
+  for (const auto ways : ops::kAllProductWays) {
+    const test::AssumeProductWays assume(ways);
+    const std::int64_t pieces = ways.blocks ? 16 : 64;
     EXPECT_EQ(ops::gemm_rows(pieces * 300, at::kBFloat16), 288);
   }
 }
@@ -315,7 +315,7 @@ TEST_P(ExpertMlp, padded_rows_are_found_again) {
   }
   // As many rows as it pads to, but the last ones are another expert's.
   const ops::PaddedRows alone({{.expert = 0, .begin = 0, .rows = 70}}, x);
-  if (ops::bf16_products() != ops::Bf16Products::kWidened) {
+  if (!ops::product_ways().widen_bf16) {
     const at::Tensor copy = alone.tensor(in_place(x.narrow(0, 0, 96)));
     EXPECT_EQ(copy.narrow(0, 70, 26).abs().sum().item<double>(), 0.0);
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Products in the compute dtype against the same in double precision: every way that bf16 is multiplied,
+// Products in the compute dtype against the same in double precision: every way of multiplying,
 // whatever this machine has, for every layout of operands that training uses and sizes around every cut.
 
 #include "collegium/ops/product.h"
@@ -8,7 +8,7 @@
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
-#include "tests/support/bf16_products.h"
+#include "tests/support/product_ways.h"
 #include "tests/support/products.h"
 #include "tests/support/tensors.h"
 
@@ -28,13 +28,13 @@ at::Tensor matrix(std::string_view name, std::int64_t rows, std::int64_t columns
 }
 
 TEST(Product, equals_double_precision_in_every_layout) {
-  for (const auto products : ops::kAllBf16Products) {
-    const test::AssumeBf16Products assume(products);
+  for (const auto ways : ops::kAllProductWays) {
+    const test::AssumeProductWays assume(ways);
     for (const auto dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
       for (const std::string a_layout : {"plain", "turned", "piece", "turned piece"}) {
         for (const std::string b_layout : {"plain", "turned", "piece", "turned piece"}) {
           SCOPED_TRACE(a_layout + " times " + b_layout);
-          // Several tiles down and across; and one. Tiles of AMX take even depths only.
+          // Several tiles down and across; and one. Blocks of bf16 take even depths only.
           for (const auto& [rows, depth, columns] :
                {std::tuple{141, 29, 523}, {37, 29, 41}, {141, 30, 523}, {37, 30, 41}}) {
             const at::Tensor a = matrix("a", rows, depth, dtype, a_layout);
@@ -92,7 +92,11 @@ TEST(Product, an_empty_sum_is_zero) {
 }
 
 TEST(Product, not_a_number_and_infinity_stay) {
-  test::expect_not_a_number_and_infinity_stay(ops::widened_product_into);
+  for (const auto ways : ops::kAllProductWays) {
+    const test::AssumeProductWays assume(ways);
+    test::expect_not_a_number_and_infinity_stay(
+        [](const auto& a, const auto& b, const auto& out) { ops::widened_product_into(a, b, out); });
+  }
 }
 
 TEST(Product, widened_results_do_not_depend_on_threads) {
@@ -111,8 +115,7 @@ TEST(Product, widened_results_do_not_depend_on_threads) {
 TEST(Product, the_dtype_of_products_follows_the_machine) {
   EXPECT_EQ(ops::product_dtype(at::kDouble), at::kDouble);
   EXPECT_EQ(ops::product_dtype(at::kFloat), at::kFloat);
-  EXPECT_EQ(ops::product_dtype(at::kBFloat16),
-            ops::bf16_products() == ops::Bf16Products::kWidened ? at::kFloat : at::kBFloat16);
+  EXPECT_EQ(ops::product_dtype(at::kBFloat16), ops::product_ways().widen_bf16 ? at::kFloat : at::kBFloat16);
 }
 
 }  // namespace

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/ops/column_block.h"
+
+#include <ATen/native/CPUBlas.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <array>
+#include <type_traits>
+
+#include "collegium/base/error.h"
+#include "collegium/ops/row_math.h"
+#include "collegium/ops/transpose.h"
+
+namespace collegium::ops {
+
+namespace {
+
+using Bf16 = c10::BFloat16;
+
+// The sums of a block are 32 KiB and stay in the first cache; the ordered columns, fewer bytes than this, in
+// the second. Of {16, 24, 32, 64, 128, 256} rows, {32, 64, 96, 128, 192, 256, 512} columns and depths of 512,
+// 1024 and all at a time, these were among the best for each of the experts' products, coarse and fine.
+constexpr std::int64_t kOrderedBytes = std::int64_t{1} << 20;
+constexpr std::int64_t kMostDepth = 1024;
+// Of an AMX instruction. Depths differ in every step where they are an expert's rows: what is left over is
+// multiplied apart, so that few kernels are made.
+constexpr std::int64_t kDepthStep = 32;
+
+template <typename T>
+constexpr std::int64_t kValuesOfWord = sizeof(std::uint32_t) / sizeof(T);
+
+template <typename T>
+using Bits = std::conditional_t<std::is_same_v<T, float>, std::uint32_t, std::uint16_t>;
+
+struct Order {
+  std::int64_t depth;
+  std::int64_t columns;
+  std::uint32_t* out;
+  std::int64_t out_stride;
+};
+
+COLLEGIUM_CLONES void order_rows(const std::uint16_t* in, std::int64_t stride, const Order& o) {
+  std::uint32_t* out = o.out;
+  for (std::int64_t k = 0; k < o.depth; k += 2, in += 2 * stride, out += o.out_stride) {
+    const std::uint16_t* next = in + stride;
+    std::uint32_t* __restrict__ pairs = out;
+    for (std::int64_t n = 0; n < o.columns; ++n)
+      pairs[n] = static_cast<std::uint32_t>(in[n]) | static_cast<std::uint32_t>(next[n]) << 16U;
+  }
+}
+
+void order_rows(const std::uint32_t* in, std::int64_t stride, const Order& o) {
+  for (std::int64_t k = 0; k < o.depth; ++k)
+    std::copy_n(in + k * stride, o.columns, o.out + k * o.out_stride);
+}
+
+// What brgemm() computes.
+template <typename T>
+COLLEGIUM_INLINE void add_plain_product(const StridedRows<const T>& a, std::int64_t rows,
+                                        std::int64_t columns, std::int64_t depth, const T* ordered,
+                                        float* sums) {
+  constexpr std::int64_t kGroup = kValuesOfWord<T>;
+  for (std::int64_t row = 0; row < rows; ++row, sums += columns) {
+    for (std::int64_t k = 0; k < depth; ++k) {
+      const float left = row_math::widen(*a.at(row, k));
+      const T* values = ordered + k / kGroup * kGroup * columns + k % kGroup;
+      for (std::int64_t n = 0; n < columns; ++n) sums[n] += left * row_math::widen(values[kGroup * n]);
+    }
+  }
+}
+COLLEGIUM_CLONES void plain_product(const StridedRows<const float>& a, std::int64_t rows,
+                                    std::int64_t columns, std::int64_t depth, const float* ordered,
+                                    float* sums) {
+  add_plain_product(a, rows, columns, depth, ordered, sums);
+}
+COLLEGIUM_CLONES void plain_product(const StridedRows<const Bf16>& a, std::int64_t rows, std::int64_t columns,
+                                    std::int64_t depth, const Bf16* ordered, float* sums) {
+  add_plain_product(a, rows, columns, depth, ordered, sums);
+}
+
+template <typename T>
+bool multiplies_blocks() {
+  constexpr std::int64_t kColumns = 16;
+  constexpr std::int64_t kGroup = kValuesOfWord<T>;
+  const std::array<T, 2> a = {T{1.0F}, T{2.0F}};
+  std::array<T, 2 * kColumns> ordered;
+  for (std::int64_t i = 0; i < 2 * kColumns; ++i) {
+    const std::int64_t k = kGroup == 2 ? i % 2 : i / kColumns;
+    ordered[static_cast<std::size_t>(i)] = T{k == 0 ? 3.0F : 5.0F};
+  }
+  std::array<float, kColumns> sums{};
+  try {
+    at::native::cpublas::brgemm(1, kColumns, 2, 2, kColumns, kColumns, false, a.data(), ordered.data(),
+                                sums.data());
+    at::native::cpublas::brgemm_release();
+  } catch (const c10::Error&) {
+    return false;
+  }
+  return std::all_of(sums.begin(), sums.end(), [](float sum) { return sum == 13.0F; });
+}
+
+}  // namespace
+
+template <typename T>
+bool has_block_kernel() {
+  static const bool found = multiplies_blocks<T>();
+  return found;
+}
+
+template <typename T>
+std::int64_t ColumnBlock<T>::most_columns(std::int64_t depth) {
+  const std::int64_t bytes = depth * static_cast<std::int64_t>(sizeof(T));
+  return bytes * kMostColumns < kOrderedBytes ? kMostColumns : kLeastColumns;
+}
+
+template <typename T>
+ColumnBlock<T>::ColumnBlock(std::int64_t depth, std::int64_t columns, bool kernel)
+    : depth_(depth),
+      columns_(columns),
+      room_(columns),
+      kernel_(kernel),
+      ordered_(depth * columns * static_cast<std::int64_t>(sizeof(T))),
+      sums_(kRows * columns * static_cast<std::int64_t>(sizeof(float))) {
+  COLLEGIUM_CHECK(depth > 0 && depth % kValuesOfWord<T> == 0 && columns <= kMostColumns,
+                  "ColumnBlock: {} rows, {} columns", depth, columns);
+}
+
+template <typename T>
+ColumnBlock<T>::~ColumnBlock() {
+  if (kernel_) at::native::cpublas::brgemm_release();
+}
+
+template <typename T>
+void ColumnBlock<T>::set_columns(std::int64_t columns) {
+  COLLEGIUM_CHECK(columns <= room_, "{} columns in a block of {}", columns, room_);
+  columns_ = columns;
+}
+
+template <typename T>
+void ColumnBlock<T>::order(const at::Tensor& b_KN, std::int64_t first, std::int64_t count,
+                           std::int64_t into) {
+  COLLEGIUM_CHECK(b_KN.size(0) == depth_ && first + count <= b_KN.size(1) && into + count <= columns_,
+                  "{} columns from {} of [{}, {}] for a block [{}, {}] at {}", count, first, b_KN.size(0),
+                  b_KN.size(1), depth_, columns_, into);
+  const auto* in = static_cast<const Bits<T>*>(b_KN.const_data_ptr()) + first * b_KN.stride(1);
+  auto* out = ordered_.template data<std::uint32_t>() + into;
+  if (b_KN.stride(1) == 1) {
+    order_rows(in, b_KN.stride(0), {.depth = depth_, .columns = count, .out = out, .out_stride = columns_});
+  } else {
+    transpose_words(
+        {.values = reinterpret_cast<const std::uint32_t*>(in), .stride = b_KN.stride(1) / kValuesOfWord<T>},
+        count, depth_ / kValuesOfWord<T>, {.values = out, .stride = columns_});
+  }
+}
+
+template <typename T>
+const float* ColumnBlock<T>::multiply(const StridedRows<const T>& a, std::int64_t rows) {
+  COLLEGIUM_CHECK(rows <= kRows, "{} rows in a block of {}", rows, kRows);
+  const std::int64_t steps = depth_ / kDepthStep;
+  const std::int64_t parts = (depth_ + kMostDepth - 1) / kMostDepth;
+  std::int64_t first = 0;
+  for (std::int64_t part = 1; part <= parts; ++part) {
+    const std::int64_t end = steps * part / parts * kDepthStep;
+    if (end > first) multiply_depth(a, rows, first, end - first);
+    first = end;
+  }
+  if (first < depth_) multiply_depth(a, rows, first, depth_ - first);
+  return sums_.template data<float>();
+}
+
+template <typename T>
+void ColumnBlock<T>::multiply_depth(const StridedRows<const T>& a, std::int64_t rows, std::int64_t first,
+                                    std::int64_t depth) {
+  const auto* ordered = ordered_.template data<const T>() + first * columns_;
+  auto* sums = sums_.template data<float>();
+  const bool adds = first > 0;
+  if (kernel_) {
+    const std::int64_t stride = std::max(a.stride, depth_);  // a single row's may be anything
+    at::native::cpublas::brgemm(rows, columns_, depth, stride, columns_, columns_, adds, a.at(0, first),
+                                ordered, sums);
+    return;
+  }
+  if (!adds) std::fill_n(sums, rows * columns_, 0.0F);
+  plain_product(a.from(0, first), rows, columns_, depth, ordered, sums);
+}
+
+template bool has_block_kernel<float>();
+template bool has_block_kernel<Bf16>();
+template class ColumnBlock<float>;
+template class ColumnBlock<Bf16>;
+
+}  // namespace collegium::ops

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Products block by block and what is fused with them: against double precision, and bit for bit against the
+// same steps one after the other. Where ATen has no block kernel all of it runs by plain loops.
+
+#include "collegium/ops/block_product.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/equal.h>
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <functional>
+#include <limits>
+
+#include "collegium/base/error.h"
+#include "collegium/ops/column_block.h"
+#include "collegium/ops/round.h"
+#include "tests/support/products.h"
+#include "tests/support/tensors.h"
+
+namespace collegium {
+namespace {
+
+using test::expect_product;
+using test::random_tensor;
+
+constexpr auto kBf16 = at::kBFloat16;
+constexpr auto kSoon = ops::Reuse::kSoon;
+constexpr auto kLater = ops::Reuse::kLater;
+
+// Of factors and of results.
+class BlockProduct : public testing::TestWithParam<std::pair<at::ScalarType, at::ScalarType>> {
+ protected:
+  at::ScalarType factors_ = GetParam().first;
+  at::ScalarType results_ = GetParam().second;
+
+  // What lies beside the rows is not a number.
+  at::Tensor between_nan(std::int64_t rows, std::int64_t depth) const {
+    const at::Tensor all = at::full({rows, depth + 4}, std::numeric_limits<float>::quiet_NaN(), factors_);
+    return all.narrow(1, 2, depth).copy_(random_tensor("a", {rows, depth}, factors_));
+  }
+  at::Tensor empty(std::int64_t rows, std::int64_t columns) const {
+    return at::empty({rows, columns}, results_);
+  }
+
+  // What lies beside the result must stay.
+  void expect_product_beside(const at::Tensor& a, const at::Tensor& b, std::int64_t left,
+                             std::int64_t stride) const {
+    const std::int64_t columns = b.size(1);
+    const at::Tensor all = at::full({a.size(0) + 2, stride}, 7.0, results_);
+    const at::Tensor out = all.narrow(0, 1, a.size(0)).narrow(1, left, columns);
+    ops::block_product_into(a, b, out, kLater);
+    expect_product(out, a, b);
+    const at::Tensor plain = empty(a.size(0), columns);
+    ops::block_product_into(a, b.t().contiguous().t(), plain, kSoon);
+    EXPECT_TRUE(at::equal(plain, out));
+    out.fill_(7.0);
+    EXPECT_TRUE(at::all(all == 7.0).item<bool>()) << "something was written beside the result";
+  }
+};
+INSTANTIATE_TEST_SUITE_P(Dtypes, BlockProduct,
+                         testing::Values(std::pair{kBf16, kBf16}, std::pair{at::kFloat, at::kFloat},
+                                         std::pair{at::kFloat, kBf16}));
+
+// Columns around a block's, depths around an instruction's and a part's, rows around a block's.
+TEST_P(BlockProduct, equals_double_precision_for_every_size) {
+  for (const std::int64_t depth : {1, 2, 30, 32, 33, 34, 1022, 1026, 2050}) {
+    if (factors_ == kBf16 && depth % 2 == 1) continue;
+    for (const std::int64_t columns : {1, 15, 16, 255, 256, 257, 530}) {
+      for (const std::int64_t rows : {1, 31, 32, 70}) {
+        SCOPED_TRACE(testing::Message() << rows << " x " << depth << " x " << columns);
+        const at::Tensor b = random_tensor("b", {depth, columns}, factors_);
+        expect_product_beside(between_nan(rows, depth), b, 2, columns + 3);
+      }
+    }
+  }
+}
+
+TEST_P(BlockProduct, results_may_be_written_past_the_cache) {
+  for (const std::int64_t columns : {32, 256, 320}) {
+    for (const std::int64_t rows : {1, 33}) {
+      const at::Tensor b = random_tensor("b", {64, columns}, factors_);
+      expect_product_beside(between_nan(rows, 64), b, 32, columns + 64);
+    }
+  }
+}
+
+TEST_P(BlockProduct, nothing_one_and_repeated_rows) {
+  const at::Tensor b = random_tensor("b", {6, 5}, factors_);
+  const at::Tensor column = random_tensor("a", {6, 1}, factors_);
+  const at::Tensor row = empty(1, 5);
+  ASSERT_TRUE(ops::blocks_take(column.t(), b));
+  ops::block_product_into(column.t(), b, row, kSoon);
+  expect_product(row, column.t(), b);
+  EXPECT_FALSE(ops::blocks_take(column.t().expand({3, 6}), b)) << "rows that overlap";
+  const at::Tensor one = empty(4, 1);
+  const at::Tensor a = random_tensor("rows", {4, 6}, factors_);
+  ops::block_product_into(a, column, one, kLater);
+  expect_product(one, a, column);
+  ops::block_product_into(a.narrow(0, 0, 0), b, empty(0, 5), kLater);
+  ops::block_product_into(a, b.narrow(1, 0, 0), empty(4, 0), kLater);
+}
+
+TEST_P(BlockProduct, a_row_depends_on_that_row_alone_and_threads_change_nothing) {
+  const at::Tensor a = random_tensor("a", {67, 96}, factors_);
+  const at::Tensor b = random_tensor("b", {96, 300}, factors_);
+  const at::Tensor all = empty(67, 300);
+  ops::block_product_into(a, b, all, kSoon);
+  for (const auto& [first, count] : {std::pair{0, 1}, {1, 40}, {35, 32}, {66, 1}}) {
+    const at::Tensor some = empty(count, 300);
+    ops::block_product_into(a.narrow(0, first, count), b, some, kSoon);
+    EXPECT_TRUE(at::equal(some, all.narrow(0, first, count)));
+  }
+  const int threads = at::get_num_threads();
+  for (const int count : {1, 2, 3, 7}) {
+    at::set_num_threads(count);
+    const at::Tensor again = empty(67, 300);
+    ops::block_product_into(a, b, again, kLater);
+    EXPECT_TRUE(at::equal(again, all)) << count << " threads";
+  }
+  at::set_num_threads(threads);
+}
+
+template <typename T>
+void expect_blocks_of_two_parts(const at::ScalarType dtype,
+                                const std::function<at::Tensor(int, int)>& rows_of) {
+  for (const bool kernel : {false, ops::has_block_kernel<T>()}) {
+    for (const auto& [depth, columns] : {std::pair{2, 1}, {96, 256}, {1500, 40}}) {
+      for (const int rows : {1, static_cast<int>(ops::ColumnBlock<T>::kRows)}) {
+        const at::Tensor a = rows_of(rows, depth);
+        const at::Tensor b = random_tensor("b", {depth, columns + 5}, dtype);
+        ops::ColumnBlock<T> block(depth, columns, kernel);
+        // The part to the right comes first.
+        const std::int64_t left = columns / 2;
+        block.order(b, 3, columns - left, left);
+        block.order(b, 3 + columns - left, left, 0);
+        const float* sums = block.multiply(ops::rows_of<T>(a), rows);
+        const at::Tensor copy = at::empty({rows, columns}, at::kFloat);
+        std::copy_n(sums, copy.numel(), copy.mutable_data_ptr<float>());
+        const at::Tensor right = b.narrow(1, 3, columns - left);
+        expect_product(copy, a, at::cat({b.narrow(1, 3 + columns - left, left), right}, 1));
+      }
+    }
+  }
+}
+
+TEST_P(BlockProduct, a_block_of_two_parts_by_the_kernel_and_by_plain_loops) {
+  const auto rows_of = [this](int rows, int depth) { return between_nan(rows, depth); };
+  if (factors_ == kBf16) {
+    expect_blocks_of_two_parts<c10::BFloat16>(factors_, rows_of);
+  } else {
+    expect_blocks_of_two_parts<float>(factors_, rows_of);
+  }
+}
+
+TEST_P(BlockProduct, not_a_number_and_infinity_stay) {
+  test::expect_not_a_number_and_infinity_stay(
+      [this](const at::Tensor& a, const at::Tensor& b, const at::Tensor& out) {
+        const at::Tensor results = empty(out.size(0), out.size(1));
+        ops::block_product_into(a.to(factors_), b.to(factors_), results, kSoon);
+        out.copy_(results);
+      });
+}
+
+TEST_P(BlockProduct, refuses_what_it_cannot_multiply) {
+  const at::Tensor a = at::ones({3, 4}, factors_);
+  const at::Tensor b = at::ones({4, 2}, factors_);
+  EXPECT_TRUE(ops::blocks_take(a, b));
+  EXPECT_TRUE(ops::blocks_take(a, at::ones({2, 4}, factors_).t()));
+  const at::Tensor wider = at::ones({2, 6}, factors_);
+  EXPECT_TRUE(ops::blocks_take(a, wider.narrow(1, 2, 4).t()));
+  EXPECT_FALSE(ops::blocks_take(a.to(at::kDouble), b.to(at::kDouble)));
+  EXPECT_FALSE(ops::blocks_take(a, b.to(at::kDouble)));
+  EXPECT_FALSE(ops::blocks_take(a.narrow(1, 0, 0), b.narrow(0, 0, 0)));
+  EXPECT_FALSE(ops::blocks_take(at::ones({4, 4}, factors_).t(), b));
+  const bool any_depth = factors_ != kBf16;
+  EXPECT_EQ(ops::blocks_take(a, wider.narrow(1, 1, 4).t()), any_depth);
+  EXPECT_EQ(ops::blocks_take(a.narrow(1, 0, 3), b.narrow(0, 0, 3)), any_depth);
+  const auto multiply = [this](const at::Tensor& x, const at::Tensor& y, std::int64_t rows) {
+    ops::block_product_into(x, y, empty(rows, 2), kSoon);
+  };
+  EXPECT_THROW(multiply(a.narrow(1, 0, 0), b.narrow(0, 0, 0), 3), InternalError);
+  EXPECT_THROW(multiply(a, at::ones({6, 2}, factors_), 3), InternalError);
+  EXPECT_THROW(multiply(a, b, 2), InternalError);
+}
+
+TEST(ColumnBlock, refuses_columns_beyond_its_own) {
+  const at::Tensor b = at::ones({4, 2});
+  ops::ColumnBlock<float> block(4, 2);
+  EXPECT_THROW(block.set_columns(3), InternalError);
+  EXPECT_THROW(block.order(b, 1, 2, 0), InternalError);
+  EXPECT_THROW(block.order(b, 0, 2, 1), InternalError);
+  EXPECT_THROW(ops::ColumnBlock<float>(0, 2), InternalError);
+  EXPECT_THROW(ops::ColumnBlock<c10::BFloat16>(3, 2), InternalError);
+}
+
+// A bf16 number, what lies half way to the next one, and the numbers beside both.
+TEST(Round, equals_aten_for_ties_their_neighbours_and_extremes) {
+  std::vector<float> values = {0.0F,    -0.0F,    std::numeric_limits<float>::infinity(),
+                               3.4e38F, -3.4e38F, 1e-37F};
+  for (std::uint32_t high = 0x3f00; high < 0x4010; ++high) {
+    for (const std::uint32_t low : {0x0000U, 0x0001U, 0x7fffU, 0x8000U, 0x8001U, 0xffffU}) {
+      values.push_back(std::bit_cast<float>(high << 16U | low));
+      values.push_back(-values.back());
+    }
+  }
+  const at::Tensor wide = at::empty({static_cast<std::int64_t>(values.size())}, at::kFloat);
+  std::copy(values.begin(), values.end(), wide.mutable_data_ptr<float>());
+  const at::Tensor rounded = at::empty_like(wide, at::kBFloat16);
+  ops::round_values(wide.const_data_ptr<float>(), wide.numel(), rounded.mutable_data_ptr<c10::BFloat16>());
+  EXPECT_TRUE(at::equal(rounded, wide.to(at::kBFloat16)));
+  for (const std::int64_t count : {1, 15, 16, 17}) {
+    const at::Tensor nan = at::full({count}, std::numeric_limits<float>::quiet_NaN(), at::kFloat);
+    const at::Tensor out = at::zeros({count + 1}, at::kBFloat16);
+    ops::round_values(nan.const_data_ptr<float>(), count, out.mutable_data_ptr<c10::BFloat16>());
+    EXPECT_TRUE(out.narrow(0, 0, count).isnan().all().item<bool>());
+    EXPECT_EQ(out[count].item<float>(), 0.0F);
+  }
+}
+
+// Whether it is one of a vector's or of the tail, a number is rounded in one way.
+TEST(Round, subnormal_numbers_are_treated_alike) {
+  const at::Tensor small = at::full({19}, 1e-39, at::kFloat);
+  const at::Tensor out = at::empty({19}, at::kBFloat16);
+  ops::round_values(small.const_data_ptr<float>(), 19, out.mutable_data_ptr<c10::BFloat16>());
+  EXPECT_TRUE(at::all(out == out[0]).item<bool>());
+  EXPECT_LE(out[0].item<float>(), 1.01e-39F);
+}
+
+}  // namespace
+}  // namespace collegium
