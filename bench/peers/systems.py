@@ -75,6 +75,7 @@ def deepspeed() -> list[System]:
     ]
 
 
+EP_DISPATCHERS = ("uneven", "two_level")  # the default, and the one that sends a token to a rank once
 LAYER_SYSTEMS = [
     *transformers("layer"),
     *deepspeed(),
@@ -88,7 +89,14 @@ LAYER_SYSTEMS = [
     System("collegium", "collegium", ours("layer", "--routing", "learned")),
     System("collegium/W0", "collegium, forced balance", ours("layer", "--skew", "W0")),
     System("collegium/W1", "collegium, one expert takes half of all tokens", ours("layer", "--skew", "W1")),
-    System("collegium/EP", "collegium, forced balance, EP=2 over MPI", ours("layer", "--backend", "mpi", ranks=2)),
+    *(
+        System(
+            f"collegium/EP/{dispatcher}",
+            f"collegium, forced balance, EP=2 over MPI, {dispatcher}",
+            ours("layer", "--backend", "mpi", "--dispatcher", dispatcher, ranks=2),
+        )
+        for dispatcher in EP_DISPATCHERS
+    ),
 ]
 STEP_SYSTEMS = [*transformers("step"), System("collegium", "collegium", ours("step"))]
 PEERS = list(dict.fromkeys(system.peer for system in LAYER_SYSTEMS))

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable
 
 from shapes import DTYPES, LAYERS, STEPS
-from systems import LAYER_SYSTEMS, STEP_SYSTEMS, System
+from systems import EP_DISPATCHERS, LAYER_SYSTEMS, STEP_SYSTEMS, System
 
 GIB = 2.0**30
 Series = dict[int, float]  # by repetition
@@ -107,7 +107,11 @@ def layer_table(records: list[dict], statistic: str) -> str:
     row("against DeepSpeed-MoE's best", lambda c: ratio(c.best("deepspeed"), c.seconds("collegium")))
     row("against torchtitan", lambda c: ratio(c.best("torchtitan"), c.seconds("collegium")))
     row("of the GEMM floor", lambda c: c.series("collegium", lambda result: result["fraction_of_gemm_floor"]))
-    row("EP=2 over MPI, of one process", lambda c: ratio(c.seconds("collegium/W0"), c.seconds("collegium/EP")))
+    for d in EP_DISPATCHERS:
+        row(
+            f"EP=2 over MPI, {d}, of one process",
+            lambda c, d=d: ratio(c.seconds("collegium/W0"), c.seconds(f"collegium/EP/{d}")),
+        )
     row("half of all tokens to one expert: time", lambda c: ratio(c.seconds("collegium/W1"), c.seconds("collegium/W0")))
     header = ["GFLOP/s of useful work", *(f"{dtype} {LAYERS[name].name}" for dtype, name, _ in cells)]
     return "One MoE layer, forward and backward\n\n" + markdown(header, rows)

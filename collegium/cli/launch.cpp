@@ -65,12 +65,14 @@ void prepare_threads(comm::Communicator& world, const LaunchOptions& options, in
   int threads = options.threads > 0 ? static_cast<int>(options.threads) : default_threads;
   if (!user_chose) threads = std::max(1, std::min(threads, static_cast<int>(cores.size())) / count);
   at::set_num_threads(threads);
-  // OpenMP's own binding, where it is asked for, would put every rank on the same cores. With fewer cores
-  // than ranks the scheduler knows better which rank has something to do.
+  // OpenMP's own binding, where it is asked for, would put all ranks on the same cores. With fewer cores than
+  // ranks the scheduler knows better which rank has something to do.
   if (count == 1) {
     ops::bind_threads();
   } else if (static_cast<int>(cores.size()) >= count) {
     ops::bind_threads(ops::slice_of_cores(cores, place, count));
+  } else {
+    ops::share_cores(cores);
   }
 }
 

@@ -19,8 +19,8 @@ namespace collegium::model {
 
 namespace {
 
-// Scores of consecutive queries, the first of which sees `visible` keys, each next one more; `width` keys a
-// row.
+// Scores of consecutive queries, the first of which sees `visible` keys, each next one more; rows lie `width`
+// scores apart.
 template <typename W>
 struct ScoreRows {
   W* scores;
@@ -80,7 +80,7 @@ ScoreRows<W> score_rows(const at::Tensor& scores_QC, std::int64_t first, const a
   return {.scores = scores_QC.mutable_data_ptr<W>(),
           .rows = scores_QC.size(0),
           .visible = first + 1,
-          .width = scores_QC.size(1),
+          .width = scores_QC.stride(0),
           .log_sums = log_sums_Q.mutable_data_ptr<W>()};
 }
 
@@ -92,8 +92,8 @@ class Workspace {
     for (at::Tensor* matrix : {&q_SA, &k_SA, &v_SA, &out_SA, &grad_q_SA})
       *matrix = at::empty({length, head_dim}, dtype);
     for (at::Tensor* matrix : {&grad_k_AS, &grad_v_AS}) *matrix = at::empty({head_dim, length}, dtype);
-    scores_ = at::empty({queries * length}, dtype);
-    gradients_ = at::empty({queries * length}, dtype);
+    scores_ = at::empty({queries * ops::rounded_rows(length)}, dtype);
+    gradients_ = at::empty({queries * ops::rounded_rows(length)}, dtype);
   }
 
   at::Tensor scores(std::int64_t rows, std::int64_t keys) const { return part(scores_, rows, keys); }
@@ -105,8 +105,10 @@ class Workspace {
   at::Tensor grad_k_AS, grad_v_AS;
 
  private:
+  // Rows lie apart by one of few numbers, for each of which block products have a kernel.
   static at::Tensor part(const at::Tensor& buffer, std::int64_t rows, std::int64_t keys) {
-    return buffer.narrow(0, 0, rows * keys).view({rows, keys});
+    const std::int64_t width = ops::rounded_rows(keys);
+    return buffer.narrow(0, 0, rows * width).view({rows, width}).narrow(1, 0, keys);
   }
 
   at::Tensor scores_, gradients_;

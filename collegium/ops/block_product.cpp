@@ -22,8 +22,6 @@ namespace {
 using Bf16 = c10::BFloat16;
 
 #if defined(__SSE2__)
-constexpr std::int64_t kLineBytes = 64;
-
 // `to` begins at a line, and columns are whole lines.
 template <typename T>
 void copy_past_cache(const StridedRows<const T>& from, std::int64_t rows, std::int64_t columns,
@@ -145,8 +143,7 @@ void product_in_blocks(const at::Tensor& a_MK, const at::Tensor& b_KN, std::int6
   at::parallel_for(0, (num_rows + kRows - 1) / kRows, 1, [&](std::int64_t begin, std::int64_t end) {
     const std::int64_t first = begin * kRows;
     const std::int64_t last = std::min(num_rows, end * kRows);
-    if (a_MK.scalar_type() == at::kFloat) return walk.template rows<float>(first, last);
-    walk.template rows<Bf16>(first, last);
+    with_type_of(a_MK, [&]<typename Factor>() { walk.template rows<Factor>(first, last); });
   });
 }
 
@@ -155,11 +152,7 @@ void block_product_into(const at::Tensor& a_MK, const at::Tensor& b_KN, const at
   COLLEGIUM_CHECK(out_MN.size(0) == a_MK.size(0) && out_MN.size(1) == b_KN.size(1),
                   "block_product_into: [{}, {}] x [{}, {}] -> [{}, {}]", a_MK.size(0), a_MK.size(1),
                   b_KN.size(0), b_KN.size(1), out_MN.size(0), out_MN.size(1));
-  if (out_MN.scalar_type() == at::kFloat) {
-    write_product<float>(a_MK, b_KN, out_MN, reuse);
-  } else {
-    write_product<Bf16>(a_MK, b_KN, out_MN, reuse);
-  }
+  with_type_of(out_MN, [&]<typename T>() { write_product<T>(a_MK, b_KN, out_MN, reuse); });
 }
 
 template void write_block(const StridedRows<const float>&, std::int64_t, std::int64_t,

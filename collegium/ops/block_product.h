@@ -40,6 +40,16 @@ struct BlockRange {
 template <typename T>
 using UseBlock = std::function<void(const StridedRows<const T>& results, const BlockRange& range)>;
 
+/// What     f<float>() or f<BFloat16>(), for a tensor of either.
+template <typename Function>
+void with_type_of(const at::Tensor& x, const Function& f) {
+  if (x.scalar_type() == at::kFloat) {
+    f.template operator()<float>();
+  } else {
+    f.template operator()<c10::BFloat16>();
+  }
+}
+
 /// What     a b, block by block; b is `parts` matrices side by side. `use` gets each block's results, rounded
 ///          once where T is bf16, and those of a row from its first column on. `before`, unless empty, is
 ///          told the range before it is multiplied. Inside a parallel region all on the calling thread, else

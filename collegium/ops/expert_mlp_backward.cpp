@@ -100,15 +100,17 @@ void ExpertMlpBackward::rows_on_cpu(WeightGradients when) {
     after_.clear_padding(activation_ZF_);
   }
   const std::int64_t piece_rows = pieces.empty() ? 0 : 2 * most_rows;
-  Workspace space{.most_rows = most_rows,
-                  .inner = empty_rows(std::max(piece_rows, small_rows), width, options),
-                  .gate_up = empty_rows(small_rows, 2 * width, options),
-                  .activation = empty_rows(small_rows, width, options),
-                  .grad = WorkerRows(grad_, std::max(piece_rows, small_rows), !small.empty()),
-                  .x = WorkerRows(kept_.x, small_rows, !small.empty()),
-                  .gate_up_weights = WorkerWeights(experts_.gate_up_EGD),
-                  .down_weights = WorkerWeights(experts_.down_EDF),
-                  .turned = WorkerTransposes(kept_.gate_up_RG, small_rows * std::max(hidden, 2 * width))};
+  Workspace space{
+      .most_rows = most_rows,
+      .inner = empty_rows(std::max(piece_rows, small_rows), width, options),
+      .gate_up = empty_rows(small_rows, 2 * width, options),
+      .activation = empty_rows(small_rows, width, options),
+      .grad = WorkerRows(grad_, std::max(piece_rows, small_rows), !small.empty()),
+      .x = WorkerRows(kept_.x, small_rows, !small.empty()),
+      .gate_up_weights = WorkerWeights(experts_.gate_up_EGD),
+      .down_weights = WorkerWeights(experts_.down_EDF),
+      .turned = WorkerTransposes(options.dtype(dtype),
+                                 WorkerTransposes::values(small_rows, std::max(hidden, 2 * width)))};
   const auto num_small = static_cast<std::int64_t>(small.size());
   const auto num_pieces = static_cast<std::int64_t>(pieces.size());
   run_tasks(num_small + num_pieces, [&](std::int64_t i, std::int64_t worker) {

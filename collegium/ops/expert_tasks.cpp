@@ -33,6 +33,12 @@ std::int64_t gemm_rows(std::int64_t num_rows, at::ScalarType dtype) {
   return std::clamp(num_rows / pieces / kSizeStep * kSizeStep, kLeastGemmRows, kMostGemmRows);
 }
 
+std::int64_t rounded_rows(std::int64_t rows) {
+  std::int64_t step = kSizeStep;
+  while (rows > kSizeStep * step) step *= 2;
+  return (rows + step - 1) / step * step;
+}
+
 std::vector<ExpertRows> cut_rows(const ExpertRows& expert, std::int64_t most_rows) {
   std::vector<ExpertRows> pieces;
   for (std::int64_t begin = expert.begin; begin < expert.end();) {

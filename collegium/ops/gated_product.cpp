@@ -16,7 +16,7 @@ namespace {
 // The forward pass wrote these long ago: they come from memory while the block is multiplied.
 template <typename T>
 void fetch(const StridedRows<const T>& rows, std::int64_t count, std::int64_t columns) {
-  constexpr std::int64_t kLineValues = 64 / sizeof(T);
+  constexpr std::int64_t kLineValues = kLineBytes / static_cast<std::int64_t>(sizeof(T));
   for (std::int64_t row = 0; row < count; ++row) {
     for (std::int64_t column = 0; column < columns; column += kLineValues)
       __builtin_prefetch(rows.at(row, column), 0, 2);
@@ -68,13 +68,12 @@ void gated_product_into(const at::Tensor& x_RD, const at::Tensor& gate_up_GD, co
   check_sizes(gate_up_GD, gate_up_RG.size(1), x_RD.size(1), "gate_up_GD");
   check_sizes(gate_up_RG, x_RD.size(0), 2 * activation_RF.size(1), "gate_up_RG");
   check_sizes(activation_RF, x_RD.size(0), gate_up_RG.size(1) / 2, "activation_RF");
-  const auto in_blocks = [&]<typename T>(T) {
+  const auto in_blocks = [&]<typename T>() {
     forward_in_blocks(x_RD, gate_up_GD.t(), whole_swiglu<T>(gate_up_RG, weights_R, activation_RF),
                       mutable_rows_of<T>(gate_up_RG));
   };
   if (multiplies_in_blocks(x_RD, gate_up_GD.t())) {
-    if (gate_up_RG.scalar_type() == at::kFloat) return in_blocks(float{});
-    return in_blocks(c10::BFloat16{});
+    return with_type_of(gate_up_RG, in_blocks);
   }
   product_into(x_RD, gate_up_GD.t(), gate_up_RG);
   swiglu_into(gate_up_RG, weights_R, activation_RF);
@@ -87,13 +86,12 @@ void gated_product_backward_into(const at::Tensor& grad_RD, const at::Tensor& do
   check_sizes(down_DF, grad_RD.size(1), inner_RF.size(1), "down_DF");
   check_sizes(gate_up_RG, grad_RD.size(0), 2 * inner_RF.size(1), "gate_up_RG");
   check_sizes(out.gate_up_RG, grad_RD.size(0), 2 * inner_RF.size(1), "the gradient of gate_up_RG");
-  const auto in_blocks = [&]<typename T>(T) {
+  const auto in_blocks = [&]<typename T>() {
     backward_in_blocks(grad_RD, down_DF,
                        whole_swiglu_backward<T>({}, gate_up_RG, weights_R, out, activation_RF));
   };
   if (multiplies_in_blocks(grad_RD, down_DF)) {
-    if (gate_up_RG.scalar_type() == at::kFloat) return in_blocks(float{});
-    return in_blocks(c10::BFloat16{});
+    return with_type_of(gate_up_RG, in_blocks);
   }
   product_into(grad_RD, down_DF, inner_RF);
   swiglu_backward_into(inner_RF, gate_up_RG, weights_R, out, activation_RF);

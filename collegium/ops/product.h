@@ -21,16 +21,15 @@ inline constexpr std::int64_t kMostWidened = std::int64_t{1} << 22;
 /// How this machine multiplies.
 struct ProductWays {
   bool widen_bf16;  ///< bf16 in fp32, for want of instructions
-  bool blocks;      ///< bf16 and fp32 products of one thread block by block (ops/block_product.h), else whole
+  bool blocks;      ///< bf16 and fp32 products of tasks block by block (ops/block_product.h), else whole
 };
 inline constexpr std::array<ProductWays, 4> kAllProductWays = {{{.widen_bf16 = false, .blocks = false},
                                                                 {.widen_bf16 = false, .blocks = true},
                                                                 {.widen_bf16 = true, .blocks = false},
                                                                 {.widen_bf16 = true, .blocks = true}}};
 
-/// What     What the machine has. Other architectures than x86 are taken not to widen: what ATen chooses
-/// there
-///          was not measured.
+/// What     What the machine has. Other architectures than x86 are taken not to widen and to multiply whole:
+///          what ATen chooses there was not measured.
 ProductWays product_ways();
 /// What     From now on product_ways() answers this; nullopt = what the machine has. Every way is right
 ///          everywhere, so that tests run all on every machine.

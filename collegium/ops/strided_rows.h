@@ -9,6 +9,9 @@
 
 namespace collegium::ops {
 
+/// Bytes of a cache line.
+inline constexpr std::int64_t kLineBytes = 64;
+
 /// Rows whose columns are contiguous and that lie `stride` values apart; null where there are none.
 template <typename T>
 struct StridedRows {

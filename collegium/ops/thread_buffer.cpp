@@ -24,6 +24,8 @@ ThreadBuffer::ThreadBuffer(std::int64_t bytes) {
   if (!memory_.defined() || memory_.numel() < bytes) memory_ = at::empty({bytes}, at::kByte);
 }
 
-ThreadBuffer::~ThreadBuffer() { free_buffers.push_back(std::move(memory_)); }
+ThreadBuffer::~ThreadBuffer() {
+  if (memory_.numel() <= kMostKept) free_buffers.push_back(std::move(memory_));
+}
 
 }  // namespace collegium::ops

@@ -47,27 +47,47 @@ std::vector<int> slice_of_cores(const std::vector<int>& cores, int index, int co
   return {begin(index), begin(index + 1)};
 }
 
+namespace {
+
+cpu_set_t set_of(const std::vector<int>& cores) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (const int core : cores) CPU_SET(static_cast<std::size_t>(core), &set);
+  return set;
+}
+
+bool user_binds() {
+  return omp_get_num_places() > 0 ||
+         std::getenv("OMP_PROC_BIND") != nullptr;  // NOLINT(concurrency-mt-unsafe)
+}
+
+}  // namespace
+
 void bind_threads(const std::vector<int>& cores) {
+  if (user_binds() && omp_get_proc_bind() == omp_proc_bind_false) return;
   const int num_threads = at::get_num_threads();
-  if (num_threads < 1 || static_cast<std::size_t>(num_threads) > cores.size()) return;
+  const bool one_each = static_cast<std::size_t>(num_threads) <= cores.size();
+  if (!one_each) return share_cores(cores);
 #pragma omp parallel num_threads(num_threads)
   {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    CPU_SET(static_cast<std::size_t>(cores[static_cast<std::size_t>(omp_get_thread_num())]), &set);
+    const cpu_set_t set = set_of({cores[static_cast<std::size_t>(omp_get_thread_num())]});
     pthread_setaffinity_np(pthread_self(), sizeof(set), &set);
   }
 }
 
+void share_cores(const std::vector<int>& cores) {
+  if (cores.empty()) return;
+  const cpu_set_t set = set_of(cores);
+#pragma omp parallel num_threads(at::get_num_threads())
+  pthread_setaffinity_np(pthread_self(), sizeof(set), &set);
+}
+
 void bind_threads() {
-  if (std::getenv("OMP_PROC_BIND") != nullptr) return;  // NOLINT(concurrency-mt-unsafe): start-up, one thread
-  bind_threads(allowed_cores());
+  if (!user_binds()) bind_threads(allowed_cores());
 }
 
 void unbind_thread() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  for (const int core : allowed_cores()) CPU_SET(static_cast<std::size_t>(core), &set);
+  const cpu_set_t set = set_of(allowed_cores());
   sched_setaffinity(0, sizeof(set), &set);
 }
 

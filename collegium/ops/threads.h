@@ -18,14 +18,17 @@ std::vector<int> allowed_cores();
 ///          at most one, disjoint. Fewer cores than ranks: all cores for everyone.
 std::vector<int> slice_of_cores(const std::vector<int>& cores, int index, int count);
 
-/// What     Binds each OpenMP thread of the calling thread to one of `cores`. Unbound threads on a small
-///          virtual machine wait a scheduler quantum (8 ms) at parallel regions. Does nothing when there are
-///          more threads than cores.
+/// What     Binds each OpenMP thread of the calling thread to one of `cores`, or, where there are more
+/// threads, to
+///          all of them. Unbound threads on a small virtual machine wait a scheduler quantum (8 ms) at
+///          parallel regions. Does nothing with OMP_PROC_BIND=false.
 /// Order    Call once at start-up, from the thread that will compute; every thread that computes has OpenMP
 ///          threads of its own.
 void bind_threads(const std::vector<int>& cores);
-/// What     The same with all allowed cores, unless OMP_PROC_BIND is set: then the user has chosen.
+/// What     The same with all allowed cores, unless OpenMP's variables bind: then the user has chosen.
 void bind_threads();
+/// What     Lets every OpenMP thread of the calling thread run on all of `cores`.
+void share_cores(const std::vector<int>& cores);
 
 /// What     Lets the calling thread run on all allowed cores, and programs that it starts.
 void unbind_thread();

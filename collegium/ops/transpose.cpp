@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "collegium/base/error.h"
+#include "collegium/ops/expert_tasks.h"
 #include "collegium/ops/product.h"
 #include "collegium/ops/row_math.h"
 
@@ -134,19 +135,25 @@ void transpose_words(const StridedRows<const std::uint32_t>& in, std::int64_t ro
                  words);
 }
 
-WorkerTransposes::WorkerTransposes(const at::Tensor& like, std::int64_t most_values) {
-  const at::ScalarType dtype = product_dtype(like);
+std::int64_t WorkerTransposes::values(std::int64_t rows, std::int64_t columns) {
+  return rounded_rows(rows) * columns;
+}
+
+WorkerTransposes::WorkerTransposes(const at::TensorOptions& options, std::int64_t most_values) {
+  const at::ScalarType dtype = c10::typeMetaToScalarType(options.dtype());
   if (!product_ways().blocks || (dtype != at::kBFloat16 && dtype != at::kFloat)) return;
-  buffers_ = at::empty({at::get_num_threads(), most_values}, like.options().dtype(dtype));
+  buffers_ = at::empty({at::get_num_threads(), most_values}, options);
 }
 
 at::Tensor WorkerTransposes::of(const at::Tensor& rows_ZO, std::int64_t worker) const {
   if (!buffers_.defined()) return rows_ZO.t();
-  // Where products are widened, rows that are not yet take the first half.
+  const std::int64_t rows = rows_ZO.size(0);
+  const std::int64_t columns = rows_ZO.size(1);
   const at::Tensor turned = buffers_.select(0, worker)
                                 .view(rows_ZO.scalar_type())
-                                .narrow(0, 0, rows_ZO.numel())
-                                .view({rows_ZO.size(1), rows_ZO.size(0)});
+                                .narrow(0, 0, values(rows, columns))
+                                .view({columns, rounded_rows(rows)})
+                                .narrow(1, 0, rows);
   transpose_into(rows_ZO, turned);
   return turned;
 }

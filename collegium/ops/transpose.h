@@ -25,8 +25,13 @@ void transpose_words(const StridedRows<const std::uint32_t>& in, std::int64_t ro
 /// A buffer per worker for transposed rows, where products want them.
 class WorkerTransposes {
  public:
-  /// What     For rows of at most `most_values` values of this kind.
-  WorkerTransposes(const at::Tensor& like, std::int64_t most_values);
+  /// What     Values of the transpose of so many rows. Its own rows lie apart by one of few numbers, for each
+  /// of
+  ///          which block products have a kernel.
+  static std::int64_t values(std::int64_t rows, std::int64_t columns);
+
+  /// What     For transposes of at most `most_values` values of this dtype, or of a smaller one.
+  WorkerTransposes(const at::TensorOptions& options, std::int64_t most_values);
 
   /// What     The transpose: a copy where products are faster with one, else a view. A copy is valid until
   ///          the worker's next call.
@@ -34,7 +39,7 @@ class WorkerTransposes {
   at::Tensor of(const at::Tensor& rows_ZO, std::int64_t worker) const;
 
  private:
-  at::Tensor buffers_;  // [workers, values] in the dtype of products, or undefined
+  at::Tensor buffers_;  // [workers, values], or undefined
 };
 
 }  // namespace collegium::ops

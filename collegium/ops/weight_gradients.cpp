@@ -13,10 +13,7 @@
 namespace collegium::ops {
 
 std::int64_t padded_rows(std::int64_t rows, at::ScalarType dtype) {
-  if (dtype != at::kBFloat16) return rows;
-  std::int64_t step = kSizeStep;
-  while (rows > kSizeStep * step) step *= 2;
-  return (rows + step - 1) / step * step;
+  return dtype == at::kBFloat16 ? rounded_rows(rows) : rows;
 }
 
 PaddedRows::PaddedRows(const std::vector<ExpertRows>& experts, const at::Tensor& like) : rows_(experts) {
@@ -123,8 +120,9 @@ void outer_into(const std::vector<ExpertRows>& experts, const std::vector<OuterP
   }
   if (tiles.empty()) return;
   std::int64_t most_values = 0;
-  for (const OuterTile& tile : tiles) most_values = std::max(most_values, tile.rows.rows * tile.count);
-  const WorkerTransposes turned(products[0].grad_ZO, most_values);
+  for (const OuterTile& tile : tiles)
+    most_values = std::max(most_values, WorkerTransposes::values(tile.rows.rows, tile.count));
+  const WorkerTransposes turned(products[0].grad_ZO.options(), most_values);
   run_tasks(static_cast<std::int64_t>(tiles.size()), [&](std::int64_t i, std::int64_t worker) {
     tiles[static_cast<std::size_t>(i)].compute(turned, worker);
   });

@@ -13,10 +13,10 @@
 
 namespace collegium::ops {
 
-/// What     Rows that such a product runs over. In bf16 a GEMM's kernel is generated for its exact sizes,
-///          which costs as much as a small GEMM, and rows per expert differ in every step: so they are
-///          rounded up, to multiples of 32 up to 1024 rows and of a 32nd of them above, and the missing ones
-///          are zeros, which add nothing. `dtype` is product_dtype().
+/// What     Rows that such a product runs over: in bf16 rounded_rows(), as whole products are generated for
+/// exact
+///          sizes and blocks take even numbers only; the missing ones are zeros, which add nothing. `dtype`
+///          is product_dtype().
 std::int64_t padded_rows(std::int64_t rows, at::ScalarType dtype);
 
 /// The rows of some experts, each expert's followed by zero rows up to padded_rows(): Z of them. Other

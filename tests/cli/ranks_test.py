@@ -203,6 +203,12 @@ def check_threads(endless: list[str]) -> None:
     small = ("bench", "layer", "--tokens", "64", "--hidden", "32", "--ffn", "32", "--experts", "4", "--top-k", "2")
     alone, _ = start(*small, "--seconds", "0.01", "--json", environment=bound).communicate()
     passed(json.loads(alone)["threads_per_rank"] == len(cores), f"{bound}: {alone}")
+    unbound = start(*endless, "--ranks", "2", "--backend", "local", environment={"OMP_PROC_BIND": "false"})
+    while cpu_seconds(unbound.pid) < 2:
+        time.sleep(0.05)
+    passed(all(s == set(cores) for s in busy_cores(unbound.pid)), "OMP_PROC_BIND=false: threads are bound")
+    unbound.kill()
+    unbound.communicate()
     for backend, environment in itertools.product(BACKENDS, ({}, bound)):
         process = start(*endless, "--ranks", "2", "--backend", backend, environment=environment)
         if backend == "mpi":

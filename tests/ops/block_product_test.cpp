@@ -13,6 +13,7 @@
 #include <bit>
 #include <functional>
 #include <limits>
+#include <thread>
 
 #include "collegium/base/error.h"
 #include "collegium/ops/column_block.h"
@@ -61,8 +62,8 @@ class BlockProduct : public testing::TestWithParam<std::pair<at::ScalarType, at:
   }
 };
 INSTANTIATE_TEST_SUITE_P(Dtypes, BlockProduct,
-                         testing::Values(std::pair{kBf16, kBf16}, std::pair{at::kFloat, at::kFloat},
-                                         std::pair{at::kFloat, kBf16}));
+                         testing::Values(std::pair{kBf16, kBf16}, std::pair{kBf16, at::kFloat},
+                                         std::pair{at::kFloat, at::kFloat}, std::pair{at::kFloat, kBf16}));
 
 // Columns around a block's, depths around an instruction's and a part's, rows around a block's.
 TEST_P(BlockProduct, equals_double_precision_for_every_size) {
@@ -184,6 +185,56 @@ TEST_P(BlockProduct, refuses_what_it_cannot_multiply) {
   EXPECT_THROW(multiply(a.narrow(1, 0, 0), b.narrow(0, 0, 0), 3), InternalError);
   EXPECT_THROW(multiply(a, at::ones({6, 2}, factors_), 3), InternalError);
   EXPECT_THROW(multiply(a, b, 2), InternalError);
+}
+
+TEST(ColumnBlock, two_of_different_dtypes_live_side_by_side) {
+  const at::Tensor a = random_tensor("a", {5, 64}, kBf16);
+  const at::Tensor b = random_tensor("b", {64, 48}, kBf16);
+  const at::Tensor wide_a = a.to(at::kFloat);
+  ops::ColumnBlock<c10::BFloat16> narrow(64, 48);
+  narrow.order(b, 0, 48, 0);
+  ops::ColumnBlock<float> wide(64, 48);
+  wide.order(b.to(at::kFloat), 0, 48, 0);
+  for (int turn = 0; turn < 2; ++turn) {
+    for (const float* sums : {narrow.multiply(ops::rows_of<c10::BFloat16>(a), 5),
+                              wide.multiply(ops::rows_of<float>(wide_a), 5)}) {
+      const at::Tensor found = at::empty({5, 48}, at::kFloat);
+      std::copy_n(sums, found.numel(), found.mutable_data_ptr<float>());
+      expect_product(found, a, b);
+    }
+  }
+}
+
+TEST(BlockProducts, an_error_in_a_block_reaches_the_caller_and_the_next_product_is_right) {
+  const at::Tensor a = random_tensor("a", {300, 64}, at::kFloat);
+  const at::Tensor b = random_tensor("b", {64, 300}, at::kFloat);
+  const auto fails = [](const ops::StridedRows<const float>&, const ops::BlockRange& range) {
+    COLLEGIUM_CHECK(range.column == 0, "stopped at column {}", range.column);
+  };
+  EXPECT_THROW(ops::product_in_blocks<float>(a, b, 1, {}, fails), InternalError);
+  const at::Tensor out = at::empty({300, 300}, at::kFloat);
+  ops::block_product_into(a, b, out, kLater);
+  expect_product(out, a, b);
+}
+
+TEST(ThreadBuffer, a_thread_gets_the_memory_again_that_it_gave_back_last) {
+  std::thread([] {  // which has none
+    const auto address = [](std::int64_t bytes) {
+      const ops::ThreadBuffer buffer(bytes);
+      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(buffer.data<char>()) % 64, 0U);
+      return buffer.data<char>();
+    };
+    const char* first = address(1000);
+    EXPECT_EQ(address(1000), first);
+    EXPECT_EQ(address(10), first);
+    const ops::ThreadBuffer held(1000);
+    EXPECT_EQ(held.data<char>(), first);
+    const ops::ThreadBuffer other(1000);
+    EXPECT_NE(other.data<char>(), held.data<char>());
+    const ops::ThreadBuffer none(0);
+    std::fill_n(ops::ThreadBuffer(ops::ThreadBuffer::kMostKept + 1).data<char>(), 1000, 'x');
+  })
+      .join();
 }
 
 TEST(ColumnBlock, refuses_columns_beyond_its_own) {

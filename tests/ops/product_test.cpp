@@ -112,6 +112,20 @@ TEST(Product, widened_results_do_not_depend_on_threads) {
   at::set_num_threads(threads);
 }
 
+TEST(Product, blocks_take_no_bf16_that_is_to_be_widened_and_no_single_row_of_fp32) {
+  const auto in_blocks = [](at::ScalarType dtype, std::int64_t rows) {
+    return ops::multiplies_in_blocks(at::ones({rows, 4}, dtype), at::ones({4, 2}, dtype));
+  };
+  for (const auto ways : ops::kAllProductWays) {
+    const test::AssumeProductWays assume(ways);
+    EXPECT_EQ(in_blocks(at::kBFloat16, 3), ways.blocks && !ways.widen_bf16);
+    EXPECT_EQ(in_blocks(at::kBFloat16, 1), ways.blocks && !ways.widen_bf16);
+    EXPECT_EQ(in_blocks(at::kFloat, 3), ways.blocks);
+    EXPECT_FALSE(in_blocks(at::kFloat, 1));
+    EXPECT_FALSE(in_blocks(at::kDouble, 3));
+  }
+}
+
 TEST(Product, the_dtype_of_products_follows_the_machine) {
   EXPECT_EQ(ops::product_dtype(at::kDouble), at::kDouble);
   EXPECT_EQ(ops::product_dtype(at::kFloat), at::kFloat);
