@@ -14,9 +14,8 @@
 
 namespace collegium::ops {
 
-/// What     Whether ATen multiplies blocks of T (float or BFloat16) in the order that ColumnBlock writes.
-/// Found
-///          once, by a small product; its oneDNN must stay enabled.
+/// What     Whether ATen multiplies blocks of T (float or BFloat16) in the order that ColumnBlock writes;
+///          found once, by a small product. Its oneDNN must stay enabled.
 template <typename T>
 bool has_block_kernel();
 
@@ -30,8 +29,7 @@ class ColumnBlock {
   static constexpr std::int64_t kLeastColumns = 128;
   static constexpr std::int64_t kMostColumns = 256;
 
-  /// What     Columns at a time for the depth K: fewer of a deep factor, so that a core's second cache holds
-  /// them.
+  /// What     Columns at a time for the depth K: fewer of a deep factor, for a core's second cache.
   static std::int64_t most_columns(std::int64_t depth);
 
   /// What     For the depth K, not 0, of bf16 even, and at most kMostColumns columns. Without `kernel` plain

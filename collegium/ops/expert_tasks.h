@@ -39,10 +39,8 @@ std::int64_t gemm_rows(std::int64_t num_rows, at::ScalarType dtype);
 inline constexpr std::int64_t kSizeStep = 32;
 inline constexpr std::int64_t kMostGemmRows = 512;
 
-/// What     Rows rounded up to one of few numbers: to multiples of 32 up to 1024 and of a 32nd of them above.
-/// What
-///          is generated for exact sizes is then generated seldom, though rows per expert differ in every
-///          step.
+/// What     Rows rounded up to one of few numbers: multiples of 32 up to 1024, of a 32nd of them above. So
+///          what is made for exact sizes is made seldom, though rows per expert differ in every step.
 std::int64_t rounded_rows(std::int64_t rows);
 
 /// What     Rows for the forward pass and the rows' gradients: gemm_rows() each, an expert's last piece

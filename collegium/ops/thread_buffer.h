@@ -11,8 +11,8 @@ namespace collegium::ops {
 /// in this core's cache. What an allocator gives may come from another's.
 class ThreadBuffer {
  public:
-  static constexpr std::int64_t kMostKept = std::int64_t{2}
-                                            << 20;  ///< bytes of a buffer; larger ones are freed
+  /// Bytes of a buffer; larger ones are freed.
+  static constexpr std::int64_t kMostKept = std::int64_t{2} << 20;
 
   explicit ThreadBuffer(std::int64_t bytes);
   ~ThreadBuffer();

@@ -25,9 +25,8 @@ void transpose_words(const StridedRows<const std::uint32_t>& in, std::int64_t ro
 /// A buffer per worker for transposed rows, where products want them.
 class WorkerTransposes {
  public:
-  /// What     Values of the transpose of so many rows. Its own rows lie apart by one of few numbers, for each
-  /// of
-  ///          which block products have a kernel.
+  /// What     Values that the transpose of so many rows takes. Its own rows lie apart by one of few numbers,
+  ///          for each of which block products have a kernel.
   static std::int64_t values(std::int64_t rows, std::int64_t columns);
 
   /// What     For transposes of at most `most_values` values of this dtype, or of a smaller one.

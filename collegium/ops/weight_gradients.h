@@ -14,9 +14,8 @@
 namespace collegium::ops {
 
 /// What     Rows that such a product runs over: in bf16 rounded_rows(), as whole products are generated for
-/// exact
-///          sizes and blocks take even numbers only; the missing ones are zeros, which add nothing. `dtype`
-///          is product_dtype().
+///          exact sizes and blocks take even numbers only; the missing ones are zeros, which add nothing.
+///          `dtype` is product_dtype().
 std::int64_t padded_rows(std::int64_t rows, at::ScalarType dtype);
 
 /// The rows of some experts, each expert's followed by zero rows up to padded_rows(): Z of them. Other
