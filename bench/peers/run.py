@@ -170,6 +170,10 @@ def main() -> None:
         make_environment()
     if os.getloadavg()[0] > 0.5:
         print(f"the load is {os.getloadavg()[0]:.1f}: others are running on this machine", flush=True)
+    # A shell that starts a command in the background has it ignore interrupts, and a termination would leave what is
+    # being measured running.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         session = run(arguments)
     except KeyboardInterrupt:

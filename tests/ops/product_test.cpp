@@ -126,6 +126,15 @@ TEST(Product, blocks_take_no_bf16_that_is_to_be_widened_and_no_single_row_of_fp3
   }
 }
 
+#if defined(__x86_64__)
+TEST(Product, cores_without_avx512_multiply_whole) {
+  if (__builtin_cpu_supports("avx512f") == 0) {
+    EXPECT_FALSE(ops::product_ways().blocks);
+    EXPECT_TRUE(ops::product_ways().widen_bf16);
+  }
+}
+#endif
+
 TEST(Product, the_dtype_of_products_follows_the_machine) {
   EXPECT_EQ(ops::product_dtype(at::kDouble), at::kDouble);
   EXPECT_EQ(ops::product_dtype(at::kFloat), at::kFloat);
