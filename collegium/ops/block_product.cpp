@@ -57,8 +57,8 @@ class Rounded {
 
 template <typename T>
 struct Walk {
-  const at::Tensor& a_MK;
-  const at::Tensor& b_KN;
+  const at::Tensor& a_XI;
+  const at::Tensor& b_IO;
   std::int64_t parts;
   const std::function<void(const BlockRange&)>& before;
   const UseBlock<T>& use;
@@ -67,17 +67,17 @@ struct Walk {
   template <typename Factor>
   void rows(std::int64_t first, std::int64_t end) const {
     using Block = ColumnBlock<Factor>;
-    const std::int64_t depth = a_MK.size(1);
-    const std::int64_t width = b_KN.size(1) / parts;
+    const std::int64_t depth = a_XI.size(1);
+    const std::int64_t width = b_IO.size(1) / parts;
     const std::int64_t most = Block::most_columns(depth) / parts;
-    const auto a = rows_of<Factor>(a_MK);
+    const auto a = rows_of<Factor>(a_XI);
     Block block(depth, parts * std::min(most, width));
     Rounded<T> rounded(Block::kRows * parts * std::min(most, width));
     for (std::int64_t column = 0; column < width; column += most) {
       const std::int64_t columns = std::min(most, width - column);
       block.set_columns(parts * columns);
       for (std::int64_t part = 0; part < parts; ++part)
-        block.order(b_KN, part * width + column, columns, part * columns);
+        block.order(b_IO, part * width + column, columns, part * columns);
       for (std::int64_t row = first; row < end; row += Block::kRows) {
         const BlockRange range{
             .row = row, .rows = std::min(Block::kRows, end - row), .column = column, .columns = columns};
@@ -93,9 +93,9 @@ struct Walk {
 };
 
 template <typename T>
-void write_product(const at::Tensor& a_MK, const at::Tensor& b_KN, const at::Tensor& out_MN, Reuse reuse) {
-  const auto out = mutable_rows_of<T>(out_MN);
-  product_in_blocks<T>(a_MK, b_KN, 1, {}, [&](const StridedRows<const T>& results, const BlockRange& range) {
+void write_product(const at::Tensor& a_XI, const at::Tensor& b_IO, const at::Tensor& out_XO, Reuse reuse) {
+  const auto out = mutable_rows_of<T>(out_XO);
+  product_in_blocks<T>(a_XI, b_IO, 1, {}, [&](const StridedRows<const T>& results, const BlockRange& range) {
     write_block(results, range.rows, range.columns, out.from(range.row, range.column), reuse);
   });
 }
@@ -114,45 +114,45 @@ void write_block(const StridedRows<const T>& results, std::int64_t rows, std::in
   for (std::int64_t row = 0; row < rows; ++row) std::copy_n(results.at(row, 0), columns, to.at(row, 0));
 }
 
-bool blocks_take(const at::Tensor& a_MK, const at::Tensor& b_KN) {
-  const at::ScalarType dtype = a_MK.scalar_type();
+bool blocks_take(const at::Tensor& a_XI, const at::Tensor& b_IO) {
+  const at::ScalarType dtype = a_XI.scalar_type();
   const bool bf16 = dtype == at::kBFloat16;
-  if (!a_MK.is_cpu() || !b_KN.is_cpu() || b_KN.scalar_type() != dtype || (!bf16 && dtype != at::kFloat))
+  if (!a_XI.is_cpu() || !b_IO.is_cpu() || b_IO.scalar_type() != dtype || (!bf16 && dtype != at::kFloat))
     return false;
   // Columns of bf16 are read in pairs of values.
   const auto whole_words = [&] {
-    const auto first = reinterpret_cast<std::uintptr_t>(b_KN.const_data_ptr());
-    return !bf16 || (b_KN.stride(1) % 2 == 0 && first % sizeof(std::uint32_t) == 0);
+    const auto first = reinterpret_cast<std::uintptr_t>(b_IO.const_data_ptr());
+    return !bf16 || (b_IO.stride(1) % 2 == 0 && first % sizeof(std::uint32_t) == 0);
   };
-  const std::int64_t depth = a_MK.size(1);
-  return depth > 0 && (!bf16 || depth % 2 == 0) && a_MK.stride(1) == 1 &&
-         (a_MK.size(0) <= 1 || a_MK.stride(0) >= depth) &&
-         (b_KN.stride(1) == 1 || (b_KN.stride(0) == 1 && whole_words()));
+  const std::int64_t depth = a_XI.size(1);
+  return depth > 0 && (!bf16 || depth % 2 == 0) && a_XI.stride(1) == 1 &&
+         (a_XI.size(0) <= 1 || a_XI.stride(0) >= depth) &&
+         (b_IO.stride(1) == 1 || (b_IO.stride(0) == 1 && whole_words()));
 }
 
 template <typename T>
-void product_in_blocks(const at::Tensor& a_MK, const at::Tensor& b_KN, std::int64_t parts,
+void product_in_blocks(const at::Tensor& a_XI, const at::Tensor& b_IO, std::int64_t parts,
                        const std::function<void(const BlockRange&)>& before, const UseBlock<T>& use) {
   constexpr std::int64_t kRows = ColumnBlock<float>::kRows;
-  COLLEGIUM_CHECK(blocks_take(a_MK, b_KN), "product_in_blocks: not such factors");
-  COLLEGIUM_CHECK(b_KN.size(0) == a_MK.size(1) && b_KN.size(1) % parts == 0,
-                  "product_in_blocks: [{}, {}] x [{}, {}] in {} parts", a_MK.size(0), a_MK.size(1),
-                  b_KN.size(0), b_KN.size(1), parts);
-  const std::int64_t num_rows = a_MK.size(0);
-  const Walk<T> walk{.a_MK = a_MK, .b_KN = b_KN, .parts = parts, .before = before, .use = use};
+  COLLEGIUM_CHECK(blocks_take(a_XI, b_IO), "product_in_blocks: not such factors");
+  COLLEGIUM_CHECK(b_IO.size(0) == a_XI.size(1) && b_IO.size(1) % parts == 0,
+                  "product_in_blocks: [{}, {}] x [{}, {}] in {} parts", a_XI.size(0), a_XI.size(1),
+                  b_IO.size(0), b_IO.size(1), parts);
+  const std::int64_t num_rows = a_XI.size(0);
+  const Walk<T> walk{.a_XI = a_XI, .b_IO = b_IO, .parts = parts, .before = before, .use = use};
   at::parallel_for(0, (num_rows + kRows - 1) / kRows, 1, [&](std::int64_t begin, std::int64_t end) {
     const std::int64_t first = begin * kRows;
     const std::int64_t last = std::min(num_rows, end * kRows);
-    with_type_of(a_MK, [&]<typename Factor>() { walk.template rows<Factor>(first, last); });
+    with_type_of(a_XI, [&]<typename Factor>() { walk.template rows<Factor>(first, last); });
   });
 }
 
-void block_product_into(const at::Tensor& a_MK, const at::Tensor& b_KN, const at::Tensor& out_MN,
+void block_product_into(const at::Tensor& a_XI, const at::Tensor& b_IO, const at::Tensor& out_XO,
                         Reuse reuse) {
-  COLLEGIUM_CHECK(out_MN.size(0) == a_MK.size(0) && out_MN.size(1) == b_KN.size(1),
-                  "block_product_into: [{}, {}] x [{}, {}] -> [{}, {}]", a_MK.size(0), a_MK.size(1),
-                  b_KN.size(0), b_KN.size(1), out_MN.size(0), out_MN.size(1));
-  with_type_of(out_MN, [&]<typename T>() { write_product<T>(a_MK, b_KN, out_MN, reuse); });
+  COLLEGIUM_CHECK(out_XO.size(0) == a_XI.size(0) && out_XO.size(1) == b_IO.size(1),
+                  "block_product_into: [{}, {}] x [{}, {}] -> [{}, {}]", a_XI.size(0), a_XI.size(1),
+                  b_IO.size(0), b_IO.size(1), out_XO.size(0), out_XO.size(1));
+  with_type_of(out_XO, [&]<typename T>() { write_product<T>(a_XI, b_IO, out_XO, reuse); });
 }
 
 template void write_block(const StridedRows<const float>&, std::int64_t, std::int64_t,

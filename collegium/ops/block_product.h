@@ -23,10 +23,10 @@ template <typename T>
 void write_block(const StridedRows<const T>& results, std::int64_t rows, std::int64_t columns,
                  const StridedRows<T>& to, Reuse reuse);
 
-/// What     Whether the functions here take such factors: both bf16 or both fp32, on the CPU, K not 0 and of
+/// What     Whether the functions here take such factors: both bf16 or both fp32, on the CPU, I not 0 and of
 ///          bf16 even, rows of a contiguous and not overlapping, of b either rows or columns contiguous,
 ///          columns of bf16 beginning at pairs of values.
-bool blocks_take(const at::Tensor& a_MK, const at::Tensor& b_KN);
+bool blocks_take(const at::Tensor& a_XI, const at::Tensor& b_IO);
 
 /// Where results of a block belong: some rows of a, some columns of every part of b.
 struct BlockRange {
@@ -54,14 +54,14 @@ void with_type_of(const at::Tensor& x, const Function& f) {
 ///          once where T is bf16, and those of a row from its first column on. `before`, unless empty, is
 ///          told the range before it is multiplied. Inside a parallel region all on the calling thread, else
 ///          some rows on each thread, which calls both.
-/// Shape    a [M, K], b [K, parts N] as blocks_take() says -> results [rows, parts columns].
+/// Shape    a [X, I], b [I, parts O] as blocks_take() says -> results [rows, parts columns].
 template <typename T>
-void product_in_blocks(const at::Tensor& a_MK, const at::Tensor& b_KN, std::int64_t parts,
+void product_in_blocks(const at::Tensor& a_XI, const at::Tensor& b_IO, std::int64_t parts,
                        const std::function<void(const BlockRange&)>& before, const UseBlock<T>& use);
 
 /// What     out = a b; a row of `out` depends on that row of `a` alone.
-/// Shape    a [M, K], b [K, N] as blocks_take() says, out [M, N] bf16 or fp32 with contiguous rows.
-void block_product_into(const at::Tensor& a_MK, const at::Tensor& b_KN, const at::Tensor& out_MN,
+/// Shape    a [X, I], b [I, O] as blocks_take() says, out [X, O] bf16 or fp32 with contiguous rows.
+void block_product_into(const at::Tensor& a_XI, const at::Tensor& b_IO, const at::Tensor& out_XO,
                         Reuse reuse);
 
 }  // namespace collegium::ops

@@ -140,18 +140,18 @@ void ColumnBlock<T>::set_columns(std::int64_t columns) {
 }
 
 template <typename T>
-void ColumnBlock<T>::order(const at::Tensor& b_KN, std::int64_t first, std::int64_t count,
+void ColumnBlock<T>::order(const at::Tensor& b_IO, std::int64_t first, std::int64_t count,
                            std::int64_t into) {
-  COLLEGIUM_CHECK(b_KN.size(0) == depth_ && first + count <= b_KN.size(1) && into + count <= columns_,
-                  "{} columns from {} of [{}, {}] for a block [{}, {}] at {}", count, first, b_KN.size(0),
-                  b_KN.size(1), depth_, columns_, into);
-  const auto* in = static_cast<const Bits<T>*>(b_KN.const_data_ptr()) + first * b_KN.stride(1);
+  COLLEGIUM_CHECK(b_IO.size(0) == depth_ && first + count <= b_IO.size(1) && into + count <= columns_,
+                  "{} columns from {} of [{}, {}] for a block [{}, {}] at {}", count, first, b_IO.size(0),
+                  b_IO.size(1), depth_, columns_, into);
+  const auto* in = static_cast<const Bits<T>*>(b_IO.const_data_ptr()) + first * b_IO.stride(1);
   auto* out = ordered_.template data<std::uint32_t>() + into;
-  if (b_KN.stride(1) == 1) {
-    order_rows(in, b_KN.stride(0), {.depth = depth_, .columns = count, .out = out, .out_stride = columns_});
+  if (b_IO.stride(1) == 1) {
+    order_rows(in, b_IO.stride(0), {.depth = depth_, .columns = count, .out = out, .out_stride = columns_});
   } else {
     transpose_words(
-        {.values = reinterpret_cast<const std::uint32_t*>(in), .stride = b_KN.stride(1) / kValuesOfWord<T>},
+        {.values = reinterpret_cast<const std::uint32_t*>(in), .stride = b_IO.stride(1) / kValuesOfWord<T>},
         count, depth_ / kValuesOfWord<T>, {.values = out, .stride = columns_});
   }
 }

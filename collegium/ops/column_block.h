@@ -19,7 +19,7 @@ namespace collegium::ops {
 template <typename T>
 bool has_block_kernel();
 
-/// Columns of b [K, N] in order, and room for the sums of kRows rows. T is float or BFloat16; sums are fp32.
+/// Columns of b [I, O] in order, and room for the sums of kRows rows. T is float or BFloat16; sums are fp32.
 /// Belongs to one thread.
 template <typename T>
 class ColumnBlock {
@@ -29,10 +29,10 @@ class ColumnBlock {
   static constexpr std::int64_t kLeastColumns = 128;
   static constexpr std::int64_t kMostColumns = 256;
 
-  /// What     Columns at a time for the depth K: fewer of a deep factor, for a core's second cache.
+  /// What     Columns at a time for the depth I: fewer of a deep factor, for a core's second cache.
   static std::int64_t most_columns(std::int64_t depth);
 
-  /// What     For the depth K, not 0, of bf16 even, and at most kMostColumns columns. Without `kernel` plain
+  /// What     For the depth I, not 0, of bf16 even, and at most kMostColumns columns. Without `kernel` plain
   ///          loops compute the same.
   ColumnBlock(std::int64_t depth, std::int64_t columns, bool kernel = has_block_kernel<T>());
   ~ColumnBlock();
@@ -44,9 +44,9 @@ class ColumnBlock {
   void set_columns(std::int64_t columns);
   /// What     Columns [first, first + count) of b become the block's columns from `into` on. Of b either rows
   ///          or columns are contiguous; contiguous columns of bf16 begin at pairs of values.
-  void order(const at::Tensor& b_KN, std::int64_t first, std::int64_t count, std::int64_t into);
+  void order(const at::Tensor& b_IO, std::int64_t first, std::int64_t count, std::int64_t into);
   /// What     a times the block, valid until the next call.
-  /// Shape    a [rows, K], rows <= kRows -> [rows, columns], contiguous.
+  /// Shape    a [rows, I], rows <= kRows -> [rows, columns], contiguous.
   const float* multiply(const StridedRows<const T>& a, std::int64_t rows);
 
  private:
@@ -57,7 +57,7 @@ class ColumnBlock {
   std::int64_t columns_;
   std::int64_t room_;  // in columns
   bool kernel_;
-  ThreadBuffer ordered_;  // [K, columns] float, or [K / 2, columns] pairs of bf16, one of each of two rows
+  ThreadBuffer ordered_;  // [I, columns] float, or [I / 2, columns] pairs of bf16, one of each of two rows
   ThreadBuffer sums_;     // fp32 [kRows, columns]
 };
 

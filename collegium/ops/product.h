@@ -45,7 +45,7 @@ bool multiplies_in_blocks(const at::Tensor& a, const at::Tensor& b);
 
 /// What     out = a b, into memory that is there already, such as some rows of a larger tensor, for a task
 ///          that has one thread or is alone. `reuse` says when `out` is read again.
-/// Shape    a [M, K], b [K, N], out [M, N], any strides.
+/// Shape    a [X, I], b [I, O], out [X, O], any strides.
 /// Dtype    a and b in that of `out` or in its product_dtype().
 void product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out,
                   Reuse reuse = Reuse::kSoon);
@@ -54,7 +54,7 @@ void widened_product_into(const at::Tensor& a, const at::Tensor& b, const at::Te
                           Reuse reuse = Reuse::kSoon);
 
 /// What     a b, on all threads.
-/// Shape    a [M, K], b [K, N] -> [M, N] in the dtype of a; b may be in its product_dtype().
+/// Shape    a [X, I], b [I, O] -> [X, O] in the dtype of a; b may be in its product_dtype().
 at::Tensor product(const at::Tensor& a, const at::Tensor& b);
 /// The same by widening to fp32, tile by tile of the result, whatever the machine has. Tiles depend on the
 /// shapes alone.
