@@ -55,7 +55,8 @@ std::vector<std::vector<Piece>> lay_out(const RankBlocks& blocks) {
   std::int64_t next = 0;
   const auto place = [&](std::size_t rank, std::size_t block) {
     const std::int64_t rows = blocks.rows[rank][block];
-    if (rows > 0) pieces[rank].push_back({.begin = next, .rows = rows});
+    if (rows > 0 && static_cast<int>(rank) != blocks.stays)
+      pieces[rank].push_back({.begin = next, .rows = rows});
     next += rows;
   };
   if (!blocks.block_major) {

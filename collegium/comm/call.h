@@ -80,6 +80,9 @@ struct RankBlocks {
   /// How they lie in the tensor: false: all blocks of rank 0, then of rank 1; true: the first blocks of all
   /// ranks, then the second blocks of all ranks.
   bool block_major = false;
+  /// The rank that leaves its rows for itself where they are: they lie in the tensor, or there are none, and
+  /// nothing is copied. On both sides of a call or on neither; -1 = they are copied like the others.
+  int stays = -1;
 };
 
 /// A run of rows in a tensor.
@@ -112,7 +115,8 @@ struct Call {
   std::int64_t row_bytes() const { return row_elements * static_cast<std::int64_t>(c10::elementSize(dtype)); }
 };
 
-/// What     Where the blocks lie, blocks without rows left out: what Call::send_pieces and recv_pieces hold.
+/// What     Where the blocks lie, without those that stay or have no rows: what Call::send_pieces and
+///          recv_pieces hold.
 std::vector<std::vector<Piece>> lay_out(const RankBlocks& blocks);
 
 /// What     all_to_all: the rows for (from) one rank, in or out of blocks; none when there are no rows.

@@ -155,7 +155,14 @@ Work Communicator::all_to_all(const at::Tensor& input, const at::Tensor& output,
 
 Work Communicator::all_to_all(const at::Tensor& input, const at::Tensor& output, const RankBlocks& send,
                               const RankBlocks& recv) {
+  COLLEGIUM_CHECK(send.stays == recv.stays && (send.stays == -1 || send.stays == rank()),
+                  "all_to_all: rows of rank {} and of rank {} stay, must be those of rank {} or of none (-1)",
+                  send.stays, recv.stays, rank());
   Call call = prepare_all_to_all(input, output, rows_per_rank("send", send), rows_per_rank("recv", recv));
+  if (send.stays >= 0) {
+    call.send_rows[static_cast<std::size_t>(send.stays)] = 0;
+    call.recv_rows[static_cast<std::size_t>(recv.stays)] = 0;
+  }
   call.send_pieces = lay_out(send);
   call.recv_pieces = lay_out(recv);
   for (const auto& pieces : call.send_pieces) call.send_cuts.push_back(cut_number(pieces));

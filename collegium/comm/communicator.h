@@ -73,8 +73,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
                   std::span<const std::int64_t> send_rows = {}, std::span<const std::int64_t> recv_rows = {});
 
   /// What     The same in blocks, which may lie in another order on either side: what experts compute on is
-  ///          by expert, what travels by rank.
-  /// Shape    as above; send.rows[p] here = recv.rows[r] on p.
+  ///          by expert, what travels by rank. Rows of this rank for itself may stay where they are.
+  /// Shape    as above; send.rows[p] here = recv.rows[r] on p, unless they stay.
   /// Dtype    any.
   /// Comm     as above.
   Work all_to_all(const at::Tensor& input, const at::Tensor& output, const RankBlocks& send,

@@ -1,9 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/moe/block_dispatcher.h"
 
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+#include <numeric>
+
+#include "collegium/base/error.h"
 #include "collegium/moe/exchange.h"
 
 namespace collegium::moe {
@@ -14,21 +20,23 @@ std::shared_ptr<BlockHandle> of_blocks(const std::shared_ptr<DispatchHandle>& ha
   return std::static_pointer_cast<BlockHandle>(handle);
 }
 
-// A sum over one slot is a gather that gives zeros where there is no token.
-at::Tensor travelling_rows(const at::Tensor& x_TD, const BlockHandle& h) {
-  return h.place_R.defined() ? ops::combine_rows(x_TD, h.row_token_X1)
-                             : ops::gather_rows(x_TD, h.permutation.row_token_R);
-}
-
 at::Tensor travelling_weights(const at::Tensor& weights_TK, const BlockHandle& h) {
   const at::Tensor weights_R = rows_of_slots(weights_TK, h.permutation.row_slot_R);
   if (!h.place_R.defined()) return weights_R;
-  return at::zeros({h.row_token_X1.size(0)}, weights_R.options()).index_copy_(0, h.place_R, weights_R);
+  return at::zeros({h.row_token_X.size(0)}, weights_R.options()).index_copy_(0, h.place_R, weights_R);
 }
 
 at::Tensor weights_of_slots(const at::Tensor& weights_X, const BlockHandle& h) {
   const at::Tensor weights_R = h.place_R.defined() ? weights_X.index_select(0, h.place_R) : weights_X;
   return slots_of_rows(weights_R, h.permutation.row_slot_R, h.slot_row_TK.sizes());
+}
+
+// Of ranks [first, end).
+std::int64_t num_rows(const comm::RankBlocks& blocks, std::size_t first, std::size_t end) {
+  std::int64_t sum = 0;
+  for (std::size_t rank = first; rank < end; ++rank)
+    sum += std::reduce(blocks.rows[rank].begin(), blocks.rows[rank].end());
+  return sum;
 }
 
 }  // namespace
@@ -39,6 +47,7 @@ std::vector<std::shared_ptr<BlockHandle>> BlockDispatcher::start_plan(const Disp
     auto handle = std::make_shared<BlockHandle>();
     handle->where = request.where;
     handle->permutation = ops::group_by_expert(ids_TK, placement_.num_experts);
+    handle->row_token_X = handle->permutation.row_token_R;
     handle->slot_row_TK = handle->permutation.slot_row_TK;
     handle->by_expert.block_major = true;
     handles.push_back(std::move(handle));
@@ -46,11 +55,55 @@ std::vector<std::shared_ptr<BlockHandle>> BlockDispatcher::start_plan(const Disp
   return handles;
 }
 
+void BlockDispatcher::finish_plan(BlockHandle& h) const {
+  const auto self = static_cast<std::size_t>(ep_->rank());
+  const std::vector<comm::Piece> rows = comm::lay_out(h.by_rank)[self];
+  const std::vector<comm::Piece> places = comm::lay_out(h.by_expert)[self];
+  COLLEGIUM_CHECK(rows.size() == places.size(), "{} blocks of own rows at {} places", rows.size(),
+                  places.size());
+  const std::int64_t num_sent_first = num_rows(h.by_rank, 0, self);
+  const std::int64_t num_own = num_rows(h.by_rank, self, self + 1);
+  const std::int64_t num_here = num_rows(h.by_expert, 0, h.by_expert.rows.size());
+  const std::int64_t num_all = h.row_token_X.size(0);
+  const std::int64_t own_end = num_sent_first + num_own;
+  std::vector<std::int64_t> source(static_cast<std::size_t>(num_all));  // of a row by rank
+  std::iota(source.begin(), source.begin() + num_sent_first, num_here);
+  std::iota(source.begin() + own_end, source.end(), num_here + num_sent_first);
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    h.own.push_back({.row = rows[i].begin, .place = places[i].begin, .count = rows[i].rows});
+    const auto first = source.begin() + rows[i].begin;
+    std::iota(first, first + rows[i].rows, places[i].begin);
+  }
+  h.sent_token_X = at::cat(
+      {h.row_token_X.narrow(0, 0, num_sent_first), h.row_token_X.narrow(0, own_end, num_all - own_end)});
+  h.slot_source_TK = at::empty_like(h.slot_row_TK);
+  const auto* slot_row = h.slot_row_TK.const_data_ptr<std::int32_t>();
+  std::transform(slot_row, slot_row + h.slot_row_TK.numel(),
+                 h.slot_source_TK.mutable_data_ptr<std::int32_t>(), [&](std::int32_t row) {
+                   return row < 0 ? -1 : static_cast<std::int32_t>(source[static_cast<std::size_t>(row)]);
+                 });
+  h.sent_by_rank = h.by_rank;
+  h.sent_by_rank.rows[self].clear();
+  h.received_by_expert = h.by_expert;
+  h.sent_by_rank.stays = h.received_by_expert.stays = ep_->rank();
+}
+
+Exchange BlockDispatcher::send_tokens(const at::Tensor& values_TD, const BlockHandle& h) const {
+  const at::Tensor values = values_TD.contiguous();
+  Exchange rows =
+      start_exchange(*ep_, ops::gather_rows(values, h.sent_token_X), h.sent_by_rank, h.received_by_expert);
+  for (const OwnRows& own : h.own) {
+    ops::gather_rows_into(values, h.row_token_X.narrow(0, own.row, own.count),
+                          rows.received.narrow(0, own.place, own.count));
+  }
+  return rows;
+}
+
 Pending<DispatchedRows> BlockDispatcher::dispatch(const at::Tensor& x_TD, const at::Tensor& weights_TK,
                                                   const std::shared_ptr<DispatchHandle>& handle) {
   const auto h = of_blocks(handle);
   const comm::WhereScope scope(ep_->where(), at_phase(h->where, "dispatch"));
-  Exchange rows = start_exchange(*ep_, travelling_rows(x_TD, *h), h->by_rank, h->by_expert);
+  Exchange rows = send_tokens(x_TD, *h);
   Exchange weights = start_exchange(*ep_, travelling_weights(weights_TK, *h), h->by_rank, h->by_expert);
   return Pending<DispatchedRows>([h, rows, weights]() mutable -> DispatchedRows {
     rows.work.wait();
@@ -63,10 +116,10 @@ Pending<at::Tensor> BlockDispatcher::combine(const at::Tensor& rows_RD,
                                              const std::shared_ptr<DispatchHandle>& handle) {
   const auto h = of_blocks(handle);
   const comm::WhereScope scope(ep_->where(), at_phase(h->where, "combine"));
-  Exchange rows = start_exchange(*ep_, rows_RD, h->by_expert, h->by_rank);
-  return Pending<at::Tensor>([h, rows]() mutable {
+  Exchange rows = start_exchange(*ep_, rows_RD, h->received_by_expert, h->sent_by_rank);
+  return Pending<at::Tensor>([h, rows_RD, rows]() mutable {
     rows.work.wait();
-    return ops::combine_rows(rows.received, h->slot_row_TK);
+    return ops::combine_rows(rows_RD, rows.received, h->slot_source_TK);
   });
 }
 
@@ -74,7 +127,7 @@ Pending<ops::RowSource> BlockDispatcher::combine_backward(const at::Tensor& grad
                                                           const std::shared_ptr<DispatchHandle>& handle) {
   const auto h = of_blocks(handle);
   const comm::WhereScope scope(ep_->where(), at_phase(h->where, "combine backward"));
-  Exchange rows = start_exchange(*ep_, travelling_rows(grad_y_TD, *h), h->by_rank, h->by_expert);
+  Exchange rows = send_tokens(grad_y_TD, *h);
   return Pending<ops::RowSource>([h, rows]() mutable -> ops::RowSource {
     rows.work.wait();
     return {.values_XD = rows.received, .index_R = {}};
@@ -87,13 +140,15 @@ Pending<DispatchGradients> BlockDispatcher::dispatch_backward(const at::Tensor& 
   const auto h = of_blocks(handle);
   const comm::WhereScope scope(ep_->where(), at_phase(h->where, "dispatch backward"));
   Exchange rows;
-  if (grad_rows_RD.defined()) rows = start_exchange(*ep_, grad_rows_RD, h->by_expert, h->by_rank);
+  if (grad_rows_RD.defined())
+    rows = start_exchange(*ep_, grad_rows_RD, h->received_by_expert, h->sent_by_rank);
   Exchange weights = start_exchange(*ep_, grad_weights_R, h->by_expert, h->by_rank);
-  return Pending<DispatchGradients>([h, rows, weights]() mutable {
+  return Pending<DispatchGradients>([h, grad_rows_RD, rows, weights]() mutable {
     rows.work.wait();
     weights.work.wait();
     DispatchGradients gradients{.x_TD = {}, .weights_TK = weights_of_slots(weights.received, *h)};
-    if (rows.received.defined()) gradients.x_TD = ops::combine_rows(rows.received, h->slot_row_TK);
+    if (grad_rows_RD.defined())
+      gradients.x_TD = ops::combine_rows(grad_rows_RD, rows.received, h->slot_source_TK);
     return gradients;
   });
 }

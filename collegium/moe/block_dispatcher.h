@@ -3,22 +3,41 @@
 
 // The four arrows of dispatchers whose rows travel straight to the ranks of their experts, in one block per
 // rank and expert. What the blocks hold is for plan() to say: exactly the routed rows (uneven) or as many for
-// all (padded).
+// all (padded). Rows for experts of this rank do not travel: the way out gathers them where the experts read
+// them, while the others are under way, and the way back sums them where the experts wrote them.
 
 #include <memory>
+#include <vector>
 
 #include "collegium/moe/dispatcher.h"
+#include "collegium/moe/exchange.h"
 #include "collegium/ops/permute.h"
 
 namespace collegium::moe {
 
+/// Neighbouring rows of this rank's tokens for one of its experts.
+struct OwnRows {
+  std::int64_t row;    ///< the first one by rank
+  std::int64_t place;  ///< the first one among the experts' rows
+  std::int64_t count;
+};
+
+/// "By rank" is the order of `by_rank`; X rows in it, padding included.
 struct BlockHandle : DispatchHandle {
   ops::Permutation permutation;  ///< slots of this rank by expert, so by destination rank, without padding
   comm::RankBlocks by_rank;      ///< rows of this rank's tokens for each expert of each rank
   comm::RankBlocks by_expert;    ///< rows for each expert of this rank from each rank
-  at::Tensor slot_row_TK;        ///< int32: row of each slot among those that travel, -1 = none
-  at::Tensor place_R;       ///< int64: where each routed row is among padded ones; undefined = no padding
-  at::Tensor row_token_X1;  ///< with padding int32 [X, 1]: token of each row that travels, -1 = zeros
+  at::Tensor place_R;            ///< int64: where each routed row is by rank; undefined = at the same place
+  at::Tensor row_token_X;        ///< int32: token of each row by rank, -1 = zeros
+  at::Tensor slot_row_TK;        ///< int32: row of each slot by rank, -1 = none
+
+  // From finish_plan() on.
+  std::vector<OwnRows> own;
+  at::Tensor sent_token_X;  ///< row_token_X without own rows
+  /// int32: row of each slot, -1 = none; own ones among the experts' rows, others after all of these.
+  at::Tensor slot_source_TK;
+  comm::RankBlocks sent_by_rank;        ///< without own rows
+  comm::RankBlocks received_by_expert;  ///< own rows stay
 };
 
 class BlockDispatcher : public Dispatcher {
@@ -40,8 +59,12 @@ class BlockDispatcher : public Dispatcher {
   comm::Communicator& group() const { return *ep_; }
   /// What     A handle per chunk with its permutation.
   std::vector<std::shared_ptr<BlockHandle>> start_plan(const DispatchRequest& request) const;
+  /// What     What plan() does last, when it knows all blocks and rows: sets own rows apart.
+  void finish_plan(BlockHandle& handle) const;
 
  private:
+  Exchange send_tokens(const at::Tensor& values_TD, const BlockHandle& handle) const;
+
   ExpertPlacement placement_;
   std::shared_ptr<comm::Communicator> ep_;
 };

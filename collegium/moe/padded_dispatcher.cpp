@@ -28,13 +28,13 @@ std::int64_t largest_count(const BlockHandle& handle) {
 void place_rows(BlockHandle& handle, std::int64_t block, std::int64_t num_experts) {
   const ops::Permutation& permutation = handle.permutation;
   handle.place_R = at::empty({permutation.row_token_R.numel()}, at::kLong);
-  handle.row_token_X1 = at::full({num_experts * block, 1}, -1, at::kInt);
+  handle.row_token_X = at::full({num_experts * block}, -1, at::kInt);
   handle.slot_row_TK = at::full(permutation.slot_row_TK.sizes(), -1, at::kInt);
   const auto* counts = permutation.counts_E.const_data_ptr<std::int64_t>();
   const auto* row_token = permutation.row_token_R.const_data_ptr<std::int32_t>();
   const auto* row_slot = permutation.row_slot_R.const_data_ptr<std::int32_t>();
   auto* place = handle.place_R.mutable_data_ptr<std::int64_t>();
-  auto* padded_row_token = handle.row_token_X1.mutable_data_ptr<std::int32_t>();
+  auto* padded_row_token = handle.row_token_X.mutable_data_ptr<std::int32_t>();
   auto* slot_padded_row = handle.slot_row_TK.mutable_data_ptr<std::int32_t>();
   std::int64_t row = 0;
   for (std::int64_t expert = 0; expert < num_experts; ++expert) {
@@ -76,6 +76,7 @@ class PaddedDispatcher final : public BlockDispatcher {
       handle.by_expert.rows.emplace_back(num_local, block);
     }
     place_rows(handle, block, placement().num_experts);
+    finish_plan(handle);
   }
 };
 

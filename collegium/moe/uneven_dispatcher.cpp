@@ -5,7 +5,7 @@
 //   rows of this rank, by expert:  e0 e0 e1 | e2 e3 e3      | = between the experts of rank 0 and of rank 1
 //   received, by expert:           e0 e0 e0 | e1 e1 e1      (by expert, then source rank, token, slot)
 //
-// The all_to_all itself puts the blocks in order: no row is copied for that.
+// The all_to_all itself puts the blocks in order: no row is copied for that, and none at all within a rank.
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -28,6 +28,7 @@ class UnevenDispatcher final : public BlockDispatcher {
     const comm::WhereScope scope(group().where(), at_phase(request.where, "plan"));
     const auto handles = start_plan(request);
     exchange_counts(handles);
+    for (const auto& handle : handles) finish_plan(*handle);
     return {handles.begin(), handles.end()};
   }
 

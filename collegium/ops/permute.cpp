@@ -111,8 +111,13 @@ void gather_widened(const at::Tensor& x_TD, const at::Tensor& row_token_R, const
   const auto* source = x_TD.const_data_ptr<c10::BFloat16>();
   auto* target = rows_RD.mutable_data_ptr<float>();
   at::parallel_for(0, row_token_R.numel(), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t row = begin; row < end; ++row)
-      widen_row(source + tokens[row] * width, width, target + row * width);
+    for (std::int64_t row = begin; row < end; ++row) {
+      if (tokens[row] < 0) {
+        std::fill_n(target + row * width, width, 0.0F);
+      } else {
+        widen_row(source + tokens[row] * width, width, target + row * width);
+      }
+    }
   });
 }
 
@@ -129,14 +134,21 @@ void gather_rows_into(const at::Tensor& x_TD, const at::Tensor& row_token_R, con
   auto* target = static_cast<char*>(rows_RD.mutable_data_ptr());
   at::parallel_for(0, row_token_R.numel(), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
-      std::memcpy(target + static_cast<std::size_t>(row) * row_bytes,
-                  source + static_cast<std::size_t>(tokens[row]) * row_bytes, row_bytes);
+      char* to = target + static_cast<std::size_t>(row) * row_bytes;
+      if (tokens[row] < 0) {
+        std::memset(to, 0, row_bytes);
+      } else {
+        std::memcpy(to, source + static_cast<std::size_t>(tokens[row]) * row_bytes, row_bytes);
+      }
     }
   });
 }
 
 at::Tensor gather_rows_aten(const at::Tensor& x_TD, const at::Tensor& row_token_R) {
-  return x_TD.index_select(0, row_token_R.to(at::kLong));
+  // Row T is zero: what the token -1 points to.
+  const at::Tensor padded = at::cat({x_TD, at::zeros({1, x_TD.size(1)}, x_TD.options())});
+  const at::Tensor index_R = row_token_R.to(at::kLong);
+  return padded.index_select(0, index_R.masked_fill(index_R < 0, x_TD.size(0)));
 }
 
 namespace {
@@ -151,6 +163,8 @@ constexpr std::int64_t kColumnsPerPass = 128;
 template <typename T>
 struct CombineTokens {
   const T* rows;
+  const T* more;          // rows from num_rows on
+  std::int64_t num_rows;  // before them
   const std::int32_t* slot_rows;
   std::int64_t tokens;
   std::int64_t top_k;
@@ -166,8 +180,10 @@ COLLEGIUM_INLINE void combine_tokens(CombineTokens<T> o) {
       const std::int64_t columns = std::min(kColumnsPerPass, o.width - first);
       sum.fill(0);
       for (std::int64_t k = 0; k < o.top_k; ++k) {
-        if (o.slot_rows[k] < 0) continue;
-        const T* row = o.rows + o.slot_rows[k] * o.width + first;
+        const std::int64_t index = o.slot_rows[k];
+        if (index < 0) continue;
+        const T* row =
+            (index < o.num_rows ? o.rows + index * o.width : o.more + (index - o.num_rows) * o.width) + first;
         for (std::int64_t d = 0; d < columns; ++d) sum[static_cast<std::size_t>(d)] += widen(row[d]);
       }
       for (std::int64_t d = 0; d < columns; ++d) o.y[first + d] = narrow<T>(sum[static_cast<std::size_t>(d)]);
@@ -181,8 +197,17 @@ COLLEGIUM_CLONES void combine(const CombineTokens<c10::BFloat16>& o) { combine_t
 }  // namespace
 
 at::Tensor combine_rows(const at::Tensor& rows_RD, const at::Tensor& slot_row_TK) {
-  if (!rows_RD.is_cpu()) return combine_rows_aten(rows_RD, slot_row_TK);
+  return combine_rows(rows_RD, rows_RD.narrow(0, 0, 0), slot_row_TK);
+}
+
+at::Tensor combine_rows(const at::Tensor& rows_RD, const at::Tensor& more_XD, const at::Tensor& slot_row_TK) {
+  COLLEGIUM_CHECK(more_XD.scalar_type() == rows_RD.scalar_type() && more_XD.size(1) == rows_RD.size(1),
+                  "rows of {} {} and of {} {} values combined", rows_RD.size(1),
+                  c10::toString(rows_RD.scalar_type()), more_XD.size(1),
+                  c10::toString(more_XD.scalar_type()));
+  if (!rows_RD.is_cpu()) return combine_rows_aten(at::cat({rows_RD, more_XD}), slot_row_TK);
   const at::Tensor rows = rows_RD.contiguous();
+  const at::Tensor more = more_XD.contiguous();
   const at::Tensor slots = slot_row_TK.contiguous();
   const std::int64_t width = rows.size(1);
   const std::int64_t top_k = slots.size(1);
@@ -193,6 +218,8 @@ at::Tensor combine_rows(const at::Tensor& rows_RD, const at::Tensor& slot_row_TK
     auto* target = y_TD.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, slots.size(0), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
       combine(CombineTokens<scalar_t>{.rows = source,
+                                      .more = more.const_data_ptr<scalar_t>(),
+                                      .num_rows = rows.size(0),
                                       .slot_rows = slot_rows + begin * top_k,
                                       .tokens = end - begin,
                                       .top_k = top_k,

@@ -24,7 +24,7 @@ Permutation group_by_expert(const at::Tensor& expert_ids_TK, std::int64_t num_ex
 /// The same with ATen operators only, for any device.
 Permutation group_by_expert_aten(const at::Tensor& expert_ids_TK, std::int64_t num_experts);
 
-/// What     rows[r] = x[row_token[r]]: dispatch forward, and combine backward.
+/// What     rows[r] = x[row_token[r]], zeros for the token -1: dispatch forward, and combine backward.
 /// Shape    x_TD [T, D], row_token_R int32 [R] -> [R, D], any floating dtype.
 at::Tensor gather_rows(const at::Tensor& x_TD, const at::Tensor& row_token_R);
 at::Tensor gather_rows_aten(const at::Tensor& x_TD, const at::Tensor& row_token_R);
@@ -36,5 +36,7 @@ void gather_rows_into(const at::Tensor& x_TD, const at::Tensor& row_token_R, con
 /// Dtype    any floating dtype; the sum is kept in fp32 (fp64 for fp64) and rounded once.
 at::Tensor combine_rows(const at::Tensor& rows_RD, const at::Tensor& slot_row_TK);
 at::Tensor combine_rows_aten(const at::Tensor& rows_RD, const at::Tensor& slot_row_TK);
+/// The same of rows that lie in two places: those after rows_RD are the rows of more_XD, in order.
+at::Tensor combine_rows(const at::Tensor& rows_RD, const at::Tensor& more_XD, const at::Tensor& slot_row_TK);
 
 }  // namespace collegium::ops

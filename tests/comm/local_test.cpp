@@ -117,6 +117,12 @@ TEST(LocalArguments, impossible_ones_are_refused_before_communication) {
   EXPECT_THROW((void)comm->broadcast(at::ones({2}), 1), InternalError);
   EXPECT_THROW((void)comm->all_gather(at::ones({2}), at::ones({3})), InternalError);
   EXPECT_THROW((void)comm->send(at::ones({2}), 0, -1), InternalError);
+  const RankBlocks own{.rows = {{2}}, .block_major = false, .stays = 0};
+  const RankBlocks copied{.rows = {{2}}, .block_major = false, .stays = -1};
+  const RankBlocks of_another{.rows = {{2}}, .block_major = false, .stays = 1};
+  const at::Tensor rows = at::ones({2, 3});
+  EXPECT_THROW((void)comm->all_to_all(rows, rows, own, copied), InternalError);
+  EXPECT_THROW((void)comm->all_to_all(rows, rows, of_another, of_another), InternalError);
   EXPECT_THROW(run_ranks(0, [](Communicator&) {}), ConfigError);
 }
 

@@ -185,6 +185,43 @@ void all_to_all_orders_blocks(Communicator& comm) {
   }
 }
 
+// Rows of a rank for itself: among what experts compute on they keep their place, and they are not among what
+// travels.
+void all_to_all_leaves_own_rows(Communicator& comm) {
+  constexpr double kUntouched = -5.0;
+  for (const auto& [scale, width] : {std::pair{1, 2}, {0, 5}, {60, 1000}}) {
+    RankBlocks by_rank{.rows = {}, .block_major = false, .stays = comm.rank()};
+    RankBlocks by_block{.rows = {}, .block_major = true, .stays = comm.rank()};
+    std::vector<at::Tensor> outgoing = {at::empty({0, width}, at::kBFloat16)};
+    std::vector<at::Tensor> incoming;
+    constexpr int kBlocks = 2;
+    for (int peer = 0; peer < comm.size(); ++peer) {
+      by_rank.rows.emplace_back();
+      by_block.rows.emplace_back();
+      for (int block = 0; block < kBlocks; ++block) {
+        by_block.rows.back().push_back(block_rows(peer, comm.rank(), block, scale));
+        if (peer == comm.rank()) continue;
+        by_rank.rows.back().push_back(block_rows(comm.rank(), peer, block, scale));
+        outgoing.push_back(block_data(comm.rank(), peer, block, scale, width));
+      }
+    }
+    for (int block = 0; block < kBlocks; ++block) {
+      for (int peer = 0; peer < comm.size(); ++peer) {
+        incoming.push_back(block_data(peer, comm.rank(), block, scale, width));
+        if (peer == comm.rank()) incoming.back().fill_(kUntouched);
+      }
+    }
+    const at::Tensor sent = at::cat(outgoing);
+    const at::Tensor expected = at::cat(incoming);
+    const at::Tensor arrived = at::full_like(expected, kUntouched);
+    comm.all_to_all(sent, arrived, by_rank, by_block).wait();
+    expect_same(arrived, expected, comm);
+    const at::Tensor returned = at::empty_like(sent);
+    comm.all_to_all(arrived, returned, by_block, by_rank).wait();
+    expect_same(returned, sent, comm);
+  }
+}
+
 void all_to_all_of_nothing_is_legal(Communicator& comm) {
   const std::vector<std::int64_t> none(static_cast<std::size_t>(comm.size()), 0);
   comm.all_to_all(at::empty({0, 8}), at::empty({0, 8}), none, none).wait();
@@ -289,6 +326,7 @@ const std::vector<VerbCase>& verb_cases() {
       {"broadcast", broadcast_gives_the_root_s_bits},
       {"all_to_all", all_to_all_moves_uneven_rows},
       {"all_to_all_in_blocks", all_to_all_orders_blocks},
+      {"all_to_all_leaves_own_rows", all_to_all_leaves_own_rows},
       {"all_to_all_of_nothing", all_to_all_of_nothing_is_legal},
       {"many_under_way", many_operations_may_be_under_way},
       {"send_recv", messages_of_a_pair_arrive_in_order},

@@ -106,6 +106,29 @@ TEST(Permutation, gather_and_combine_equal_their_aten_forms_and_are_adjoint) {
   }
 }
 
+// Row r of x is r; token -1 is a row of zeros; rows 3 and 4 lie in the second tensor.
+TEST(Permutation, zero_rows_and_rows_in_two_places) {
+  for (const auto dtype : kDtypes) {
+    const at::Tensor x = at::arange(5, at::kDouble).unsqueeze(1).expand({5, 130}).to(dtype).contiguous();
+    const at::Tensor tokens = at::tensor({3, -1, 0, 4, -1}, at::kInt);
+    const at::Tensor gathered = ops::gather_rows(x, tokens);
+    EXPECT_TRUE(at::equal(gathered.select(1, 129), at::tensor({3, 0, 0, 4, 0}, at::kDouble).to(dtype)));
+    EXPECT_TRUE(at::equal(gathered, ops::gather_rows_aten(x, tokens)));
+    const at::Tensor wide = at::empty(gathered.sizes(), at::kFloat);
+    if (dtype == at::kBFloat16) {
+      ops::gather_rows_into(x, tokens, wide);
+      EXPECT_TRUE(at::equal(wide, gathered.to(at::kFloat)));
+    }
+    const at::Tensor slots = at::tensor({0, 4, 3, 3, -1, 2, -1, -1}, at::kInt).view({4, 2});
+    for (const std::int64_t first : {0, 3, 5}) {
+      const at::Tensor y = ops::combine_rows(x.narrow(0, 0, first), x.narrow(0, first, 5 - first), slots);
+      EXPECT_TRUE(at::equal(y, ops::combine_rows(x, slots))) << first << " rows in the first tensor";
+      EXPECT_TRUE(at::equal(y.select(1, 0), at::tensor({4, 6, 2, 0}, at::kDouble).to(dtype)));
+    }
+    EXPECT_THROW(ops::combine_rows(x, x.narrow(1, 0, 7), slots), InternalError);
+  }
+}
+
 TEST(Swiglu, forward_and_backward_equal_aten_form_and_autograd) {
   for (const auto dtype : kDtypes) {
     for (const std::int64_t width : {1, 15, 16, 17, 64, 100}) {
