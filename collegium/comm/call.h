@@ -81,7 +81,8 @@ struct RankBlocks {
   /// ranks, then the second blocks of all ranks.
   bool block_major = false;
   /// The rank that leaves its rows for itself where they are: they lie in the tensor, or there are none, and
-  /// nothing is copied. On both sides of a call or on neither; -1 = they are copied like the others.
+  /// nothing is copied; the caller may write and read them while the call is under way. On both sides of a
+  /// call or on neither; -1 = they are copied like the others.
   int stays = -1;
 };
 

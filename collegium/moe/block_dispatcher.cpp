@@ -2,11 +2,13 @@
 #include "collegium/moe/block_dispatcher.h"
 
 #include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
 #include "collegium/base/error.h"
@@ -23,12 +25,18 @@ std::shared_ptr<BlockHandle> of_blocks(const std::shared_ptr<DispatchHandle>& ha
 at::Tensor travelling_weights(const at::Tensor& weights_TK, const BlockHandle& h) {
   const at::Tensor weights_R = rows_of_slots(weights_TK, h.permutation.row_slot_R);
   if (!h.place_R.defined()) return weights_R;
-  return at::zeros({h.row_token_X.size(0)}, weights_R.options()).index_copy_(0, h.place_R, weights_R);
+  return at::zeros({h.sent_token_X.size(0) + h.own_token_Y.size(0)}, weights_R.options())
+      .index_copy_(0, h.place_R, weights_R);
 }
 
 at::Tensor weights_of_slots(const at::Tensor& weights_X, const BlockHandle& h) {
   const at::Tensor weights_R = h.place_R.defined() ? weights_X.index_select(0, h.place_R) : weights_X;
-  return slots_of_rows(weights_R, h.permutation.row_slot_R, h.slot_row_TK.sizes());
+  return slots_of_rows(weights_R, h.permutation.row_slot_R, h.slot_source_TK.sizes());
+}
+
+Exchange send_rows(comm::Communicator& group, const at::Tensor& values_TD, const BlockHandle& h) {
+  return start_exchange(group, ops::gather_rows(values_TD, h.sent_token_X), h.sent_by_rank,
+                        h.received_by_expert);
 }
 
 // Of ranks [first, end).
@@ -57,54 +65,50 @@ std::vector<std::shared_ptr<BlockHandle>> BlockDispatcher::start_plan(const Disp
 
 void BlockDispatcher::finish_plan(BlockHandle& h) const {
   const auto self = static_cast<std::size_t>(ep_->rank());
-  const std::vector<comm::Piece> rows = comm::lay_out(h.by_rank)[self];
-  const std::vector<comm::Piece> places = comm::lay_out(h.by_expert)[self];
-  COLLEGIUM_CHECK(rows.size() == places.size(), "{} blocks of own rows at {} places", rows.size(),
-                  places.size());
-  const std::int64_t num_sent_first = num_rows(h.by_rank, 0, self);
+  const std::int64_t own_begin = num_rows(h.by_rank, 0, self);
   const std::int64_t num_own = num_rows(h.by_rank, self, self + 1);
+  const std::int64_t own_end = own_begin + num_own;
   const std::int64_t num_here = num_rows(h.by_expert, 0, h.by_expert.rows.size());
   const std::int64_t num_all = h.row_token_X.size(0);
-  const std::int64_t own_end = num_sent_first + num_own;
-  std::vector<std::int64_t> source(static_cast<std::size_t>(num_all));  // of a row by rank
-  std::iota(source.begin(), source.begin() + num_sent_first, num_here);
-  std::iota(source.begin() + own_end, source.end(), num_here + num_sent_first);
-  for (std::size_t i = 0; i < rows.size(); ++i) {
-    h.own.push_back({.row = rows[i].begin, .place = places[i].begin, .count = rows[i].rows});
-    const auto first = source.begin() + rows[i].begin;
-    std::iota(first, first + rows[i].rows, places[i].begin);
+  COLLEGIUM_CHECK(num_here + num_all - num_own <= std::numeric_limits<std::int32_t>::max(),
+                  "{} rows of experts and {} that come back are too many", num_here, num_all - num_own);
+  h.sent_token_X =
+      at::cat({h.row_token_X.narrow(0, 0, own_begin), h.row_token_X.narrow(0, own_end, num_all - own_end)});
+  h.own_token_Y = h.row_token_X.narrow(0, own_begin, num_own).clone();
+  h.own_place_Y = at::empty({num_own}, at::kInt);
+  auto* places = h.own_place_Y.mutable_data_ptr<std::int32_t>();
+  auto* next = places;
+  const std::vector<std::vector<comm::Piece>> pieces = comm::lay_out(h.by_expert);
+  for (const comm::Piece& piece : pieces[self]) {
+    std::iota(next, next + piece.rows, static_cast<std::int32_t>(piece.begin));
+    next += piece.rows;
   }
-  h.sent_token_X = at::cat(
-      {h.row_token_X.narrow(0, 0, num_sent_first), h.row_token_X.narrow(0, own_end, num_all - own_end)});
   h.slot_source_TK = at::empty_like(h.slot_row_TK);
   const auto* slot_row = h.slot_row_TK.const_data_ptr<std::int32_t>();
+  const auto source = [&](std::int32_t row) {
+    if (row < 0) return -1;
+    if (row < own_begin) return static_cast<std::int32_t>(num_here + row);
+    if (row < own_end) return places[row - own_begin];
+    return static_cast<std::int32_t>(num_here + row - num_own);
+  };
   std::transform(slot_row, slot_row + h.slot_row_TK.numel(),
-                 h.slot_source_TK.mutable_data_ptr<std::int32_t>(), [&](std::int32_t row) {
-                   return row < 0 ? -1 : static_cast<std::int32_t>(source[static_cast<std::size_t>(row)]);
-                 });
+                 h.slot_source_TK.mutable_data_ptr<std::int32_t>(), source);
   h.sent_by_rank = h.by_rank;
   h.sent_by_rank.rows[self].clear();
   h.received_by_expert = h.by_expert;
   h.sent_by_rank.stays = h.received_by_expert.stays = ep_->rank();
-}
-
-Exchange BlockDispatcher::send_tokens(const at::Tensor& values_TD, const BlockHandle& h) const {
-  const at::Tensor values = values_TD.contiguous();
-  Exchange rows =
-      start_exchange(*ep_, ops::gather_rows(values, h.sent_token_X), h.sent_by_rank, h.received_by_expert);
-  for (const OwnRows& own : h.own) {
-    ops::gather_rows_into(values, h.row_token_X.narrow(0, own.row, own.count),
-                          rows.received.narrow(0, own.place, own.count));
-  }
-  return rows;
+  // What no arrow reads.
+  h.row_token_X = h.slot_row_TK = h.permutation.row_token_R = h.permutation.slot_row_TK = at::Tensor();
 }
 
 Pending<DispatchedRows> BlockDispatcher::dispatch(const at::Tensor& x_TD, const at::Tensor& weights_TK,
                                                   const std::shared_ptr<DispatchHandle>& handle) {
   const auto h = of_blocks(handle);
   const comm::WhereScope scope(ep_->where(), at_phase(h->where, "dispatch"));
-  Exchange rows = send_tokens(x_TD, *h);
+  const at::Tensor x = x_TD.contiguous();
+  Exchange rows = send_rows(*ep_, x, *h);
   Exchange weights = start_exchange(*ep_, travelling_weights(weights_TK, *h), h->by_rank, h->by_expert);
+  ops::gather_rows_into(x, h->own_token_Y, h->own_place_Y, rows.received);
   return Pending<DispatchedRows>([h, rows, weights]() mutable -> DispatchedRows {
     rows.work.wait();
     weights.work.wait();
@@ -127,7 +131,9 @@ Pending<ops::RowSource> BlockDispatcher::combine_backward(const at::Tensor& grad
                                                           const std::shared_ptr<DispatchHandle>& handle) {
   const auto h = of_blocks(handle);
   const comm::WhereScope scope(ep_->where(), at_phase(h->where, "combine backward"));
-  Exchange rows = send_tokens(grad_y_TD, *h);
+  const at::Tensor grad_y = grad_y_TD.contiguous();
+  Exchange rows = send_rows(*ep_, grad_y, *h);
+  ops::gather_rows_into(grad_y, h->own_token_Y, h->own_place_Y, rows.received);
   return Pending<ops::RowSource>([h, rows]() mutable -> ops::RowSource {
     rows.work.wait();
     return {.values_XD = rows.received, .index_R = {}};

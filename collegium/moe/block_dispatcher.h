@@ -4,23 +4,14 @@
 // The four arrows of dispatchers whose rows travel straight to the ranks of their experts, in one block per
 // rank and expert. What the blocks hold is for plan() to say: exactly the routed rows (uneven) or as many for
 // all (padded). Rows for experts of this rank do not travel: the way out gathers them where the experts read
-// them, while the others are under way, and the way back sums them where the experts wrote them.
+// them, after it has sent the others, and the way back sums them where the experts wrote them.
 
 #include <memory>
-#include <vector>
 
 #include "collegium/moe/dispatcher.h"
-#include "collegium/moe/exchange.h"
 #include "collegium/ops/permute.h"
 
 namespace collegium::moe {
-
-/// Neighbouring rows of this rank's tokens for one of its experts.
-struct OwnRows {
-  std::int64_t row;    ///< the first one by rank
-  std::int64_t place;  ///< the first one among the experts' rows
-  std::int64_t count;
-};
 
 /// "By rank" is the order of `by_rank`; X rows in it, padding included.
 struct BlockHandle : DispatchHandle {
@@ -31,9 +22,10 @@ struct BlockHandle : DispatchHandle {
   at::Tensor row_token_X;        ///< int32: token of each row by rank, -1 = zeros
   at::Tensor slot_row_TK;        ///< int32: row of each slot by rank, -1 = none
 
-  // From finish_plan() on.
-  std::vector<OwnRows> own;
-  at::Tensor sent_token_X;  ///< row_token_X without own rows
+  // From finish_plan() on, which sets Y rows for this rank's own experts apart and drops the two above.
+  at::Tensor sent_token_X;  ///< int32: token of each row that travels, -1 = zeros
+  at::Tensor own_token_Y;   ///< int32: token of each own row, -1 = zeros
+  at::Tensor own_place_Y;   ///< int32: where it is among the experts' rows
   /// int32: row of each slot, -1 = none; own ones among the experts' rows, others after all of these.
   at::Tensor slot_source_TK;
   comm::RankBlocks sent_by_rank;        ///< without own rows
@@ -59,12 +51,10 @@ class BlockDispatcher : public Dispatcher {
   comm::Communicator& group() const { return *ep_; }
   /// What     A handle per chunk with its permutation.
   std::vector<std::shared_ptr<BlockHandle>> start_plan(const DispatchRequest& request) const;
-  /// What     What plan() does last, when it knows all blocks and rows: sets own rows apart.
+  /// What     What plan() does last, when it knows all blocks and rows.
   void finish_plan(BlockHandle& handle) const;
 
  private:
-  Exchange send_tokens(const at::Tensor& values_TD, const BlockHandle& handle) const;
-
   ExpertPlacement placement_;
   std::shared_ptr<comm::Communicator> ep_;
 };

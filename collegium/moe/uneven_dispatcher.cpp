@@ -5,7 +5,7 @@
 //   rows of this rank, by expert:  e0 e0 e1 | e2 e3 e3      | = between the experts of rank 0 and of rank 1
 //   received, by expert:           e0 e0 e0 | e1 e1 e1      (by expert, then source rank, token, slot)
 //
-// The all_to_all itself puts the blocks in order: no row is copied for that, and none at all within a rank.
+// The all_to_all itself puts the blocks in order: no row is copied for that.
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>

@@ -102,6 +102,25 @@ COLLEGIUM_CLONES void widen_row(const c10::BFloat16* from, std::int64_t count, f
   for (std::int64_t i = 0; i < count; ++i) to[i] = row_math::widen(from[i]);
 }
 
+// Row r to the r-th row, or to that of its place.
+void gather_bytes(const at::Tensor& x_TD, const at::Tensor& row_token_R, const std::int32_t* places,
+                  const at::Tensor& rows_XD) {
+  const auto row_bytes = static_cast<std::size_t>(x_TD.size(1)) * x_TD.element_size();
+  const auto* tokens = row_token_R.const_data_ptr<std::int32_t>();
+  const auto* source = static_cast<const char*>(x_TD.const_data_ptr());
+  auto* target = static_cast<char*>(rows_XD.mutable_data_ptr());
+  at::parallel_for(0, row_token_R.numel(), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t row = begin; row < end; ++row) {
+      char* to = target + static_cast<std::size_t>(places == nullptr ? row : places[row]) * row_bytes;
+      if (tokens[row] < 0) {
+        std::memset(to, 0, row_bytes);
+      } else {
+        std::memcpy(to, source + static_cast<std::size_t>(tokens[row]) * row_bytes, row_bytes);
+      }
+    }
+  });
+}
+
 void gather_widened(const at::Tensor& x_TD, const at::Tensor& row_token_R, const at::Tensor& rows_RD) {
   COLLEGIUM_CHECK(x_TD.scalar_type() == at::kBFloat16 && rows_RD.scalar_type() == at::kFloat,
                   "rows of {} gathered as {}", c10::toString(x_TD.scalar_type()),
@@ -128,27 +147,23 @@ void gather_rows_into(const at::Tensor& x_TD, const at::Tensor& row_token_R, con
     gather_widened(x_TD, row_token_R, rows_RD);
     return;
   }
-  const auto row_bytes = static_cast<std::size_t>(x_TD.size(1)) * x_TD.element_size();
-  const auto* tokens = row_token_R.const_data_ptr<std::int32_t>();
-  const auto* source = static_cast<const char*>(x_TD.const_data_ptr());
-  auto* target = static_cast<char*>(rows_RD.mutable_data_ptr());
-  at::parallel_for(0, row_token_R.numel(), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t row = begin; row < end; ++row) {
-      char* to = target + static_cast<std::size_t>(row) * row_bytes;
-      if (tokens[row] < 0) {
-        std::memset(to, 0, row_bytes);
-      } else {
-        std::memcpy(to, source + static_cast<std::size_t>(tokens[row]) * row_bytes, row_bytes);
-      }
-    }
-  });
+  gather_bytes(x_TD, row_token_R, nullptr, rows_RD);
+}
+
+void gather_rows_into(const at::Tensor& x_TD, const at::Tensor& row_token_R, const at::Tensor& row_place_R,
+                      const at::Tensor& rows_XD) {
+  COLLEGIUM_CHECK(rows_XD.scalar_type() == x_TD.scalar_type() && row_place_R.numel() == row_token_R.numel(),
+                  "{} rows of {} gathered to {} places of {}", row_token_R.numel(),
+                  c10::toString(x_TD.scalar_type()), row_place_R.numel(),
+                  c10::toString(rows_XD.scalar_type()));
+  gather_bytes(x_TD, row_token_R, row_place_R.const_data_ptr<std::int32_t>(), rows_XD);
 }
 
 at::Tensor gather_rows_aten(const at::Tensor& x_TD, const at::Tensor& row_token_R) {
-  // Row T is zero: what the token -1 points to.
-  const at::Tensor padded = at::cat({x_TD, at::zeros({1, x_TD.size(1)}, x_TD.options())});
   const at::Tensor index_R = row_token_R.to(at::kLong);
-  return padded.index_select(0, index_R.masked_fill(index_R < 0, x_TD.size(0)));
+  const at::Tensor none_R1 = (index_R < 0).unsqueeze(1);
+  if (x_TD.size(0) == 0) return at::zeros({index_R.numel(), x_TD.size(1)}, x_TD.options());
+  return x_TD.index_select(0, index_R.clamp_min(0)).masked_fill_(none_R1, 0.0);
 }
 
 namespace {
@@ -197,6 +212,7 @@ COLLEGIUM_CLONES void combine(const CombineTokens<c10::BFloat16>& o) { combine_t
 }  // namespace
 
 at::Tensor combine_rows(const at::Tensor& rows_RD, const at::Tensor& slot_row_TK) {
+  if (!rows_RD.is_cpu()) return combine_rows_aten(rows_RD, slot_row_TK);
   return combine_rows(rows_RD, rows_RD.narrow(0, 0, 0), slot_row_TK);
 }
 

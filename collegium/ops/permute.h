@@ -30,6 +30,10 @@ at::Tensor gather_rows(const at::Tensor& x_TD, const at::Tensor& row_token_R);
 at::Tensor gather_rows_aten(const at::Tensor& x_TD, const at::Tensor& row_token_R);
 /// The same on the CPU, from contiguous rows into contiguous memory, of x's dtype or fp32 for bf16.
 void gather_rows_into(const at::Tensor& x_TD, const at::Tensor& row_token_R, const at::Tensor& rows_RD);
+/// The same to rows of a larger tensor of x's dtype: row r becomes rows_XD[row_place[r]].
+/// Shape    row_place_R int32 [R], each place at most once.
+void gather_rows_into(const at::Tensor& x_TD, const at::Tensor& row_token_R, const at::Tensor& row_place_R,
+                      const at::Tensor& rows_XD);
 
 /// What     y[t] = sum over k of rows[slot_row[t, k]], in slot order; slots without a row add nothing.
 ///          Combine forward, and dispatch backward.

@@ -185,6 +185,15 @@ void all_to_all_orders_blocks(Communicator& comm) {
   }
 }
 
+// `sent` with ones where rows of the rank for itself lie.
+at::Tensor with_own_rows(const at::Tensor& sent, const RankBlocks& by_rank, int rank) {
+  std::int64_t before = 0;
+  for (int peer = 0; peer < rank; ++peer) before += total(by_rank.rows[static_cast<std::size_t>(peer)]);
+  const std::int64_t own = total(by_rank.rows[static_cast<std::size_t>(rank)]);
+  return at::cat({sent.narrow(0, 0, before), at::ones({own, sent.size(1)}, sent.options()),
+                  sent.narrow(0, before, sent.size(0) - before)});
+}
+
 // Rows of a rank for itself: among what experts compute on they keep their place, and they are not among what
 // travels.
 void all_to_all_leaves_own_rows(Communicator& comm) {
@@ -217,8 +226,19 @@ void all_to_all_leaves_own_rows(Communicator& comm) {
     comm.all_to_all(sent, arrived, by_rank, by_block).wait();
     expect_same(arrived, expected, comm);
     const at::Tensor returned = at::empty_like(sent);
-    comm.all_to_all(arrived, returned, by_block, by_rank).wait();
+    Work work = comm.all_to_all(arrived, returned, by_block, by_rank);
+    // The caller may do with its own rows what it likes while others travel.
+    const auto rank = static_cast<std::size_t>(comm.rank());
+    const RankBlocks all{.rows = by_block.rows, .block_major = true, .stays = -1};
+    const std::vector<std::vector<Piece>> places = lay_out(all);
+    for (const Piece& own : places[rank]) arrived.narrow(0, own.begin, own.rows).fill_(1.0);
+    work.wait();
     expect_same(returned, sent, comm);
+    // On both sides among the others.
+    by_rank.rows[rank] = by_block.rows[rank];
+    const at::Tensor again = at::full_like(expected, kUntouched);
+    comm.all_to_all(with_own_rows(sent, by_rank, comm.rank()), again, by_rank, by_block).wait();
+    expect_same(again, expected, comm);
   }
 }
 

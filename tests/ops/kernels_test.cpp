@@ -119,6 +119,11 @@ TEST(Permutation, zero_rows_and_rows_in_two_places) {
       ops::gather_rows_into(x, tokens, wide);
       EXPECT_TRUE(at::equal(wide, gathered.to(at::kFloat)));
     }
+    const at::Tensor places = at::tensor({6, 0, 2, 1, 4}, at::kInt);
+    const at::Tensor spread = at::full({7, 130}, 9.0, x.options());
+    ops::gather_rows_into(x, tokens, places, spread);
+    EXPECT_TRUE(at::equal(spread.index_select(0, places), gathered));
+    EXPECT_TRUE(at::all(spread[3] == 9.0).item<bool>() && at::all(spread[5] == 9.0).item<bool>());
     const at::Tensor slots = at::tensor({0, 4, 3, 3, -1, 2, -1, -1}, at::kInt).view({4, 2});
     for (const std::int64_t first : {0, 3, 5}) {
       const at::Tensor y = ops::combine_rows(x.narrow(0, 0, first), x.narrow(0, first, 5 - first), slots);

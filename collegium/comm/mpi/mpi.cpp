@@ -53,7 +53,7 @@ void exchange(MpiOperation& operation, const char* input, const std::vector<std:
   copy(output + from[own], input + to[own], std::min(recv_bytes[own], send_bytes[own]));
 }
 
-// all_to_all: every rank sends its pieces for rank r to rank r. Self-copies included.
+// all_to_all: every rank sends its pieces for rank r to rank r. Self-copies included, unless rows stay.
 void exchange_pieces(MpiOperation& operation, int tag) {
   const Call& call = operation.call();
   const int size = operation.group().size();
