@@ -75,7 +75,8 @@ def deepspeed() -> list[System]:
     ]
 
 
-EP_DISPATCHERS = ("uneven", "two_level")  # the default, and the one that sends a token to a rank once
+# The default, the one that sends a token to a rank once, and the one that sends nothing.
+EP_DISPATCHERS = ("uneven", "two_level", "shared_memory")
 LAYER_SYSTEMS = [
     *transformers("layer"),
     *deepspeed(),

@@ -148,8 +148,8 @@ void add_layout_options(CLI::App& verb, LayoutFlags& flags) {
   group(verb.add_option("--ep", flags.ep,
                         "ranks that share the experts; 0 = the largest divisor of the ranks that does not "
                         "exceed the experts"));
-  group(
-      verb.add_option("--dispatcher", flags.dispatcher, "uneven (default), padded, allgather or two_level"));
+  group(verb.add_option("--dispatcher", flags.dispatcher,
+                        "uneven (default), padded, allgather, two_level or shared_memory"));
   group(verb.add_flag("--combine-fp32", flags.combine_fp32,
                       "two_level, allgather: partial sums travel in fp32"));
   group(verb.add_option("--chunks", flags.chunks,

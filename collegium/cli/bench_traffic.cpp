@@ -26,6 +26,17 @@ class Books {
     add(from, to, 2, rows * shape_.row_bytes);
     add(to, from, 3, rows * shape_.sum_bytes + weights);
   }
+  // All ranks tell each other that rows, and weights, are where they can be read.
+  void add_meetings() {
+    constexpr std::int64_t kNumber = 8;
+    constexpr std::array<std::int64_t, kArrows.size()> kNumbers = {2, 1, 1, 2};
+    for (std::size_t from = 0; from < bytes_.size(); ++from) {
+      for (std::size_t to = 0; to < bytes_.size(); ++to) {
+        for (std::size_t arrow = 0; arrow < kArrows.size(); ++arrow)
+          add(from, to, arrow, kNumbers.at(arrow) * kNumber * shape_.chunks);
+      }
+    }
+  }
   std::vector<LayerBytes> take() { return std::move(bytes_); }
 
  private:
@@ -149,6 +160,9 @@ std::vector<LayerBytes> expected_bytes(const TrafficShape& shape, const std::vec
       break;
     case moe::DispatcherKind::kTwoLevel:
       add_two_level(shape, ids_TK, books);
+      break;
+    case moe::DispatcherKind::kSharedMemory:
+      books.add_meetings();
       break;
   }
   return books.take();

@@ -49,7 +49,8 @@ struct TrafficShape {
 /// Math     uneven: rows (and weights, dispatch and its backward) to experts of other ranks. padded: a block
 ///          of max over ranks and experts of the rows per (rank, expert, chunk). allgather: all tokens to all
 ///          ranks. two_level: per token and other node one copy; within a node one per rank that holds any
-///          of its experts there; weights with their (token, expert) pairs.
+///          of its experts there; weights with their (token, expert) pairs. shared_memory: 8 bytes for rows
+///          and 8 for weights, per arrow, chunk and rank.
 /// Shape    ids_TK: of each rank of the group, int32 [T, K].
 std::vector<LayerBytes> expected_bytes(const TrafficShape& shape, const std::vector<at::Tensor>& ids_TK);
 

@@ -44,11 +44,15 @@ class AllgatherDispatcher final : public Dispatcher {
 
   std::vector<std::shared_ptr<DispatchHandle>> plan(const DispatchRequest& request) override {
     const comm::WhereScope scope(ep_->where(), at_phase(request.where, "plan"));
-    const std::vector<std::shared_ptr<AllgatherHandle>> handles = exchange_counts(request);
+    const auto tokens = exchange_token_counts(*ep_, request.chunk_ids_TK);
+    std::vector<std::shared_ptr<AllgatherHandle>> handles;
     std::vector<Exchange> ids;
-    ids.reserve(handles.size());
-    for (std::size_t chunk = 0; chunk < handles.size(); ++chunk)
-      ids.push_back(gather(request.chunk_ids_TK[chunk], *handles[chunk]));
+    for (std::size_t chunk = 0; chunk < tokens.size(); ++chunk) {
+      handles.push_back(std::make_shared<AllgatherHandle>());
+      handles.back()->where = request.where;
+      handles.back()->tokens = tokens[chunk];
+      ids.push_back(gather(request.chunk_ids_TK[chunk], *handles.back()));
+    }
     for (std::size_t chunk = 0; chunk < handles.size(); ++chunk) {
       ids[chunk].work.wait();
       const at::Tensor local_UK = ids[chunk].received - static_cast<std::int32_t>(first_);
@@ -121,26 +125,6 @@ class AllgatherDispatcher final : public Dispatcher {
   }
 
  private:
-  // Every rank learns the numbers of tokens of all ranks, of all chunks at once.
-  std::vector<std::shared_ptr<AllgatherHandle>> exchange_counts(const DispatchRequest& request) const {
-    const auto num_chunks = static_cast<std::int64_t>(request.chunk_ids_TK.size());
-    const at::Tensor own = at::empty({1, num_chunks}, at::kLong);
-    auto* count = own.mutable_data_ptr<std::int64_t>();
-    std::vector<std::shared_ptr<AllgatherHandle>> handles;
-    for (const at::Tensor& ids_TK : request.chunk_ids_TK) {
-      *count++ = ids_TK.size(0);
-      handles.push_back(std::make_shared<AllgatherHandle>());
-      handles.back()->where = request.where;
-    }
-    const at::Tensor all = at::empty({ep_->size(), num_chunks}, at::kLong);
-    ep_->all_gather(own, all).wait();
-    const auto* counts = all.const_data_ptr<std::int64_t>();
-    for (int rank = 0; rank < ep_->size(); ++rank) {
-      for (const auto& handle : handles) handle->tokens.push_back(*counts++);
-    }
-    return handles;
-  }
-
   Exchange gather(const at::Tensor& values_TX, const AllgatherHandle& handle) const {
     const at::Tensor all_UX = at::empty({handle.total_tokens(), values_TX.size(1)}, values_TX.options());
     return {.received = all_UX, .work = ep_->all_gather(values_TX.contiguous(), all_UX, handle.tokens)};

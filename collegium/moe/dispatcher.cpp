@@ -1,9 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/moe/dispatcher.h"
 
+#include <ATen/ops/empty.h>
+
 #include "collegium/base/error.h"
 
 namespace collegium::moe {
+
+at::Tensor Dispatcher::result_rows(const at::Tensor& like, const std::shared_ptr<DispatchHandle>& handle) {
+  return at::empty({handle->row_counts_L.sum().item<std::int64_t>(), like.size(1)}, like.options());
+}
 
 std::shared_ptr<Dispatcher> make_dispatcher(const DispatcherOptions& options, std::int64_t num_experts,
                                             const std::shared_ptr<comm::Communicator>& ep) {
@@ -18,6 +24,8 @@ std::shared_ptr<Dispatcher> make_dispatcher(const DispatcherOptions& options, st
       return make_allgather_dispatcher(placement, ep, options.combine_fp32);
     case DispatcherKind::kTwoLevel:
       return make_two_level_dispatcher(placement, ep, options.combine_fp32);
+    case DispatcherKind::kSharedMemory:
+      return make_shared_memory_dispatcher(placement, ep);
   }
   throw InternalError("unknown dispatcher");
 }

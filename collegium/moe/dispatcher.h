@@ -79,6 +79,11 @@ class Dispatcher {
   /// x_TD [T, D] and weights_TK of a chunk -> rows of this rank's experts.
   virtual Pending<DispatchedRows> dispatch(const at::Tensor& x_TD, const at::Tensor& weights_TK,
                                            const std::shared_ptr<DispatchHandle>& handle) = 0;
+  /// What     Memory for the rows that the next combine() or dispatch_backward() of this handle is given.
+  /// They
+  ///          may lie anywhere; what lies here need not be copied.
+  /// Shape    [R, width of `like`], of its dtype, not initialised.
+  virtual at::Tensor result_rows(const at::Tensor& like, const std::shared_ptr<DispatchHandle>& handle);
   /// Rows -> y_TD, a plain sum per token (fp32 or wider inside a rank); a token without rows gets zero.
   virtual Pending<at::Tensor> combine(const at::Tensor& rows_RD,
                                       const std::shared_ptr<DispatchHandle>& handle) = 0;
@@ -93,10 +98,11 @@ class Dispatcher {
 };
 
 enum class DispatcherKind {
-  kUneven,     ///< all_to_all of exactly the routed rows
-  kPadded,     ///< all_to_all of blocks padded with zeros to the capacity or the largest count [GShard]
-  kAllgather,  ///< all ranks get all tokens; reduce_scatter of partial sums
-  kTwoLevel    ///< a token crosses to a node once and is fanned out there [DeepSeekV3, Sec 3.2.2]
+  kUneven,       ///< all_to_all of exactly the routed rows
+  kPadded,       ///< all_to_all of blocks padded with zeros to the capacity or the largest count [GShard]
+  kAllgather,    ///< all ranks get all tokens; reduce_scatter of partial sums
+  kTwoLevel,     ///< a token crosses to a node once and is fanned out there [DeepSeekV3, Sec 3.2.2]
+  kSharedMemory  ///< ranks of one node read each other's rows where they lie; nothing travels
 };
 
 struct DispatcherOptions {
@@ -107,7 +113,8 @@ template <class Fields>
 void describe(Fields& fields, DispatcherOptions& o) {
   fields("kind", o.kind,
          "uneven (exactly the routed rows), padded (zeros up to the capacity or the largest count), "
-         "allgather, or two_level (a token crosses to a node once)");
+         "allgather, two_level (a token crosses to a node once), or shared_memory (ranks of one node read "
+         "each other's rows where they lie)");
   fields("combine_fp32", o.combine_fp32, "two_level, allgather: partial sums travel in fp32");
 }
 
@@ -136,8 +143,9 @@ struct ExpertTransport {
 std::shared_ptr<Dispatcher> make_local_dispatcher(std::int64_t num_experts);
 
 /// What     A dispatcher over the ranks of an expert-parallel group, one file each.
-/// Comm     two_level is collective: it splits the group into nodes and rails.
-/// Throws   ConfigError: two_level needs the same number of ranks on every node.
+/// Comm     two_level and shared_memory are collective: one splits the group into nodes and rails, the other
+///          tries whether its ranks share memory.
+/// Throws   ConfigError: two_level needs the same number of ranks on every node, shared_memory all on one.
 std::shared_ptr<Dispatcher> make_dispatcher(const DispatcherOptions& options, std::int64_t num_experts,
                                             const std::shared_ptr<comm::Communicator>& ep);
 std::shared_ptr<Dispatcher> make_uneven_dispatcher(const ExpertPlacement& placement,
@@ -150,6 +158,8 @@ std::shared_ptr<Dispatcher> make_allgather_dispatcher(const ExpertPlacement& pla
 std::shared_ptr<Dispatcher> make_two_level_dispatcher(const ExpertPlacement& placement,
                                                       const std::shared_ptr<comm::Communicator>& ep,
                                                       bool combine_fp32);
+std::shared_ptr<Dispatcher> make_shared_memory_dispatcher(const ExpertPlacement& placement,
+                                                          std::shared_ptr<comm::Communicator> ep);
 
 }  // namespace collegium::moe
 
@@ -160,6 +170,7 @@ struct EnumNames<moe::DispatcherKind> {
       {"uneven", moe::DispatcherKind::kUneven},
       {"padded", moe::DispatcherKind::kPadded},
       {"allgather", moe::DispatcherKind::kAllgather},
-      {"two_level", moe::DispatcherKind::kTwoLevel}};
+      {"two_level", moe::DispatcherKind::kTwoLevel},
+      {"shared_memory", moe::DispatcherKind::kSharedMemory}};
 };
 }  // namespace collegium

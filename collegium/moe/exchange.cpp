@@ -43,6 +43,22 @@ Exchange start_exchange(comm::Communicator& group, const at::Tensor& rows, const
   return {.received = received, .work = group.all_to_all(rows, received, send, recv)};
 }
 
+std::vector<std::vector<std::int64_t>> exchange_token_counts(comm::Communicator& group,
+                                                             std::span<const at::Tensor> chunk_ids_TK) {
+  const auto num_chunks = static_cast<std::int64_t>(chunk_ids_TK.size());
+  const at::Tensor own = at::empty({1, num_chunks}, at::kLong);
+  auto* count = own.mutable_data_ptr<std::int64_t>();
+  for (const at::Tensor& ids_TK : chunk_ids_TK) *count++ = ids_TK.size(0);
+  const at::Tensor all = at::empty({group.size(), num_chunks}, at::kLong);
+  group.all_gather(own, all).wait();
+  const auto* counts = all.const_data_ptr<std::int64_t>();
+  std::vector<std::vector<std::int64_t>> tokens(chunk_ids_TK.size());
+  for (int rank = 0; rank < group.size(); ++rank) {
+    for (auto& of_chunk : tokens) of_chunk.push_back(*counts++);
+  }
+  return tokens;
+}
+
 at::Tensor rows_of_slots(const at::Tensor& values_TK, const at::Tensor& row_slot_R) {
   return values_TK.reshape({-1}).index_select(0, row_slot_R);
 }

@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -41,6 +42,12 @@ Exchange start_exchange(comm::Communicator& group, const at::Tensor& rows, const
 /// Dtype    any.
 Exchange start_exchange(comm::Communicator& group, const at::Tensor& rows, const comm::RankBlocks& send,
                         const comm::RankBlocks& recv);
+
+/// What     Numbers of tokens of every rank, of all chunks at once.
+/// Shape    chunk_ids_TK [T, K] of this rank's chunks -> [chunk][rank].
+/// Comm     an all_gather of an integer per chunk; waits for the group.
+std::vector<std::vector<std::int64_t>> exchange_token_counts(comm::Communicator& group,
+                                                             std::span<const at::Tensor> chunk_ids_TK);
 
 /// What     values_R[r] = values_TK[slot of row r]: the weights that travel with their rows.
 /// Shape    values_TK [T, K], row_slot_R int32 or int64 [R], t K + k -> [R].

@@ -132,9 +132,9 @@ at::Tensor run_experts(const Inputs& inputs, const Routing& routing, Saved& save
     if (i + 1 < saved.chunks.size()) start(i + 1);
     end_stage(*saved.run, Stage::kDispatch);
     Chunk& chunk = saved.chunks[i];
-    const at::Tensor rows_RD =
-        ops::expert_mlp(dispatched.rows, dispatched.weights_R, chunk.handle->row_counts_L,
-                        expert_weights(inputs), chunk.experts);
+    const at::Tensor rows_RD = ops::expert_mlp(
+        dispatched.rows, dispatched.weights_R, chunk.handle->row_counts_L, expert_weights(inputs),
+        chunk.experts, dispatcher.result_rows(dispatched.rows.values_XD, chunk.handle));
     end_stage(*saved.run, Stage::kExperts);
     leaving.push_back(dispatcher.combine(rows_RD, chunk.handle));
     end_stage(*saved.run, Stage::kCombine);
@@ -220,7 +220,8 @@ DispatchGradients run_experts_backward(const Inputs& inputs, const ops::ExpertNe
     if (i + 1 < saved.chunks.size()) start(i + 1);
     end_stage(*saved.run, Stage::kCombineBackward);
     ops::ExpertRowGradients rows =
-        backward.rows(overlapped ? ops::WeightGradients::kAfterRows : ops::WeightGradients::kWithRows);
+        backward.rows(overlapped ? ops::WeightGradients::kAfterRows : ops::WeightGradients::kWithRows,
+                      needs.rows ? dispatcher.result_rows(grad_routed_TD, chunk.handle) : at::Tensor());
     end_stage(*saved.run, Stage::kExpertRowsBackward);
     if (leaving) parts.push_back(leaving->wait());
     // Not kept here: the weights' gradients need the memory.

@@ -29,14 +29,14 @@ void keep(const RowSource& x, const at::Tensor& weights_R, const at::Tensor& cou
 }  // namespace
 
 at::Tensor expert_mlp(const RowSource& x, const at::Tensor& weights_R, const at::Tensor& counts_E,
-                      const ExpertWeights& experts, ExpertsKept& kept) {
-  if (!x.values_XD.is_cpu()) return expert_mlp_aten(x, weights_R, counts_E, experts, kept);
+                      const ExpertWeights& experts, ExpertsKept& kept, at::Tensor y_RD) {
+  if (!x.values_XD.is_cpu()) return expert_mlp_aten(x, weights_R, counts_E, experts, kept, std::move(y_RD));
   keep(x, weights_R, counts_E, experts, kept);
   const auto dtype = x.values_XD.scalar_type();
   const auto products = product_dtype(x.values_XD);
   const at::Tensor weights =
       weights_R.defined() ? weights_R.to(at::toOpMathType(dtype)).contiguous() : at::Tensor();
-  at::Tensor y_RD = at::empty({x.rows(), x.width()}, x.values_XD.options());
+  if (!y_RD.defined()) y_RD = at::empty({x.rows(), x.width()}, x.values_XD.options());
   const std::int64_t most_rows = gemm_rows(x.rows(), products);
   // What lies between the two GEMMs, per worker.
   const at::Tensor activations =
@@ -57,10 +57,10 @@ at::Tensor expert_mlp(const RowSource& x, const at::Tensor& weights_R, const at:
 }
 
 at::Tensor expert_mlp_aten(const RowSource& x, const at::Tensor& weights_R, const at::Tensor& counts_E,
-                           const ExpertWeights& experts, ExpertsKept& kept) {
+                           const ExpertWeights& experts, ExpertsKept& kept, at::Tensor y_RD) {
   keep(x, weights_R, counts_E, experts, kept);
   const at::Tensor x_RD = x.tensor();
-  at::Tensor y_RD = at::empty_like(x_RD);
+  if (!y_RD.defined()) y_RD = at::empty_like(x_RD);
   for (const ExpertRows& rows : rows_of_experts(counts_E))
     product_into(rows.of(x_RD), experts.gate_up_EGD.select(0, rows.expert).t(), rows.of(kept.gate_up_RG));
   const at::Tensor activation_RF = swiglu_aten(kept.gate_up_RG, weights_R);

@@ -29,12 +29,13 @@ struct ExpertsKept {
 
 /// What     y[r] = down_e (w_r silu(gate_e x_r) * up_e x_r) for the expert e of row r.
 /// Shape    x [R, D], weights_R [R] or undefined (= 1), counts_E int64 on the CPU, sum = R -> y_RD [R, D];
-///          `kept` receives the arguments and gate_up_RG [R, 2F].
+///          `kept` receives the arguments and gate_up_RG [R, 2F]. The result is written to `y_RD` where that
+///          is given, else to memory of its own.
 /// Dtype    of the rows and the experts' weights alike; products summed in fp32 (fp64 for fp64).
 at::Tensor expert_mlp(const RowSource& x, const at::Tensor& weights_R, const at::Tensor& counts_E,
-                      const ExpertWeights& experts, ExpertsKept& kept);
+                      const ExpertWeights& experts, ExpertsKept& kept, at::Tensor y_RD = {});
 at::Tensor expert_mlp_aten(const RowSource& x, const at::Tensor& weights_R, const at::Tensor& counts_E,
-                           const ExpertWeights& experts, ExpertsKept& kept);
+                           const ExpertWeights& experts, ExpertsKept& kept, at::Tensor y_RD = {});
 
 /// Which gradients the caller wants; the GEMMs of the others are skipped.
 struct ExpertNeeds {
@@ -65,7 +66,8 @@ class ExpertMlpBackward {
   /// Keeps a reference to `kept`.
   ExpertMlpBackward(const ExpertsKept& kept, ExpertWeights experts, RowSource grad, const ExpertNeeds& needs);
 
-  ExpertRowGradients rows(WeightGradients when);
+  /// The rows' gradients are written to `x_RD` where that is given, else to memory of their own.
+  ExpertRowGradients rows(WeightGradients when, at::Tensor x_RD = {});
   ExpertWeightGradients weights();
 
  private:

@@ -53,8 +53,10 @@ ExpertMlpBackward::ExpertMlpBackward(const ExpertsKept& kept, ExpertWeights expe
   COLLEGIUM_CHECK(grad_.rows() == kept.x.rows(), "{} gradient rows for {} rows", grad_.rows(), kept.x.rows());
 }
 
-ExpertRowGradients ExpertMlpBackward::rows(WeightGradients when) {
+ExpertRowGradients ExpertMlpBackward::rows(WeightGradients when, at::Tensor x_RD) {
   const auto options = kept_.gate_up_RG.options();
+  if (needs_.rows)
+    rows_.x_RD = x_RD.defined() ? std::move(x_RD) : at::empty({grad_.rows(), grad_.width()}, options);
   if (needs_.gate_up) weights_.gate_up_EGD = at::empty(experts_.gate_up_EGD.sizes(), options);
   if (needs_.down) weights_.down_EDF = at::empty(experts_.down_EDF.sizes(), options);
   if (kept_.gate_up_RG.is_cpu()) {
@@ -71,7 +73,6 @@ void ExpertMlpBackward::rows_on_cpu(WeightGradients when) {
   const auto dtype = product_dtype(kept_.gate_up_RG);
   const std::int64_t hidden = grad_.width();
   const std::int64_t width = experts_.down_EDF.size(2);
-  if (needs_.rows) rows_.x_RD = at::empty({grad_.rows(), hidden}, options);
   if (kept_.weights_R.defined()) {
     row_weights_R_ = kept_.weights_R.to(at::toOpMathType(kept_.gate_up_RG.scalar_type())).contiguous();
     rows_.weights_R = at::empty_like(row_weights_R_);
@@ -207,7 +208,6 @@ void ExpertMlpBackward::rows_in_aten() {
   grad_gate_up_ZG_ = inner.gate_up_RG;
   if (needs_.down) activation_ZF_ = swiglu_aten(kept_.gate_up_RG, kept_.weights_R);
   if (!needs_.rows) return;
-  rows_.x_RD = at::empty_like(grad_RD);
   for (const ExpertRows& rows : experts)
     product_into(rows.of(inner.gate_up_RG), experts_.gate_up_EGD.select(0, rows.expert), rows.of(rows_.x_RD));
 }

@@ -129,6 +129,7 @@ ExpertTraffic expert_traffic(const ModelSpec& m, const Layout& l, const Cluster&
   ExpertTraffic t;
   t.slow_rows = rows * remote_share;
   t.fast_rows = rows * (1.0 - 1.0 / ranks) - t.slow_rows;
+  if (l.dispatcher == Dispatcher::kSharedMemory) t.fast_rows = 0.0;
   if (l.dispatcher == Dispatcher::kHierarchical) {
     t.slow_rows = domain_rows * remote_share;
     t.fast_rows = rank_rows * (1.0 - 1.0 / in_domain);
@@ -139,7 +140,8 @@ ExpertTraffic expert_traffic(const ModelSpec& m, const Layout& l, const Cluster&
 double expert_exchange_seconds(const ModelSpec& m, const Layout& l, const Cluster& cluster, double tokens,
                                double row_bytes, double imbalance) {
   const ExpertTraffic t = expert_traffic(m, l, cluster, imbalance);
-  if (t.fast_rows + t.slow_rows <= 0.0) return 0.0;
+  const bool meets = m.is_moe() && l.ep > 1;  // even where no row travels
+  if (!meets) return 0.0;
   const double in_domain = std::min<double>(l.ep, std::max(1, cluster.fast_domain / l.etp));
   const double fast = tokens * t.fast_rows * row_bytes / exchange_bandwidth(cluster.fast_link);
   const double slow = tokens * t.slow_rows * row_bytes / exchange_bandwidth(cluster.slow_link);

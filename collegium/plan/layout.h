@@ -14,8 +14,9 @@ namespace collegium::plan {
 enum class Zero { kNone, kOptimizer, kGradients, kSharded };
 /// Who exchanges tokens with experts, and how. kAllToAll: a row per (token, expert); kDeduplicated: a row per
 /// (token, rank); kHierarchical: a row per (token, node) over slow links, then one per (token, rank) inside;
-/// kPadded: every pair of ranks sends the largest pair's rows; kAllGather: every rank gets every token.
-enum class Dispatcher { kAllToAll, kDeduplicated, kHierarchical, kPadded, kAllGather };
+/// kPadded: every pair of ranks sends the largest pair's rows; kAllGather: every rank gets every token;
+/// kSharedMemory: kAllToAll between domains; ranks of one domain read each other's rows where they lie.
+enum class Dispatcher { kAllToAll, kDeduplicated, kHierarchical, kPadded, kAllGather, kSharedMemory };
 enum class Schedule { kGPipe, k1F1B, kInterleaved, kZeroBubble, kDualPipe };
 
 /// What the backward pass computes again instead of keeping.
@@ -123,11 +124,9 @@ namespace collegium {
 template <>
 struct EnumNames<plan::Dispatcher> {
   static constexpr std::pair<std::string_view, plan::Dispatcher> names[] = {
-      {"a2a", plan::Dispatcher::kAllToAll},
-      {"dedup", plan::Dispatcher::kDeduplicated},
-      {"hier", plan::Dispatcher::kHierarchical},
-      {"padded", plan::Dispatcher::kPadded},
-      {"allgather", plan::Dispatcher::kAllGather}};
+      {"a2a", plan::Dispatcher::kAllToAll},        {"dedup", plan::Dispatcher::kDeduplicated},
+      {"hier", plan::Dispatcher::kHierarchical},   {"padded", plan::Dispatcher::kPadded},
+      {"allgather", plan::Dispatcher::kAllGather}, {"shared", plan::Dispatcher::kSharedMemory}};
 };
 template <>
 struct EnumNames<plan::Schedule> {

@@ -199,6 +199,8 @@ double expert_buffers(const ModelSpec& m, const Layout& l, const Workload& w) {
   switch (l.dispatcher) {
     case Dispatcher::kAllGather:
       return tokens * l.ep * row;
+    case Dispatcher::kSharedMemory:
+      return tokens * row;
     case Dispatcher::kPadded:
       return 2.0 * rows * row * w.imbalance;
     case Dispatcher::kDeduplicated:

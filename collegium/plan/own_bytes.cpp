@@ -57,6 +57,13 @@ class Books {
     add(from, to, 2, rows * row_);
     add(to, from, 3, rows * sum_ + pairs * weight_);
   }
+  // Ranks tell each other that their rows are there: a number for rows, another for weights.
+  void meet(int from, int to) {
+    constexpr double kNumber = 8.0;
+    const auto chunks = static_cast<double>(run_.chunks);
+    for (const auto& [arrow, numbers] : {std::pair{0U, 2.0}, {1U, 1.0}, {2U, 1.0}, {3U, 2.0}})
+      add(from, to, arrow, numbers * kNumber * chunks);
+  }
   // The rank of a node through which `source` reaches it: the one with its own place among the node's ranks.
   int gateway(int node_id, int source) const {
     int place = 0;
@@ -121,6 +128,15 @@ void book_padded(const OwnRun& run, const Placement& placement, const Ids& ids, 
         books.round_trip(from, to, rows, rows);
       }
     }
+  }
+}
+
+void book_shared_memory(const OwnRun& run, int from, Books& books) {
+  for (int to = 0; to < run.ep; ++to) {
+    require_config(books.node(to) == books.node(from),
+                   "shared_memory: ranks {} and {} of an expert-parallel group are on different nodes", from,
+                   to);
+    books.meet(from, to);
   }
 }
 
@@ -205,6 +221,7 @@ void expect_rank(const OwnRun& run, const Placement& placement, int from, double
                        tokens * touched(run.model, placement.count(to)), share(placement.count(to)));
     return;
   }
+  if (run.exchange == Exchange::kSharedMemory) return book_shared_memory(run, from, books);
   for (int to = 0; to < run.ep; ++to) {
     const double rows = share(placement.count(to));
     if (run.exchange == Exchange::kAllgather) {
@@ -245,6 +262,9 @@ std::vector<ArrowBytes> layer_bytes(const OwnRun& run, const Ids& ids_TK, int fi
       break;
     case Exchange::kTwoLevel:
       book_two_level(run, placement, ids_TK, books);
+      break;
+    case Exchange::kSharedMemory:
+      for (int from = 0; from < run.ep; ++from) book_shared_memory(run, from, books);
       break;
   }
   return books.take();

@@ -37,7 +37,8 @@ double attention_bytes(const OwnRun& run, Widths b) {
 }
 
 // Rows that this rank holds per token of its own, where its experts read them. Without an exchange they are
-// the tokens themselves, which the norm before keeps; two_level and allgather hold a token once.
+// the tokens themselves, which the norm before keeps; two_level and allgather hold a token once;
+// shared_memory has a copy of this rank's tokens, where all see it.
 double held_rows(const OwnRun& run, double imbalance) {
   if (run.ep == 1) return 0.0;
   const auto top_k = static_cast<double>(run.model.top_k);
@@ -47,6 +48,8 @@ double held_rows(const OwnRun& run, double imbalance) {
       return ranks;
     case Exchange::kTwoLevel:
       return ranks * (1.0 - std::pow(1.0 - 1.0 / ranks, top_k));
+    case Exchange::kSharedMemory:
+      return 1.0;
     case Exchange::kUneven:
     case Exchange::kPadded:
       break;

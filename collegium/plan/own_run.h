@@ -19,7 +19,7 @@
 namespace collegium::plan {
 
 /// How rows reach their experts, as the run file names it.
-enum class Exchange { kUneven, kPadded, kAllgather, kTwoLevel };
+enum class Exchange { kUneven, kPadded, kAllgather, kTwoLevel, kSharedMemory };
 
 /// A training run: all ranks are data parallel, `ep` of them share the experts of a layer.
 struct OwnRun {
@@ -65,7 +65,8 @@ using ArrowBytes = std::array<SentBytes, 4>;
 /// blocks of
 ///          the largest count of any (rank, expert), per chunk. allgather: every token to every rank.
 ///          two_level: a copy per (token, other node), then one per (token, rank with any of its experts)
-///          inside, with the weights of its (token, expert) pairs. Weights and, on demand, sums are fp32
+///          inside, with the weights of its (token, expert) pairs. shared_memory: nothing but 8 bytes per
+///          chunk and kind of rows or weights that ranks meet over. Weights and, on demand, sums are fp32
 ///          (float64 for float64).
 /// Throws   ConfigError when there are not `ep` ranks, or an expert does not exist.
 std::vector<ArrowBytes> layer_bytes(const OwnRun& run,
@@ -125,6 +126,7 @@ struct EnumNames<plan::Exchange> {
       {"uneven", plan::Exchange::kUneven},
       {"padded", plan::Exchange::kPadded},
       {"allgather", plan::Exchange::kAllgather},
-      {"two_level", plan::Exchange::kTwoLevel}};
+      {"two_level", plan::Exchange::kTwoLevel},
+      {"shared_memory", plan::Exchange::kSharedMemory}};
 };
 }  // namespace collegium

@@ -61,6 +61,9 @@ Layout own_layout(const OwnRun& run) {
     case Exchange::kTwoLevel:
       l.dispatcher = Dispatcher::kHierarchical;
       break;
+    case Exchange::kSharedMemory:
+      l.dispatcher = Dispatcher::kSharedMemory;
+      break;
   }
   return l;
 }

@@ -32,6 +32,8 @@ plan::Exchange exchange_of(moe::DispatcherKind kind) {
       return plan::Exchange::kAllgather;
     case moe::DispatcherKind::kTwoLevel:
       return plan::Exchange::kTwoLevel;
+    case moe::DispatcherKind::kSharedMemory:
+      return plan::Exchange::kSharedMemory;
   }
   throw Error("a dispatcher that the planner does not know");
 }

@@ -33,6 +33,13 @@ bool nodes_are_even(const std::vector<int>& nodes, int ep) {
   return true;
 }
 
+bool groups_have_one_node(const std::vector<int>& nodes, int ep) {
+  for (std::size_t rank = 0; rank < nodes.size(); ++rank) {
+    if (nodes[rank] != nodes[rank - rank % static_cast<std::size_t>(ep)]) return false;
+  }
+  return true;
+}
+
 using Row = std::vector<std::size_t>;
 /// (option a, choice, option b, choice), a < b.
 using Pair = std::array<std::size_t, 4>;
@@ -185,6 +192,7 @@ std::vector<Layout> list_layouts(const std::vector<int>& nodes, std::int64_t num
     for (const auto& [name, kind] : EnumNames<DispatcherKind>::names) {
       if (ep == 1 && kind != DispatcherKind::kUneven) continue;  // nothing travels
       if (kind == DispatcherKind::kTwoLevel && !nodes_are_even(nodes, ep)) continue;
+      if (kind == DispatcherKind::kSharedMemory && !groups_have_one_node(nodes, ep)) continue;
       for (const bool overlap : {false, true})
         layouts.push_back({.ep = ep, .dispatcher = kind, .overlap = overlap});
     }

@@ -24,7 +24,8 @@ struct Layout {
 };
 
 /// What     Every ep that divides the ranks and has experts, with every dispatcher, without and with overlap.
-///          two_level only where every expert-parallel group has as many ranks on each of its nodes.
+///          two_level only where every expert-parallel group has as many ranks on each of its nodes,
+///          shared_memory only where it is on one node.
 /// Shape    nodes: of every world rank.
 std::vector<Layout> list_layouts(const std::vector<int>& nodes, std::int64_t num_experts);
 

@@ -18,7 +18,7 @@ from small_run import collegium
 BINARY = sys.argv[1]
 LAYER = ["--tokens", "96", "--hidden", "32", "--ffn", "24", "--experts", "8", "--top-k", "2", "--seconds", "0.01"]
 SKEWS = [f"W{i}" for i in range(8)]
-DISPATCHERS = ["uneven", "padded", "allgather", "two_level"]
+DISPATCHERS = ["uneven", "padded", "allgather", "two_level", "shared_memory"]
 ARROWS = ["dispatch", "combine", "combine backward", "dispatch backward"]
 STAGES = ["router", "plan", "dispatch", "experts", "combine", "combine_backward", "expert_rows_backward"]
 
@@ -75,9 +75,10 @@ def check_skews() -> None:
 def check_layouts() -> None:
     for dispatcher in DISPATCHERS:
         for overlap in [[], ["--overlap", "--chunks", "3"]]:
-            nodes = ["--ranks-per-node", "2", "--routing", "random"]
+            num_nodes = 1 if dispatcher == "shared_memory" else 2
+            nodes = ["--ranks-per-node", str(4 // num_nodes), "--routing", "random"]
             result = bench("layer", *LAYER, *local(4), *nodes, *overlap, "--dispatcher", dispatcher, "--combine-fp32")
-            assert result["nodes"] == 2 and result["chunks"] == (3 if overlap else 1), result
+            assert result["nodes"] == num_nodes and result["chunks"] == (3 if overlap else 1), result
             for arrow in ARROWS:
                 assert total(result, arrow, "") == total(result, arrow, "expected_") > 0, (dispatcher, result)
             if dispatcher == "two_level":

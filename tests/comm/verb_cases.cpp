@@ -4,10 +4,13 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
+#include <cstddef>
 #include <numeric>
 
 #include "collegium/base/rng.h"
+#include "collegium/comm/shared_memory.h"
 
 namespace collegium::comm {
 
@@ -336,6 +339,27 @@ void reruns_give_the_same_bits(Communicator& comm) {
   expect_same(root_s, first, comm);
 }
 
+void shared_memory_is_one_for_all_ranks(Communicator& comm) {
+  constexpr std::int64_t kOfRank = 5000;  // more than a page
+  const std::int64_t bytes = kOfRank * comm.size();
+  const auto memory = SharedMemory::create(comm, bytes);
+  EXPECT_EQ(memory->bytes(), bytes);
+  EXPECT_TRUE(
+      std::all_of(memory->data(), memory->data() + bytes, [](std::byte b) { return b == std::byte{0}; }));
+  comm.barrier();
+  for (int round = 1; round < 4; ++round) {
+    const auto value = [round](int rank) { return static_cast<std::byte>(16 * round + rank); };
+    std::fill_n(memory->data() + kOfRank * comm.rank(), kOfRank, value(comm.rank()));
+    comm.barrier();
+    for (int rank = 0; rank < comm.size(); ++rank) {
+      const std::byte* of_rank = memory->data() + kOfRank * rank;
+      EXPECT_TRUE(std::all_of(of_rank, of_rank + kOfRank, [&](std::byte b) { return b == value(rank); }))
+          << "rank " << comm.rank() << " reads of rank " << rank << " in round " << round;
+    }
+    comm.barrier();
+  }
+}
+
 }  // namespace
 
 const std::vector<VerbCase>& verb_cases() {
@@ -351,7 +375,8 @@ const std::vector<VerbCase>& verb_cases() {
       {"many_under_way", many_operations_may_be_under_way},
       {"send_recv", messages_of_a_pair_arrive_in_order},
       {"split", split_makes_groups_by_colour_and_key},
-      {"reruns", reruns_give_the_same_bits}};
+      {"reruns", reruns_give_the_same_bits},
+      {"shared_memory", shared_memory_is_one_for_all_ranks}};
   return kCases;
 }
 

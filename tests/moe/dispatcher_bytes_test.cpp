@@ -157,6 +157,20 @@ TEST(DispatcherBytes, allgather_sends_all_tokens_to_all_ranks) {
   }
 }
 
+TEST(DispatcherBytes, shared_memory_sends_a_number_per_meeting_and_kind) {
+  constexpr std::int64_t kNumber = 8;
+  const int ranks = 3;
+  for (const RoutingCase& routing : test::all_routings()) {
+    const std::vector<Bytes> expected(ranks, {.dispatch = (ranks - 1) * 2 * kNumber,
+                                              .combine = (ranks - 1) * kNumber,
+                                              .combine_backward = (ranks - 1) * kNumber,
+                                              .dispatch_backward = (ranks - 1) * 2 * kNumber});
+    const test::DispatcherLayout layout{.options = {.kind = moe::DispatcherKind::kSharedMemory},
+                                        .ranks = ranks};
+    EXPECT_EQ(count_bytes(layout, routing, "world", all_bytes), expected) << routing.name;
+  }
+}
+
 // Of one rank: what two_level sends to other nodes, and gets from them.
 struct RailTraffic {
   std::int64_t copies = 0;  // sum over tokens of the number of other nodes that hold any of its experts

@@ -71,6 +71,8 @@ inline std::shared_ptr<moe::Dispatcher> make_dispatcher_of(const moe::Dispatcher
       return moe::make_allgather_dispatcher(placement, ep, options.combine_fp32);
     case moe::DispatcherKind::kTwoLevel:
       return moe::make_two_level_dispatcher(placement, ep, options.combine_fp32);
+    case moe::DispatcherKind::kSharedMemory:
+      return moe::make_shared_memory_dispatcher(placement, ep);
   }
   return nullptr;
 }

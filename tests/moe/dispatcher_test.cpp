@@ -305,5 +305,40 @@ TEST(TwoLevel, refuses_nodes_of_different_sizes) {
   }
 }
 
+// Rows are summed from where one rank would have them, in the same order.
+TEST(SharedMemory, results_are_those_of_one_rank_bit_for_bit) {
+  for (const int ranks : {2, 3}) {
+    for (const RoutingCase& routing : test::all_routings()) {
+      SCOPED_TRACE(routing.name);
+      const Results reference = reference_of(routing, ranks, at::kFloat);
+      std::vector<Results> parts(static_cast<std::size_t>(ranks));
+      comm::run_ranks(ranks, [&](comm::Communicator& ep) {
+        const moe::ExpertPlacement placement{.num_experts = routing.num_experts, .num_ranks = ranks};
+        const auto dispatcher = moe::make_shared_memory_dispatcher(placement, ep.shared_from_this());
+        parts[static_cast<std::size_t>(ep.rank())] = run_chunks(
+            *dispatcher, tokens_of(routing, ep.rank(), ranks, at::kFloat), placement.first(ep.rank()), 1, -1);
+      });
+      const Results ours = concatenate(parts);
+      EXPECT_TRUE(at::equal(ours.y_TD, reference.y_TD));
+      EXPECT_TRUE(at::equal(ours.grad_x_TD, reference.grad_x_TD));
+      EXPECT_TRUE(at::equal(ours.grad_weights_TK, reference.grad_weights_TK));
+    }
+  }
+}
+
+TEST(SharedMemory, refuses_ranks_on_several_nodes) {
+  try {
+    comm::run_ranks(3,
+                    [](comm::Communicator& world) {
+                      moe::make_dispatcher({.kind = moe::DispatcherKind::kSharedMemory}, 6,
+                                           world.shared_from_this());
+                    },
+                    {.ranks_per_node = 2});
+    FAIL() << "was accepted";
+  } catch (const ConfigError& error) {
+    EXPECT_THAT(error.what(), testing::HasSubstr("rank 0 is on node 0 and rank 2 on node 1"));
+  }
+}
+
 }  // namespace
 }  // namespace collegium

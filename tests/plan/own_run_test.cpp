@@ -63,6 +63,14 @@ TEST(OwnRun, bytes_of_each_exchange_counted_by_hand) {
   EXPECT_EQ(bytes[1][0].within_nodes, kRow + 2 * kWeight);
   run.node_of_rank = {0, 1};
   EXPECT_EQ(of_example(run)[0][0].between_nodes, 2 * kRow + 3 * kWeight);
+  // A number for rows and one for weights, of every chunk.
+  run.exchange = Exchange::kSharedMemory;
+  EXPECT_THROW(of_example(run), ConfigError);
+  run.node_of_rank = {0, 0};
+  run.chunks = 3;
+  bytes = of_example(run);
+  EXPECT_EQ(bytes[0][0].within_nodes, 3 * 16);
+  EXPECT_EQ(bytes[1][1].within_nodes, 3 * 8);
 }
 
 std::vector<std::int32_t> random_ids(const ModelSpec& m, std::int64_t tokens) {

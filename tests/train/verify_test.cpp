@@ -114,6 +114,8 @@ TEST(Layouts, divide_the_ranks_and_fill_nodes_evenly) {
   EXPECT_FALSE(names.contains("ep 3, two_level"));  // ranks 3, 4, 5: one on node 0, two on node 1
   EXPECT_FALSE(names.contains("ep 6, two_level"));
   EXPECT_FALSE(names.contains("ep 4, uneven"));
+  EXPECT_TRUE(names.contains("ep 2, shared_memory"));
+  EXPECT_FALSE(names.contains("ep 3, shared_memory"));
 }
 
 TEST(Pairwise, holds_every_possible_pair) {
