@@ -18,18 +18,17 @@ namespace collegium::comm {
 class SharedMemory {
  public:
   /// What     Memory of `bytes` for the ranks of a group, all zeros. It becomes resident page by page, near
-  /// the
-  ///          rank that writes a page first.
+  ///          the rank that writes a page first.
   /// Comm     a broadcast and an all_reduce of a few bytes; waits for the group.
-  /// Throws   Error on all ranks when one of them does not get it: no memory, or processes that may not see
-  ///          each other's (/proc of other users or containers).
+  /// Throws   Error on all ranks when one of them does not get it: no such file can be made, or ranks do not
+  ///          see each other's (other users, containers or machines).
   static std::shared_ptr<SharedMemory> create(Communicator& group, std::int64_t bytes);
 
   ~SharedMemory();
   SharedMemory(const SharedMemory&) = delete;
   SharedMemory& operator=(const SharedMemory&) = delete;
 
-  /// Its place differs from rank to rank. Who reads what another rank wrote must have met it in a call of the
+  /// At another address on each rank. Who reads what another rank wrote must have met it in a call of the
   /// group in between.
   std::byte* data() const { return data_; }
   std::int64_t bytes() const { return bytes_; }

@@ -80,7 +80,7 @@ class Dispatcher {
   virtual Pending<DispatchedRows> dispatch(const at::Tensor& x_TD, const at::Tensor& weights_TK,
                                            const std::shared_ptr<DispatchHandle>& handle) = 0;
   /// What     Memory for the rows that the next combine() or dispatch_backward() of this handle is given.
-  /// They
+  /// Those
   ///          may lie anywhere; what lies here need not be copied.
   /// Shape    [R, width of `like`], of its dtype, not initialised.
   virtual at::Tensor result_rows(const at::Tensor& like, const std::shared_ptr<DispatchHandle>& handle);

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Ranks of one node read each other's rows where they lie. Every rank puts its tokens where all can read
-// them; experts gather their rows from there and write their results where all can read those; every token
-// sums its own. So a row is copied no more often than on one rank alone, and the results are bit for bit the
-// same.
+// Ranks of one node read each other's rows where they lie. Every rank copies its tokens once to where all can
+// read them; experts gather their rows from there and write results where all can read those; every token
+// sums its own, in the order in which one rank would.
 //
 //   tokens, written by their ranks:        (of 0) a b c | (of 1) d e
 //   read by the experts' ranks:            rank 0: e0: a d e, e1: b d      rank 1: e2: c e, e3: a b c
@@ -11,8 +10,11 @@
 //   read by the tokens' ranks:             rank 0: a: rows 0 and 7, b: rows 3 and 8, ...
 
 #include <array>
+#include <memory>
 #include <numeric>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "collegium/base/error.h"
 #include "collegium/moe/dispatcher.h"
@@ -53,7 +55,7 @@ class SharedMemoryDispatcher final : public Dispatcher {
     std::vector<std::shared_ptr<DispatchHandle>> handles;
     std::vector<SharedRows> ids;
     for (std::size_t chunk = 0; chunk < tokens.size(); ++chunk)
-      ids.push_back(pool_->share(request.chunk_ids_TK[chunk], share_of(tokens[chunk], ep_->rank())));
+      ids.push_back(pool_->copy(request.chunk_ids_TK[chunk], share_of(tokens[chunk], ep_->rank())));
     pool_->meet(ids).wait();
     for (std::size_t chunk = 0; chunk < tokens.size(); ++chunk) {
       const auto handle = plan_chunk(ids[chunk].all_XD, share_of(tokens[chunk], ep_->rank()));
@@ -67,8 +69,8 @@ class SharedMemoryDispatcher final : public Dispatcher {
                                    const std::shared_ptr<DispatchHandle>& handle) override {
     const auto h = std::static_pointer_cast<SharedHandle>(handle);
     const comm::WhereScope scope(ep_->where(), at_phase(h->where, "dispatch"));
-    const std::array<SharedRows, 2> shared = {pool_->share(x_TD, h->tokens),
-                                              pool_->share(weights_TK, h->tokens)};
+    const std::array<SharedRows, 2> shared = {pool_->copy(x_TD, h->tokens),
+                                              pool_->copy(weights_TK, h->tokens)};
     return Pending<DispatchedRows>([h, shared, meeting = pool_->meet(shared)]() mutable -> DispatchedRows {
       meeting.wait();
       const auto& [x, weights] = shared;
@@ -98,7 +100,7 @@ class SharedMemoryDispatcher final : public Dispatcher {
                                            const std::shared_ptr<DispatchHandle>& handle) override {
     const auto h = std::static_pointer_cast<SharedHandle>(handle);
     const comm::WhereScope scope(ep_->where(), at_phase(h->where, "combine backward"));
-    const std::array<SharedRows, 1> shared = {pool_->share(grad_y_TD, h->tokens)};
+    const std::array<SharedRows, 1> shared = {pool_->copy(grad_y_TD, h->tokens)};
     return Pending<ops::RowSource>([h, shared, meeting = pool_->meet(shared)]() mutable -> ops::RowSource {
       meeting.wait();
       return {.values_XD = shared[0].all_XD, .index_R = h->row_token_R};
@@ -110,7 +112,7 @@ class SharedMemoryDispatcher final : public Dispatcher {
                                                const std::shared_ptr<DispatchHandle>& handle) override {
     const auto h = std::static_pointer_cast<SharedHandle>(handle);
     const comm::WhereScope scope(ep_->where(), at_phase(h->where, "dispatch backward"));
-    std::vector<SharedRows> shared = {pool_->share(grad_weights_R.unsqueeze(1), h->rows)};
+    std::vector<SharedRows> shared = {pool_->copy(grad_weights_R.unsqueeze(1), h->rows)};
     if (grad_rows_RD.defined()) shared.push_back(share_results(grad_rows_RD, *h));
     auto meeting = pool_->meet(shared);
     return Pending<DispatchGradients>([h, shared, meeting]() mutable -> DispatchGradients {
@@ -141,11 +143,11 @@ class SharedMemoryDispatcher final : public Dispatcher {
     return handle;
   }
 
-  // Where result_rows() said, or copied there.
+  // As they are where result_rows() said, or copied.
   SharedRows share_results(const at::Tensor& rows_RD, SharedHandle& handle) {
-    if (!handle.results) return pool_->share(rows_RD, handle.rows);
+    if (!handle.results) return pool_->copy(rows_RD, handle.rows);
     SharedRows results = *std::exchange(handle.results, std::nullopt);
-    if (!rows_RD.is_alias_of(results.own_XD)) results.own_XD.copy_(rows_RD);
+    if (!rows_RD.is_set_to(results.own_XD)) results.own_XD.copy_(rows_RD);
     return results;
   }
 

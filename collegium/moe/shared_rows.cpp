@@ -6,6 +6,7 @@
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "collegium/base/error.h"
 #include "collegium/moe/exchange.h"
@@ -25,6 +26,8 @@ std::int64_t rounded_bytes(std::int64_t bytes) {
 }  // namespace
 
 SharedRows SharedRowPool::take(const RowShare& share, std::int64_t width, at::ScalarType dtype) {
+  COLLEGIUM_CHECK(share.total <= std::numeric_limits<std::int32_t>::max(),
+                  "{} rows of all ranks are more than an index of 32 bits reaches", share.total);
   const std::int64_t bytes = share.total * width * static_cast<std::int64_t>(c10::elementSize(dtype));
   const std::int64_t number = find_or_make(rounded_bytes(bytes));
   Buffer& buffer = buffers_.at(number);
@@ -38,7 +41,9 @@ SharedRows SharedRowPool::take(const RowShare& share, std::int64_t width, at::Sc
   return {.all_XD = all_XD, .own_XD = share.of(all_XD), .buffer = number};
 }
 
-SharedRows SharedRowPool::share(const at::Tensor& rows_XD, const RowShare& share) {
+SharedRows SharedRowPool::copy(const at::Tensor& rows_XD, const RowShare& share) {
+  COLLEGIUM_CHECK(rows_XD.is_cpu(), "rows on {} cannot be shared, must be on the CPU",
+                  rows_XD.device().str());
   SharedRows rows = take(share, rows_XD.size(1), rows_XD.scalar_type());
   rows.own_XD.copy_(rows_XD);
   return rows;
@@ -57,7 +62,7 @@ std::int64_t SharedRowPool::find_or_make(std::int64_t bytes) {
     }
   }
   if (best != buffers_.end()) return best->first;
-  // A larger one takes its place, so that there are never more than were in use at a time.
+  // A larger one takes its place: smaller ones would stay for ever.
   if (largest != buffers_.end()) buffers_.erase(largest);
   const comm::WhereScope scope(group_->where(), at_phase(group_->where(), "shared memory"));
   buffers_.emplace(next_number_, Buffer{.memory = comm::SharedMemory::create(*group_, bytes)});
@@ -67,27 +72,27 @@ std::int64_t SharedRowPool::find_or_make(std::int64_t bytes) {
 void SharedRowPool::let_go(std::int64_t number) {
   Buffer& buffer = buffers_.at(number);
   buffer.in_use = false;
-  buffer.meetings = meetings_begun_;
+  buffer.begun_before = meetings_begun_;
 }
 
-Meeting SharedRowPool::meet(std::span<const SharedRows> rows) {
+RowMeeting SharedRowPool::meet(std::span<const SharedRows> rows) {
   COLLEGIUM_CHECK(!rows.empty(), "a meeting about nothing, in which ranks would not wait for each other");
   const auto count = static_cast<std::int64_t>(rows.size());
-  Meeting meeting;
+  RowMeeting meeting;
   meeting.pool_ = shared_from_this();
   meeting.number_ = meetings_begun_++;
-  meeting.buffers_1N_ = at::empty({1, count}, at::kLong);
-  meeting.buffers_PN_ = at::empty({group_->size(), count}, at::kLong);
-  std::transform(rows.begin(), rows.end(), meeting.buffers_1N_.mutable_data_ptr<std::int64_t>(),
+  meeting.buffers_1X_ = at::empty({1, count}, at::kLong);
+  meeting.buffers_YX_ = at::empty({group_->size(), count}, at::kLong);
+  std::transform(rows.begin(), rows.end(), meeting.buffers_1X_.mutable_data_ptr<std::int64_t>(),
                  [](const SharedRows& one) { return one.buffer; });
-  meeting.work_ = group_->all_gather(meeting.buffers_1N_, meeting.buffers_PN_);
+  meeting.work_ = group_->all_gather(meeting.buffers_1X_, meeting.buffers_YX_);
   return meeting;
 }
 
-void Meeting::wait() {
+void RowMeeting::wait() {
   work_.wait();
   COLLEGIUM_CHECK(
-      at::equal(buffers_PN_, buffers_1N_.expand_as(buffers_PN_)),
+      at::equal(buffers_YX_, buffers_1X_.expand_as(buffers_YX_)),
       "ranks of group '{}' do not share the same memory: they took or let go of rows in another order",
       pool_->group_->name());
   pool_->meetings_over_ = std::max(pool_->meetings_over_, number_ + 1);

@@ -28,14 +28,13 @@ struct RowShare {
 };
 
 /// The memory is in use as long as any of the two tensors, or a view of one, exists.
-struct SharedRows {
+struct [[nodiscard]] SharedRows {
   at::Tensor all_XD;  ///< to be read after a meeting
   at::Tensor own_XD;  ///< to be written before it
   std::int64_t buffer = 0;
 };
 
-/// A meeting of the ranks; wait() once.
-class Meeting;
+class RowMeeting;
 
 /// Every rank makes the same calls in the same order, with the same totals, and lets go of rows at the same
 /// place among them: so all ranks find the same memory free without asking. Meetings check it.
@@ -47,23 +46,23 @@ class SharedRowPool : public std::enable_shared_from_this<SharedRowPool> {
   /// Comm     where no free memory is large enough, comm::SharedMemory::create(); else none.
   SharedRows take(const RowShare& share, std::int64_t width, at::ScalarType dtype);
   /// The same with a copy of this rank's rows in it.
-  SharedRows share(const at::Tensor& rows_XD, const RowShare& share);
+  SharedRows copy(const at::Tensor& rows_XD, const RowShare& share);
 
-  /// What     When its wait() returns, every rank has written its part of these rows, and has let go of all
-  /// that
-  ///          it had let go of when it came.
+  /// What     When its wait() returns, every rank has written its part of these rows, and is done with all
+  ///          that it had let go of when it came.
   /// Comm     an all_gather of 8 bytes per entry, at least one.
-  Meeting meet(std::span<const SharedRows> rows);
+  RowMeeting meet(std::span<const SharedRows> rows);
 
  private:
-  friend class Meeting;
+  friend class RowMeeting;
   struct Buffer {
     std::shared_ptr<comm::SharedMemory> memory;
     bool in_use = false;
-    std::int64_t meetings = 0;  // when it was let go of: others may read it until the next one is over
+    // Meetings begun when it was let go of: others may read it until the next one is over.
+    std::int64_t begun_before = 0;
   };
 
-  bool is_free(const Buffer& buffer) const { return !buffer.in_use && buffer.meetings < meetings_over_; }
+  bool is_free(const Buffer& buffer) const { return !buffer.in_use && buffer.begun_before < meetings_over_; }
   std::int64_t find_or_make(std::int64_t bytes);
   void let_go(std::int64_t number);
 
@@ -74,7 +73,8 @@ class SharedRowPool : public std::enable_shared_from_this<SharedRowPool> {
   std::int64_t meetings_over_ = 0;
 };
 
-class Meeting {
+/// A meeting of the ranks under way; wait() is called once.
+class [[nodiscard]] RowMeeting {
  public:
   /// Throws   Error when ranks do not share the same memory: they made different calls.
   void wait();
@@ -83,8 +83,8 @@ class Meeting {
   friend class SharedRowPool;
   std::shared_ptr<SharedRowPool> pool_;
   std::int64_t number_ = 0;
-  at::Tensor buffers_1N_;  // of this rank
-  at::Tensor buffers_PN_;  // of all
+  at::Tensor buffers_1X_;  // of this rank
+  at::Tensor buffers_YX_;  // of all ranks
   comm::Work work_;
 };
 

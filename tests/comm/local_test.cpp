@@ -9,6 +9,7 @@
 #include <future>
 #include <thread>
 
+#include "collegium/comm/shared_memory.h"
 #include "tests/comm/verb_cases.h"
 
 namespace collegium::comm {
@@ -55,6 +56,13 @@ INSTANTIATE_TEST_SUITE_P(Local, LocalVerbs,
 TEST(Local, single_rank_world_copies) {
   const auto comm = single_rank_world();
   for (const VerbCase& verb : verb_cases()) verb.body(*comm);
+}
+
+TEST(Local, more_shared_memory_than_addresses_is_refused_on_all_ranks) {
+  run_ranks(3, [](Communicator& comm) {
+    EXPECT_THROW(SharedMemory::create(comm, std::int64_t{1} << 60), Error);
+    EXPECT_EQ(SharedMemory::create(comm, 1)->bytes(), 1);
+  });
 }
 
 TEST(Local, nodes_follow_the_node_size) {

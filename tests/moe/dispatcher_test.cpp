@@ -95,7 +95,11 @@ Results run_chunk(moe::Dispatcher& dispatcher, const std::shared_ptr<moe::Dispat
   const auto without_x = dispatcher.dispatch_backward({}, grad_weights_R, handle).wait();
   EXPECT_FALSE(without_x.x_TD.defined());
   EXPECT_TRUE(at::equal(without_x.weights_TK, gradients.weights_TK));
-  return {.y_TD = dispatcher.combine(out_RD, handle).wait(),
+  const at::Tensor placed_RD = dispatcher.result_rows(out_RD, handle).copy_(out_RD);
+  const at::Tensor y_TD = dispatcher.combine(placed_RD, handle).wait();
+  EXPECT_TRUE(at::equal(y_TD, dispatcher.combine(out_RD, handle).wait()));
+  dispatcher.result_rows(out_RD, handle);  // not used
+  return {.y_TD = y_TD,
           .grad_x_TD = gradients.x_TD,
           .grad_weights_TK = gradients.weights_TK,
           .y_magnitude_TD = dispatcher.combine(out_RD.abs(), handle).wait(),
@@ -305,8 +309,8 @@ TEST(TwoLevel, refuses_nodes_of_different_sizes) {
   }
 }
 
-// Rows are summed from where one rank would have them, in the same order.
-TEST(SharedMemory, results_are_those_of_one_rank_bit_for_bit) {
+// A token's rows are summed in the order in which one rank would.
+TEST(SharedMemory, arrows_give_the_bits_of_one_rank) {
   for (const int ranks : {2, 3}) {
     for (const RoutingCase& routing : test::all_routings()) {
       SCOPED_TRACE(routing.name);

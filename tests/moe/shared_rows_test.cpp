@@ -38,7 +38,7 @@ class Pool {
       : pool_(std::make_shared<SharedRowPool>(group.shared_from_this())),
         marker_{pool_->take({.first = 0, .rows = 1, .total = 1}, 1, at::kByte)} {}
 
-  moe::Meeting begin_meeting() { return pool_->meet(marker_); }
+  moe::RowMeeting begin_meeting() { return pool_->meet(marker_); }
   void meet() { begin_meeting().wait(); }
   SharedRowPool* operator->() { return pool_.get(); }
 
@@ -55,7 +55,7 @@ TEST(SharedRows, all_ranks_read_what_each_has_written) {
       for (int round = 0; round < 20; ++round) {
         const auto expected =
             at::arange(share.total * kWidth, at::kDouble).view({share.total, kWidth}) + round;
-        const std::array<SharedRows, 1> rows = {pool->share(share.of(expected), share)};
+        const std::array<SharedRows, 1> rows = {pool->copy(share.of(expected), share)};
         pool->meet(rows).wait();
         EXPECT_TRUE(at::equal(rows[0].all_XD, expected)) << "rank " << group.rank() << ", round " << round;
       }
@@ -74,9 +74,11 @@ TEST(SharedRows, memory_is_used_again_after_the_next_meeting) {
     EXPECT_EQ(take(), first);
     auto under_way = pool.begin_meeting();
     const std::int64_t third = take();
-    EXPECT_NE(third, first);  // let go before the meeting, which is not over
+    EXPECT_NE(third, first);  // let go of before the meeting, which is not over
     under_way.wait();
-    EXPECT_EQ(take(), first);
+    const SharedRows held = pool->take(share, kWidth, at::kFloat);
+    EXPECT_EQ(held.buffer, first);
+    EXPECT_NE(take(), third);  // let go of after the meeting had begun
   });
 }
 

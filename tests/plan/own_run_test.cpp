@@ -108,10 +108,11 @@ double sum(const std::vector<ArrowBytes>& ranks) {
 }
 
 TEST(OwnRun, expectation_lies_near_the_bytes_of_a_random_routing) {
-  for (const Exchange exchange : {Exchange::kUneven, Exchange::kAllgather, Exchange::kTwoLevel}) {
+  for (const Exchange exchange :
+       {Exchange::kUneven, Exchange::kAllgather, Exchange::kTwoLevel, Exchange::kSharedMemory}) {
     for (const int ep : {1, 2, 4}) {
       OwnRun run = small_run(exchange, 4, ep);
-      run.node_of_rank = {0, 0, 1, 1};
+      if (exchange != Exchange::kSharedMemory) run.node_of_rank = {0, 0, 1, 1};
       run.sequence_length = 512;
       run.micro_sequences = run.global_batch = 6;  // 2, 2, 1 and 1 sequences
       const double exact = sum(recorded_step_bytes(run, recorded(run), 1));
@@ -119,6 +120,16 @@ TEST(OwnRun, expectation_lies_near_the_bytes_of_a_random_routing) {
       EXPECT_EQ(exact == 0.0, ep == 1);
     }
   }
+}
+
+TEST(OwnRun, shared_memory_keeps_a_copy_of_each_token_where_uneven_keeps_rows) {
+  constexpr double kImbalance = 1.25;
+  OwnRun run = small_run(Exchange::kUneven, 2, 2);
+  const double uneven = own_activations(run, kImbalance).layers;
+  run.exchange = Exchange::kSharedMemory;
+  const double fewer_rows = static_cast<double>(run.model.top_k) * kImbalance - 1.0;
+  EXPECT_DOUBLE_EQ(uneven - own_activations(run, kImbalance).layers,
+                   static_cast<double>(run.model.num_moe_layers()) * fewer_rows * kRow);
 }
 
 TEST(OwnRun, order_of_the_exchanges_and_of_recomputation) {

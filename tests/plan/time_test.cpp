@@ -58,6 +58,19 @@ TEST(Collectives, rows_are_conserved_and_deduplication_sends_fewer) {
   EXPECT_NEAR(two_levels.slow_rows, 4.0 * 7 / 8, 1e-12);  // routing is limited to four of eight domains
 }
 
+TEST(Collectives, ranks_that_share_memory_send_rows_to_other_domains_alone) {
+  const ModelSpec model = load_model("mixtral-8x7b");
+  const Cluster cluster = load_cluster("h100-80");
+  Layout layout{.dp = 8, .ep = 8, .dispatcher = Dispatcher::kSharedMemory};
+  const double latency_s = exchange_latency_us(cluster.fast_link) * 1e-6;
+  EXPECT_EQ(expert_exchange_seconds(model, layout, cluster, 4096.0, 8192.0, 1.5), latency_s);
+  layout.etp = 2;
+  const double shared = expert_traffic(model, layout, cluster, 1.0).slow_rows;
+  layout.dispatcher = Dispatcher::kAllToAll;
+  EXPECT_EQ(shared, expert_traffic(model, layout, cluster, 1.0).slow_rows);
+  EXPECT_GT(shared, 0.0);
+}
+
 TEST(Collectives, a_rank_sends_what_the_published_formula_says) {
   // Forward bytes of a MoE layer: 2 T K D bytes (1 - 1/ep), and 4 bytes of weight per dispatched row.
   const ModelSpec model = load_model("mixtral-8x7b");

@@ -72,7 +72,7 @@ TEST_F(Verify, more_ranks_than_sequences_and_experts_that_do_not_divide) {
   comm::run_ranks(kRanks, [&](comm::Communicator& world) {
     EXPECT_TRUE(train::verify(request, world.shared_from_this()));
   });
-  EXPECT_EQ(rows.size(), 10U);
+  EXPECT_EQ(rows.size(), 12U);
   for (const train::VerifyRow& row : rows) {
     EXPECT_LE(row.difference.largest(), train::kExactBound) << row.layout;
     EXPECT_TRUE(row.ranks_agree && row.rerun_identical) << row.layout;
