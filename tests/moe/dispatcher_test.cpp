@@ -159,25 +159,26 @@ void expect_close(const at::Tensor& a, const at::Tensor& b, const at::Tensor& ma
   EXPECT_TRUE(excess.le(0.0).all().item<bool>()) << "worst excess " << excess.max();
 }
 
+// All ranks of a layout, each with its part of the problem.
+Results results_on(const test::DispatcherLayout& layout, const RoutingCase& routing, at::ScalarType dtype,
+                   std::int64_t num_chunks, std::int64_t capacity_rows = -1) {
+  std::vector<Results> parts(static_cast<std::size_t>(layout.ranks));
+  test::run_layout(layout, [&](const std::shared_ptr<comm::Communicator>& ep) {
+    const auto dispatcher = test::make_dispatcher_of(layout.options, routing.num_experts, ep);
+    const moe::ExpertPlacement placement{.num_experts = routing.num_experts, .num_ranks = ep->size()};
+    parts[static_cast<std::size_t>(ep->rank())] =
+        run_chunks(*dispatcher, tokens_of(routing, ep->rank(), ep->size(), dtype),
+                   placement.first(ep->rank()), num_chunks, capacity_rows);
+  });
+  return concatenate(parts);
+}
+
 class Dispatchers : public testing::TestWithParam<test::DispatcherLayout> {
  protected:
-  Results run(const RoutingCase& routing, at::ScalarType dtype, std::int64_t num_chunks,
-              std::int64_t capacity_rows = -1) const {
-    std::vector<Results> parts(static_cast<std::size_t>(GetParam().ranks));
-    test::run_layout(GetParam(), [&](const std::shared_ptr<comm::Communicator>& ep) {
-      const auto dispatcher = test::make_dispatcher_of(GetParam().options, routing.num_experts, ep);
-      const moe::ExpertPlacement placement{.num_experts = routing.num_experts, .num_ranks = ep->size()};
-      parts[static_cast<std::size_t>(ep->rank())] =
-          run_chunks(*dispatcher, tokens_of(routing, ep->rank(), ep->size(), dtype),
-                     placement.first(ep->rank()), num_chunks, capacity_rows);
-    });
-    return concatenate(parts);
-  }
-
   void expect_equal_to_reference(const RoutingCase& routing, at::ScalarType dtype, std::int64_t num_chunks,
                                  std::int64_t capacity_rows = -1) const {
     SCOPED_TRACE(routing.name);
-    const Results ours = run(routing, dtype, num_chunks, capacity_rows);
+    const Results ours = results_on(GetParam(), routing, dtype, num_chunks, capacity_rows);
     const Results reference = reference_of(routing, GetParam().ranks, dtype);
     // K rows are added, on the way at up to three places; the reference rounds once more.
     const std::int64_t roundings = routing.top_k + 4;
@@ -295,34 +296,34 @@ TEST(TwoLevel, ranks_of_a_node_need_not_be_neighbours_in_the_group) {
   EXPECT_LE(test::relative_difference(ours.grad_x_TD, reference.grad_x_TD), 1e-14);
 }
 
-TEST(TwoLevel, refuses_nodes_of_different_sizes) {
+// What a dispatcher says to three ranks on nodes of two.
+std::string refusal_of(moe::DispatcherKind kind) {
   try {
-    comm::run_ranks(3,
-                    [](comm::Communicator& world) {
-                      moe::make_dispatcher({.kind = moe::DispatcherKind::kTwoLevel}, 6,
-                                           world.shared_from_this());
-                    },
-                    {.ranks_per_node = 2});
-    FAIL() << "was accepted";
+    comm::run_ranks(
+        3,
+        [&](comm::Communicator& world) { moe::make_dispatcher({.kind = kind}, 6, world.shared_from_this()); },
+        {.ranks_per_node = 2});
   } catch (const ConfigError& error) {
-    EXPECT_THAT(error.what(), testing::HasSubstr("node 0 holds 2 and node 1 holds 1"));
+    return error.what();
   }
+  ADD_FAILURE() << "was accepted";
+  return "";
+}
+
+TEST(TwoLevel, refuses_nodes_of_different_sizes) {
+  EXPECT_THAT(refusal_of(moe::DispatcherKind::kTwoLevel),
+              testing::HasSubstr("node 0 holds 2 and node 1 holds 1"));
 }
 
 // A token's rows are summed in the order in which one rank would.
 TEST(SharedMemory, arrows_give_the_bits_of_one_rank) {
   for (const int ranks : {2, 3}) {
+    const test::DispatcherLayout layout{.options = {.kind = moe::DispatcherKind::kSharedMemory},
+                                        .ranks = ranks};
     for (const RoutingCase& routing : test::all_routings()) {
       SCOPED_TRACE(routing.name);
       const Results reference = reference_of(routing, ranks, at::kFloat);
-      std::vector<Results> parts(static_cast<std::size_t>(ranks));
-      comm::run_ranks(ranks, [&](comm::Communicator& ep) {
-        const moe::ExpertPlacement placement{.num_experts = routing.num_experts, .num_ranks = ranks};
-        const auto dispatcher = moe::make_shared_memory_dispatcher(placement, ep.shared_from_this());
-        parts[static_cast<std::size_t>(ep.rank())] = run_chunks(
-            *dispatcher, tokens_of(routing, ep.rank(), ranks, at::kFloat), placement.first(ep.rank()), 1, -1);
-      });
-      const Results ours = concatenate(parts);
+      const Results ours = results_on(layout, routing, at::kFloat, 1);
       EXPECT_TRUE(at::equal(ours.y_TD, reference.y_TD));
       EXPECT_TRUE(at::equal(ours.grad_x_TD, reference.grad_x_TD));
       EXPECT_TRUE(at::equal(ours.grad_weights_TK, reference.grad_weights_TK));
@@ -331,17 +332,8 @@ TEST(SharedMemory, arrows_give_the_bits_of_one_rank) {
 }
 
 TEST(SharedMemory, refuses_ranks_on_several_nodes) {
-  try {
-    comm::run_ranks(3,
-                    [](comm::Communicator& world) {
-                      moe::make_dispatcher({.kind = moe::DispatcherKind::kSharedMemory}, 6,
-                                           world.shared_from_this());
-                    },
-                    {.ranks_per_node = 2});
-    FAIL() << "was accepted";
-  } catch (const ConfigError& error) {
-    EXPECT_THAT(error.what(), testing::HasSubstr("rank 0 is on node 0 and rank 2 on node 1"));
-  }
+  EXPECT_THAT(refusal_of(moe::DispatcherKind::kSharedMemory),
+              testing::HasSubstr("rank 0 is on node 0 and rank 2 on node 1"));
 }
 
 }  // namespace
