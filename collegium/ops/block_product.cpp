@@ -72,15 +72,17 @@ struct Walk {
     const std::int64_t most = Block::most_columns(depth) / parts;
     const auto a = rows_of<Factor>(a_XI);
     Block block(depth, parts * std::min(most, width));
-    Rounded<T> rounded(Block::kRows * parts * std::min(most, width));
+    Rounded<T> rounded(Block::most_rows() * parts * std::min(most, width));
     for (std::int64_t column = 0; column < width; column += most) {
       const std::int64_t columns = std::min(most, width - column);
       block.set_columns(parts * columns);
       for (std::int64_t part = 0; part < parts; ++part)
         block.order(b_IO, part * width + column, columns, part * columns);
-      for (std::int64_t row = first; row < end; row += Block::kRows) {
-        const BlockRange range{
-            .row = row, .rows = std::min(Block::kRows, end - row), .column = column, .columns = columns};
+      for (std::int64_t row = first; row < end; row += Block::most_rows()) {
+        const BlockRange range{.row = row,
+                               .rows = std::min(Block::most_rows(), end - row),
+                               .column = column,
+                               .columns = columns};
         if (before) before(range);
         const float* sums = block.multiply(a.from(row, 0), range.rows);
         use({rounded.of(sums, range.rows * parts * columns), parts * columns}, range);
@@ -133,17 +135,17 @@ bool blocks_take(const at::Tensor& a_XI, const at::Tensor& b_IO) {
 template <typename T>
 void product_in_blocks(const at::Tensor& a_XI, const at::Tensor& b_IO, std::int64_t parts,
                        const std::function<void(const BlockRange&)>& before, const UseBlock<T>& use) {
-  constexpr std::int64_t kRows = ColumnBlock<float>::kRows;
   COLLEGIUM_CHECK(blocks_take(a_XI, b_IO), "product_in_blocks: not such factors");
   COLLEGIUM_CHECK(b_IO.size(0) == a_XI.size(1) && b_IO.size(1) % parts == 0,
                   "product_in_blocks: [{}, {}] x [{}, {}] in {} parts", a_XI.size(0), a_XI.size(1),
                   b_IO.size(0), b_IO.size(1), parts);
   const std::int64_t num_rows = a_XI.size(0);
   const Walk<T> walk{.a_XI = a_XI, .b_IO = b_IO, .parts = parts, .before = before, .use = use};
-  at::parallel_for(0, (num_rows + kRows - 1) / kRows, 1, [&](std::int64_t begin, std::int64_t end) {
-    const std::int64_t first = begin * kRows;
-    const std::int64_t last = std::min(num_rows, end * kRows);
-    with_type_of(a_XI, [&]<typename Factor>() { walk.template rows<Factor>(first, last); });
+  with_type_of(a_XI, [&]<typename Factor>() {
+    const std::int64_t rows = ColumnBlock<Factor>::most_rows();
+    at::parallel_for(0, (num_rows + rows - 1) / rows, 1, [&](std::int64_t begin, std::int64_t end) {
+      walk.template rows<Factor>(begin * rows, std::min(num_rows, end * rows));
+    });
   });
 }
 

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/ops/product.h"
 
-#include <ATen/Context.h>
-#include <ATen/cpu/Utils.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
@@ -10,6 +8,7 @@
 #include <atomic>
 
 #include "collegium/ops/column_block.h"
+#include "collegium/ops/cpu_features.h"
 #include "collegium/ops/expert_tasks.h"
 
 namespace collegium::ops {
@@ -17,19 +16,9 @@ namespace collegium::ops {
 namespace {
 
 ProductWays found_ways() {
-  const auto capabilities = at::cpu::get_cpu_capabilities();
-  const auto has = [&](const char* name) {
-    const auto found = capabilities.find(name);
-    return found != capabilities.end() && found->second.isBool() && found->second.toBool();
-  };
-  const auto architecture = capabilities.find("architecture");
-  const bool x86 = architecture != capabilities.end() && architecture->second.toStringRef() == "x86_64";
-  const bool widen = x86 && !has("avx512_bf16") && !has("amx_bf16");
-  // In fp32 ATen answers the kernel's call by its whole product where oneDNN may not. With AVX2 alone oneDNN
-  // has a kernel too, with which experts took 4 to 8 % longer at best than by whole products.
-  const bool kernel = x86 && has("avx512_f") && at::globalContext().userEnabledMkldnn();
-  return {.widen_bf16 = widen,
-          .blocks = kernel && has_block_kernel<float>() && (widen || has_block_kernel<c10::BFloat16>())};
+  const bool x86 = cpu_has("sse2");
+  const bool widen = x86 && !cpu_has("avx512_bf16") && !cpu_has("amx_bf16");
+  return {.widen_bf16 = widen, .blocks = cpu_has("avx2") && (widen || has_block_kernel<c10::BFloat16>())};
 }
 
 std::atomic<ProductWays>& chosen() {

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "collegium/base/error.h"
+#include "collegium/ops/cpu_features.h"
 #include "collegium/ops/expert_tasks.h"
 #include "collegium/ops/product.h"
 #include "collegium/ops/row_math.h"
@@ -16,12 +17,29 @@ namespace collegium::ops {
 
 namespace {
 
-// Sixteen rows of sixteen values of 32 bits: a row is a cache line.
-constexpr std::int64_t kBlock = 16;
-using Line = std::uint32_t __attribute__((vector_size(4 * kBlock)));
-using HalfLine = std::uint16_t __attribute__((vector_size(2 * kBlock)));
-struct Block {
-  Line rows[kBlock];
+// Values of 32 bits that fit a vector, as many rows of them: a square block. Interleaving row i with the one
+// half a block further on, as often as its size is a power of two, transposes it.
+struct Sixteen {
+  static constexpr std::int64_t kSize = 16;
+  static constexpr int kRounds = 4;
+  using Line = std::uint32_t __attribute__((vector_size(64)));
+  using LineAnywhere = std::uint32_t __attribute__((vector_size(64), aligned(2), may_alias));
+  using HalfLine = std::uint16_t __attribute__((vector_size(32)));
+  static COLLEGIUM_INLINE void interleave(const Line& a, const Line& b, Line& low, Line& high) {
+    low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+};
+struct Eight {
+  static constexpr std::int64_t kSize = 8;
+  static constexpr int kRounds = 3;
+  using Line = std::uint32_t __attribute__((vector_size(32)));
+  using LineAnywhere = std::uint32_t __attribute__((vector_size(32), aligned(2), may_alias));
+  using HalfLine = std::uint16_t __attribute__((vector_size(16)));
+  static COLLEGIUM_INLINE void interleave(const Line& a, const Line& b, Line& low, Line& high) {
+    low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+    high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  }
 };
 
 template <typename Bits>
@@ -32,46 +50,53 @@ struct Rows {
   std::int64_t out_stride;
 };
 
-// Rows of `in` that a block holds: two values of 16 bits, of one column, make one of 32.
+// Rows of `in` that `size` values of a column take: two of 16 bits make one of 32.
 template <typename Bits>
-constexpr std::int64_t kRowsOfBlock = kBlock * sizeof(std::uint32_t) / sizeof(Bits);
-
-COLLEGIUM_INLINE void load(const Rows<std::uint32_t>& o, std::int64_t row, std::int64_t column,
-                           Block& block) {
-  for (std::int64_t i = 0; i < kBlock; ++i)
-    std::memcpy(&block.rows[i], o.in + (row + i) * o.in_stride + column, sizeof(Line));
+constexpr std::int64_t rows_of_words(std::int64_t size) {
+  return size * static_cast<std::int64_t>(sizeof(std::uint32_t) / sizeof(Bits));
 }
 
+template <typename Block>
+COLLEGIUM_INLINE void load(const Rows<std::uint32_t>& o, std::int64_t row, std::int64_t column,
+                           typename Block::Line* lines) {
+#pragma GCC unroll 16
+  for (std::int64_t i = 0; i < Block::kSize; ++i)
+    lines[i] =
+        *reinterpret_cast<const typename Block::LineAnywhere*>(o.in + (row + i) * o.in_stride + column);
+}
+
+template <typename Block>
 COLLEGIUM_INLINE void load(const Rows<std::uint16_t>& o, std::int64_t row, std::int64_t column,
-                           Block& block) {
-  for (std::int64_t i = 0; i < kBlock; ++i) {
+                           typename Block::Line* lines) {
+  using Line = typename Block::Line;
+  for (std::int64_t i = 0; i < Block::kSize; ++i) {
     const std::uint16_t* in = o.in + (row + 2 * i) * o.in_stride + column;
-    HalfLine first;
-    HalfLine second;
+    typename Block::HalfLine first;
+    typename Block::HalfLine second;
     std::memcpy(&first, in, sizeof(first));
     std::memcpy(&second, in + o.in_stride, sizeof(second));
-    block.rows[i] = __builtin_convertvector(first, Line) | __builtin_convertvector(second, Line) << 16U;
+    lines[i] = __builtin_convertvector(first, Line) | __builtin_convertvector(second, Line) << 16U;
   }
 }
 
-// Four rounds, each of which interleaves row i with row i + 8.
-template <typename Bits>
+// Loops are unrolled so that lines stay in registers: copied to memory by halves, they were waited for.
+template <typename Block, typename Bits>
 COLLEGIUM_INLINE void transpose_block(const Rows<Bits>& o, std::int64_t row, std::int64_t column) {
-  Block block;
-  load(o, row, column, block);
-  for (int round = 0; round < 4; ++round) {
-    const Block last = block;
-    for (std::int64_t i = 0; i < kBlock / 2; ++i) {
-      const Line a = last.rows[i];
-      const Line b = last.rows[i + kBlock / 2];
-      block.rows[2 * i] =
-          __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      block.rows[2 * i + 1] =
-          __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    }
+  constexpr std::int64_t kSize = Block::kSize;
+  typename Block::Line lines[kSize];
+  load<Block>(o, row, column, lines);
+#pragma GCC unroll 4
+  for (int round = 0; round < Block::kRounds; ++round) {
+    typename Block::Line last[kSize];
+#pragma GCC unroll 16
+    for (std::int64_t i = 0; i < kSize; ++i) last[i] = lines[i];
+#pragma GCC unroll 8
+    for (std::int64_t i = 0; i < kSize / 2; ++i)
+      Block::interleave(last[i], last[i + kSize / 2], lines[2 * i], lines[2 * i + 1]);
   }
-  for (std::int64_t i = 0; i < kBlock; ++i)
-    std::memcpy(o.out + (column + i) * o.out_stride + row, &block.rows[i], sizeof(Line));
+#pragma GCC unroll 16
+  for (std::int64_t i = 0; i < kSize; ++i)
+    *reinterpret_cast<typename Block::LineAnywhere*>(o.out + (column + i) * o.out_stride + row) = lines[i];
 }
 
 template <typename Bits>
@@ -83,32 +108,55 @@ COLLEGIUM_INLINE void transpose_one_by_one(const Rows<Bits>& o, std::int64_t fir
   }
 }
 
-template <typename Bits>
+// As many rows at a time as fill a cache line of `out`.
+template <typename Block, typename Bits>
 COLLEGIUM_INLINE void transpose_all(const Rows<Bits>& o, std::int64_t num_rows, std::int64_t num_columns) {
-  const std::int64_t whole_rows = num_rows / kRowsOfBlock<Bits> * kRowsOfBlock<Bits>;
-  const std::int64_t whole_columns = num_columns / kBlock * kBlock;
-  for (std::int64_t row = 0; row < whole_rows; row += kRowsOfBlock<Bits>) {
-    for (std::int64_t column = 0; column < whole_columns; column += kBlock) transpose_block(o, row, column);
-    transpose_one_by_one(o, row, row + kRowsOfBlock<Bits>, whole_columns, num_columns);
+  constexpr std::int64_t kStep = rows_of_words<Bits>(Sixteen::kSize);
+  const std::int64_t whole_rows = num_rows / kStep * kStep;
+  const std::int64_t whole_columns = num_columns / Block::kSize * Block::kSize;
+  for (std::int64_t first = 0; first < whole_rows; first += kStep) {
+    for (std::int64_t column = 0; column < whole_columns; column += Block::kSize) {
+      for (std::int64_t row = first; row < first + kStep; row += rows_of_words<Bits>(Block::kSize))
+        transpose_block<Block>(o, row, column);
+    }
+    transpose_one_by_one(o, first, first + kStep, whole_columns, num_columns);
   }
   transpose_one_by_one(o, whole_rows, num_rows, 0, num_columns);
 }
 
-COLLEGIUM_CLONES void transpose_rows(const Rows<std::uint16_t>& o, std::int64_t num_rows,
-                                     std::int64_t num_columns) {
-  transpose_all(o, num_rows, num_columns);
+template <typename Bits>
+struct Size {
+  Rows<Bits> all;
+  std::int64_t rows;
+  std::int64_t columns;
+};
+COLLEGIUM_CLONES void by_sixteen(const Size<std::uint16_t>& o) {
+  transpose_all<Sixteen>(o.all, o.rows, o.columns);
 }
-COLLEGIUM_CLONES void transpose_rows(const Rows<std::uint32_t>& o, std::int64_t num_rows,
-                                     std::int64_t num_columns) {
-  transpose_all(o, num_rows, num_columns);
+COLLEGIUM_CLONES void by_sixteen(const Size<std::uint32_t>& o) {
+  transpose_all<Sixteen>(o.all, o.rows, o.columns);
+}
+COLLEGIUM_CLONES void by_eight(const Size<std::uint16_t>& o) {
+  transpose_all<Eight>(o.all, o.rows, o.columns);
+}
+COLLEGIUM_CLONES void by_eight(const Size<std::uint32_t>& o) {
+  transpose_all<Eight>(o.all, o.rows, o.columns);
+}
+
+// Sixteen lines of 64 bytes are more than the registers of a core without AVX-512.
+template <typename Bits>
+void transpose_rows(const Rows<Bits>& o, std::int64_t num_rows, std::int64_t num_columns) {
+  static const bool wide = cpu_has("avx512_f");
+  const Size<Bits> all{.all = o, .rows = num_rows, .columns = num_columns};
+  wide ? by_sixteen(all) : by_eight(all);
 }
 
 template <typename Bits>
 void transpose_tensor(const at::Tensor& in_XY, const at::Tensor& out_YX) {
-  transpose_rows({.in = static_cast<const Bits*>(in_XY.const_data_ptr()),
-                  .in_stride = in_XY.stride(0),
-                  .out = static_cast<Bits*>(out_YX.mutable_data_ptr()),
-                  .out_stride = out_YX.stride(0)},
+  transpose_rows(Rows<Bits>{.in = static_cast<const Bits*>(in_XY.const_data_ptr()),
+                            .in_stride = in_XY.stride(0),
+                            .out = static_cast<Bits*>(out_YX.mutable_data_ptr()),
+                            .out_stride = out_YX.stride(0)},
                  in_XY.size(0), in_XY.size(1));
 }
 
@@ -131,8 +179,10 @@ void transpose_into(const at::Tensor& in_XY, const at::Tensor& out_YX) {
 
 void transpose_words(const StridedRows<const std::uint32_t>& in, std::int64_t rows, std::int64_t words,
                      const StridedRows<std::uint32_t>& out) {
-  transpose_rows({.in = in.values, .in_stride = in.stride, .out = out.values, .out_stride = out.stride}, rows,
-                 words);
+  transpose_rows(
+      Rows<std::uint32_t>{
+          .in = in.values, .in_stride = in.stride, .out = out.values, .out_stride = out.stride},
+      rows, words);
 }
 
 std::int64_t WorkerTransposes::values(std::int64_t rows, std::int64_t columns) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Products block by block and what is fused with them: against double precision, and bit for bit against the
-// same steps one after the other. Where ATen has no block kernel all of it runs by plain loops.
+// same steps one after the other. Where ATen has no block kernel fp32 runs by panels, bf16 by plain loops.
 
 #include "collegium/ops/block_product.h"
 
@@ -17,6 +17,7 @@
 
 #include "collegium/base/error.h"
 #include "collegium/ops/column_block.h"
+#include "collegium/ops/panel_product.h"
 #include "collegium/ops/round.h"
 #include "tests/support/products.h"
 #include "tests/support/tensors.h"
@@ -129,7 +130,7 @@ void expect_blocks_of_two_parts(const at::ScalarType dtype,
                                 const std::function<at::Tensor(int, int)>& rows_of) {
   for (const bool kernel : {false, ops::has_block_kernel<T>()}) {
     for (const auto& [depth, columns] : {std::pair{2, 1}, {96, 256}, {1500, 40}}) {
-      for (const int rows : {1, static_cast<int>(ops::ColumnBlock<T>::kRows)}) {
+      for (const int rows : {1, static_cast<int>(ops::ColumnBlock<T>::most_rows(kernel))}) {
         const at::Tensor a = rows_of(rows, depth);
         const at::Tensor b = random_tensor("b", {depth, columns + 5}, dtype);
         ops::ColumnBlock<T> block(depth, columns, kernel);
@@ -147,7 +148,7 @@ void expect_blocks_of_two_parts(const at::ScalarType dtype,
   }
 }
 
-TEST_P(BlockProduct, a_block_of_two_parts_by_the_kernel_and_by_plain_loops) {
+TEST_P(BlockProduct, a_block_of_two_parts_by_each_kernel) {
   const auto rows_of = [this](int rows, int depth) { return between_nan(rows, depth); };
   if (factors_ == kBf16) {
     expect_blocks_of_two_parts<c10::BFloat16>(factors_, rows_of);
@@ -185,6 +186,30 @@ TEST_P(BlockProduct, refuses_what_it_cannot_multiply) {
   EXPECT_THROW(multiply(a.narrow(1, 0, 0), b.narrow(0, 0, 0), 3), InternalError);
   EXPECT_THROW(multiply(a, at::ones({6, 2}, factors_), 3), InternalError);
   EXPECT_THROW(multiply(a, b, 2), InternalError);
+}
+
+// Every height of a tile, alone and after others, and panels that are not used to the end.
+TEST(PanelProduct, equals_sums_in_double_and_leaves_other_columns_alone) {
+  for (const std::int64_t rows : {0, 1, 2, 3, 4, 5, 6, 7, 8, 13, 48, 49}) {
+    for (const std::int64_t columns : {1, 7, 16}) {
+      for (const std::int64_t depth : {1, 5, 512}) {
+        const at::Tensor a = random_tensor("a", {rows, depth + 3}, at::kFloat).narrow(1, 2, depth);
+        const at::Tensor panel = random_tensor("panel", {depth, ops::kPanelColumns}, at::kFloat);
+        const at::Tensor all = at::full({rows, columns + 2}, 7.0F);
+        const at::Tensor sums = all.narrow(1, 1, columns);
+        const auto multiply = [&](bool adds) {
+          ops::panel_product(ops::rows_of<float>(a), rows, panel.const_data_ptr<float>(), depth,
+                             ops::mutable_rows_of<float>(sums), columns, adds);
+        };
+        multiply(/*adds=*/false);
+        expect_product(sums, a, panel.narrow(1, 0, columns));
+        multiply(/*adds=*/true);
+        expect_product(sums, at::cat({a, a}, 1), at::cat({panel, panel}).narrow(1, 0, columns));
+        EXPECT_TRUE(at::all(all.narrow(1, 0, 1) == 7.0F).item<bool>());
+        EXPECT_TRUE(at::all(all.narrow(1, columns + 1, 1) == 7.0F).item<bool>());
+      }
+    }
+  }
 }
 
 TEST(ColumnBlock, two_of_different_dtypes_live_side_by_side) {

@@ -8,6 +8,7 @@
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
+#include "collegium/ops/column_block.h"
 #include "tests/support/product_ways.h"
 #include "tests/support/products.h"
 #include "tests/support/tensors.h"
@@ -127,10 +128,11 @@ TEST(Product, blocks_take_no_bf16_that_is_to_be_widened_and_no_single_row_of_fp3
 }
 
 #if defined(__x86_64__)
-TEST(Product, cores_without_avx512_multiply_whole) {
+TEST(Product, cores_without_avx512_widen_and_multiply_in_panels_if_they_have_avx2) {
   if (__builtin_cpu_supports("avx512f") == 0) {
-    EXPECT_FALSE(ops::product_ways().blocks);
+    EXPECT_EQ(ops::product_ways().blocks, __builtin_cpu_supports("avx2") != 0);
     EXPECT_TRUE(ops::product_ways().widen_bf16);
+    EXPECT_FALSE(ops::has_block_kernel<float>());
   }
 }
 #endif
