@@ -66,11 +66,34 @@ void order_rows(const std::uint32_t* in, std::int64_t stride, const Order& o) {
     std::copy_n(in + k * stride, o.columns, o.out + k * o.out_stride);
 }
 
-COLLEGIUM_CLONES void copy_lines(const float* in, std::int64_t stride, std::int64_t depth,
-                                 float* __restrict__ out) {
-  for (std::int64_t k = 0; k < depth; ++k, in += stride, out += kPanelColumns) {
+// Of a whole panel: short rows of a known width are copied without a call for each.
+COLLEGIUM_CLONES void order_lines(const std::uint32_t* in, std::int64_t stride, const Order& o) {
+  std::uint32_t* __restrict__ out = o.out;
+  for (std::int64_t k = 0; k < o.depth; ++k, in += stride, out += o.out_stride) {
     for (std::int64_t n = 0; n < kPanelColumns; ++n) out[n] = in[n];
   }
+}
+
+// Columns of b, whose rows or columns are contiguous, in `out`'s order.
+template <typename T>
+void order_columns(const at::Tensor& b_IO, std::int64_t first, const Order& o) {
+  const auto* in = static_cast<const Bits<T>*>(b_IO.const_data_ptr()) + first * b_IO.stride(1);
+  if (b_IO.stride(1) != 1) {
+    transpose_words(
+        {.values = reinterpret_cast<const std::uint32_t*>(in), .stride = b_IO.stride(1) / kValuesOfWord<T>},
+        o.columns, o.depth / kValuesOfWord<T>, {.values = o.out, .stride = o.out_stride});
+    return;
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    if (o.columns == kPanelColumns) return order_lines(in, b_IO.stride(0), o);
+  }
+  order_rows(in, b_IO.stride(0), o);
+}
+
+// fp32 without oneDNN's kernel.
+template <typename T>
+bool in_panels(bool kernel) {
+  return std::is_same_v<T, float> && !kernel;
 }
 
 // What brgemm() computes.
@@ -118,7 +141,7 @@ bool has_block_kernel() {
 
 template <typename T>
 std::int64_t ColumnBlock<T>::most_rows(bool kernel) {
-  return kernel || std::is_same_v<T, Bf16> ? kKernelRows : kPanelRows;
+  return in_panels<T>(kernel) ? kPanelRows : kKernelRows;
 }
 
 template <typename T>
@@ -157,45 +180,29 @@ void ColumnBlock<T>::order(const at::Tensor& b_IO, std::int64_t first, std::int6
   COLLEGIUM_CHECK(b_IO.size(0) == depth_ && first + count <= b_IO.size(1) && into + count <= columns_,
                   "{} columns from {} of [{}, {}] for a block [{}, {}] at {}", count, first, b_IO.size(0),
                   b_IO.size(1), depth_, columns_, into);
-  if (std::is_same_v<T, float> && !kernel_) return order_in_panels(b_IO, first, count, into);
-  const auto* in = static_cast<const Bits<T>*>(b_IO.const_data_ptr()) + first * b_IO.stride(1);
-  auto* out = ordered_.template data<std::uint32_t>() + into;
-  if (b_IO.stride(1) == 1) {
-    order_rows(in, b_IO.stride(0), {.depth = depth_, .columns = count, .out = out, .out_stride = columns_});
-  } else {
-    transpose_words(
-        {.values = reinterpret_cast<const std::uint32_t*>(in), .stride = b_IO.stride(1) / kValuesOfWord<T>},
-        count, depth_ / kValuesOfWord<T>, {.values = out, .stride = columns_});
+  auto* ordered = ordered_.template data<std::uint32_t>();
+  if (!in_panels<T>(kernel_)) {
+    order_columns<T>(b_IO, first,
+                     {.depth = depth_, .columns = count, .out = ordered + into, .out_stride = columns_});
+    return;
   }
-}
-
-template <typename T>
-void ColumnBlock<T>::order_in_panels(const at::Tensor& b_IO, std::int64_t first, std::int64_t count,
-                                     std::int64_t into) {
-  const std::int64_t end = into + count;
-  for (std::int64_t column = into; column < end;) {
+  for (std::int64_t done = 0; done < count;) {
+    const std::int64_t column = into + done;
     const std::int64_t lane = column % kPanelColumns;
-    const std::int64_t some = std::min(kPanelColumns - lane, end - column);
-    const float* in =
-        static_cast<const float*>(b_IO.const_data_ptr()) + (first + column - into) * b_IO.stride(1);
-    float* out = ordered_.template data<float>() + (column - lane) * depth_ + lane;
-    if (b_IO.stride(1) != 1) {
-      transpose_words({.values = reinterpret_cast<const std::uint32_t*>(in), .stride = b_IO.stride(1)}, some,
-                      depth_, {.values = reinterpret_cast<std::uint32_t*>(out), .stride = kPanelColumns});
-    } else if (some == kPanelColumns) {
-      copy_lines(in, b_IO.stride(0), depth_, out);
-    } else {
-      for (std::int64_t k = 0; k < depth_; ++k)
-        std::copy_n(in + k * b_IO.stride(0), some, out + k * kPanelColumns);
-    }
-    column += some;
+    const std::int64_t some = std::min(kPanelColumns - lane, count - done);
+    order_columns<T>(b_IO, first + done,
+                     {.depth = depth_,
+                      .columns = some,
+                      .out = ordered + (column - lane) * depth_ + lane,
+                      .out_stride = kPanelColumns});
+    done += some;
   }
 }
 
 template <typename T>
 const float* ColumnBlock<T>::multiply(const StridedRows<const T>& a, std::int64_t rows) {
   COLLEGIUM_CHECK(rows <= most_rows(kernel_), "{} rows in a block of {}", rows, most_rows(kernel_));
-  const std::int64_t most_depth = kernel_ || std::is_same_v<T, Bf16> ? kMostDepth : kPanelDepth;
+  const std::int64_t most_depth = in_panels<T>(kernel_) ? kPanelDepth : kMostDepth;
   const std::int64_t steps = depth_ / kDepthStep;
   const std::int64_t parts = (depth_ + most_depth - 1) / most_depth;
   std::int64_t first = 0;

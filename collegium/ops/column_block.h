@@ -53,7 +53,6 @@ class ColumnBlock {
   const float* multiply(const StridedRows<const T>& a, std::int64_t rows);
 
  private:
-  void order_in_panels(const at::Tensor& b_IO, std::int64_t first, std::int64_t count, std::int64_t into);
   void multiply_depth(const StridedRows<const T>& a, std::int64_t rows, std::int64_t first,
                       std::int64_t depth);
 

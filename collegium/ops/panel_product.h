@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// The product that blocks of fp32 are made of where oneDNN's kernel is none or slow: some rows times a panel,
-// a few columns whose values of one row lie side by side, so that the first cache holds it and a core's
-// registers the sums. On a core with AVX2 it gets 88 to 92 of 93 GFLOP/s.
+// The product that blocks of fp32 are made of where oneDNN has no kernel or a slow one: some rows times a
+// panel, a few columns whose values of one row lie side by side, so that the first cache holds it and a
+// core's registers the sums. On a core with AVX2 it gets 88 to 92 of 93 GFLOP/s.
 
 #include <cstdint>
 
