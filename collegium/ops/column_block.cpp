@@ -66,10 +66,10 @@ void order_rows(const std::uint32_t* in, std::int64_t stride, const Order& o) {
     std::copy_n(in + k * stride, o.columns, o.out + k * o.out_stride);
 }
 
-// Of a whole panel: short rows of a known width are copied without a call for each.
-COLLEGIUM_CLONES void order_lines(const std::uint32_t* in, std::int64_t stride, const Order& o) {
-  std::uint32_t* __restrict__ out = o.out;
-  for (std::int64_t k = 0; k < o.depth; ++k, in += stride, out += o.out_stride) {
+// A whole panel: short rows of a known width are copied without a call for each.
+COLLEGIUM_CLONES void order_panel(const std::uint32_t* in, std::int64_t stride, std::int64_t depth,
+                                  std::uint32_t* __restrict__ out) {
+  for (std::int64_t k = 0; k < depth; ++k, in += stride, out += kPanelColumns) {
     for (std::int64_t n = 0; n < kPanelColumns; ++n) out[n] = in[n];
   }
 }
@@ -85,7 +85,8 @@ void order_columns(const at::Tensor& b_IO, std::int64_t first, const Order& o) {
     return;
   }
   if constexpr (std::is_same_v<T, float>) {
-    if (o.columns == kPanelColumns) return order_lines(in, b_IO.stride(0), o);
+    if (o.columns == kPanelColumns && o.out_stride == kPanelColumns)
+      return order_panel(in, b_IO.stride(0), o.depth, o.out);
   }
   order_rows(in, b_IO.stride(0), o);
 }
