@@ -106,6 +106,20 @@ TEST(Permutation, gather_and_combine_equal_their_aten_forms_and_are_adjoint) {
   }
 }
 
+// Every number of rows per token, with and without missing ones, in more than one pass over its columns.
+TEST(Permutation, combine_adds_any_number_of_rows) {
+  for (const auto dtype : kDtypes) {
+    for (std::int64_t top_k = 1; top_k <= 9; ++top_k) {
+      const at::Tensor ids = (random_tensor("ids", {17, top_k}) * 3).round().clamp(-1, 4).to(at::kInt);
+      const ops::Permutation p = ops::group_by_expert(ids, 5);
+      const at::Tensor rows = random_tensor("rows", {p.row_token_R.numel(), 1030}, dtype);
+      EXPECT_TRUE(
+          at::equal(ops::combine_rows(rows, p.slot_row_TK), ops::combine_rows_aten(rows, p.slot_row_TK)))
+          << top_k << " rows per token";
+    }
+  }
+}
+
 // Row r of x is r; token -1 is a row of zeros; rows 3 and 4 lie in the second tensor.
 TEST(Permutation, zero_rows_and_rows_in_two_places) {
   for (const auto dtype : kDtypes) {
