@@ -193,15 +193,36 @@ struct CombineTokens {
 template <typename T>
 using RowGroup = std::array<const T*, kRowsPerPass>;
 
-// In the order of the rows, whatever their number is.
+// The first `count` rows, at most kRows, in their order.
 template <std::int64_t kRows, typename T>
-COLLEGIUM_INLINE void add_rows(const RowGroup<T>& rows, std::int64_t first, std::int64_t columns,
+COLLEGIUM_INLINE void add_rows(const RowGroup<T>& rows, std::int64_t count, std::int64_t columns,
                                Wide<T>* __restrict__ sums) {
-  for (std::int64_t d = 0; d < columns; ++d) {
-    Wide<T> sum = sums[d];
-    for (std::int64_t r = 0; r < kRows; ++r) sum += widen(rows[static_cast<std::size_t>(r)][first + d]);
-    sums[d] = sum;
+  if constexpr (kRows > 0) {
+    if (count < kRows) return add_rows<kRows - 1, T>(rows, count, columns, sums);
+    for (std::int64_t d = 0; d < columns; ++d) {
+      Wide<T> sum = sums[d];
+      for (std::int64_t r = 0; r < kRows; ++r) sum += widen(rows[static_cast<std::size_t>(r)][d]);
+      sums[d] = sum;
+    }
   }
+}
+
+// Columns from `first` on of a token's rows.
+template <typename T>
+COLLEGIUM_INLINE void add_token(const CombineTokens<T>& o, std::int64_t first, std::int64_t columns,
+                                Wide<T>* __restrict__ sums) {
+  RowGroup<T> group{};
+  std::int64_t held = 0;
+  for (std::int64_t k = 0; k < o.top_k; ++k) {
+    const std::int64_t index = o.slot_rows[k];
+    if (index < 0) continue;
+    group[static_cast<std::size_t>(held++)] =
+        (index < o.num_rows ? o.rows + index * o.width : o.more + (index - o.num_rows) * o.width) + first;
+    if (held < kRowsPerPass) continue;
+    add_rows<kRowsPerPass, T>(group, held, columns, sums);
+    held = 0;
+  }
+  add_rows<kRowsPerPass, T>(group, held, columns, sums);
 }
 
 template <typename T>
@@ -211,20 +232,7 @@ COLLEGIUM_INLINE void combine_tokens(CombineTokens<T> o) {
     for (std::int64_t first = 0; first < o.width; first += kColumnsPerPass) {
       const std::int64_t columns = std::min(kColumnsPerPass, o.width - first);
       sums.fill(0);
-      RowGroup<T> group{};
-      std::int64_t held = 0;
-      for (std::int64_t k = 0; k < o.top_k; ++k) {
-        const std::int64_t index = o.slot_rows[k];
-        if (index < 0) continue;
-        group[static_cast<std::size_t>(held++)] =
-            index < o.num_rows ? o.rows + index * o.width : o.more + (index - o.num_rows) * o.width;
-        if (held < kRowsPerPass) continue;
-        add_rows<kRowsPerPass>(group, first, columns, sums.data());
-        held = 0;
-      }
-      if (held == 3) add_rows<3>(group, first, columns, sums.data());
-      if (held == 2) add_rows<2>(group, first, columns, sums.data());
-      if (held == 1) add_rows<1>(group, first, columns, sums.data());
+      add_token(o, first, columns, sums.data());
       for (std::int64_t d = 0; d < columns; ++d)
         o.y[first + d] = narrow<T>(sums[static_cast<std::size_t>(d)]);
     }
