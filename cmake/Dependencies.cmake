@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 # Third-party libraries. Debian packages where present; libtorch comes from the torch wheel of .venv.
-# Header-only: libtorch ships headers of another fmt version without its library. The versions live in different inline
-# namespaces, and no fmt type crosses a module, so both may be used.
 find_package(fmt REQUIRED)
 find_package(nlohmann_json REQUIRED)
 find_package(tomlplusplus REQUIRED)
@@ -28,8 +26,14 @@ set(COLLEGIUM_TORCH_DIR "${COLLEGIUM_TORCH_CANDIDATES}" CACHE PATH "Folder of th
 if(NOT EXISTS "${COLLEGIUM_TORCH_DIR}/lib/libtorch_cpu.so")
   message(FATAL_ERROR "libtorch not found at '${COLLEGIUM_TORCH_DIR}'; run ./dev setup or set COLLEGIUM_TORCH_DIR")
 endif()
+# It ships headers of another fmt version without its library: ours come before them. None of the torch headers used here
+# includes fmt.
+find_path(FMT_INCLUDE_DIR fmt/format.h REQUIRED)
+file(MAKE_DIRECTORY ${CMAKE_BINARY_DIR}/before_torch)
+file(CREATE_LINK ${FMT_INCLUDE_DIR}/fmt ${CMAKE_BINARY_DIR}/before_torch/fmt SYMBOLIC)
 add_library(collegium_torch INTERFACE)
 target_include_directories(collegium_torch SYSTEM INTERFACE
+                           ${CMAKE_BINARY_DIR}/before_torch
                            ${COLLEGIUM_TORCH_DIR}/include
                            ${COLLEGIUM_TORCH_DIR}/include/torch/csrc/api/include)
 target_compile_options(collegium_torch INTERFACE -fopenmp)

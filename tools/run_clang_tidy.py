@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -29,11 +30,15 @@ def digest(paths: list[pathlib.Path]) -> str:
 def clang_arguments(command: str) -> list[str]:
     words = shlex.split(command)[1:]
     kept = []
+    header = []
     skip = 0
     for i, word in enumerate(words):
         if skip:
             skip -= 1
         elif word == "-include" and words[i + 1].endswith("cmake_pch.hxx"):
+            # Sources rely on the headers that are precompiled for them; clang reads those themselves.
+            for name in re.findall(r"#include <(.+)>", pathlib.Path(words[i + 1]).read_text()):
+                header += ["-include", name]
             skip = 1
         elif word in ("-MD", "-Winvalid-pch", "-Werror"):
             continue
@@ -41,8 +46,7 @@ def clang_arguments(command: str) -> list[str]:
             skip = 1
         else:
             kept.append(word)
-    # Sources rely on the precompiled header, and libtorch on gcc's omp.h; clang's own headers still come first.
-    header = ["-include", str(ROOT / "cmake" / "torch_pch.h")] if "cmake_pch.hxx" in command else []
+    # libtorch relies on gcc's omp.h; clang's own headers still come first.
     gcc = subprocess.run(["g++", "-print-file-name=include"], capture_output=True, text=True, check=True).stdout.strip()
     return [word for word in kept if word != "-c"] + header + ["-idirafter", gcc, "-Wno-everything"]
 

@@ -3,7 +3,6 @@
 
 // What the benchmarks share: statistics over runs and ranks, the flags that lay work out over ranks, text.
 
-#include <CLI/CLI.hpp>
 #include <chrono>
 #include <cstdint>
 #include <functional>
@@ -13,6 +12,10 @@
 
 #include "collegium/comm/communicator.h"
 #include "collegium/parallel/options.h"
+
+namespace CLI {
+class App;
+}
 
 namespace collegium::cli {
 

@@ -3,6 +3,8 @@
 
 #include <fmt/format.h>
 
+#include <CLI/CLI.hpp>
+
 #include "collegium/base/error.h"
 #include "collegium/base/units.h"
 #include "collegium/cli/bench.h"

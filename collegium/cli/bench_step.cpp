@@ -4,6 +4,8 @@
 #include <ATen/Parallel.h>
 #include <fmt/format.h>
 
+#include <CLI/CLI.hpp>
+
 #include "collegium/base/error.h"
 #include "collegium/base/units.h"
 #include "collegium/cli/bench.h"

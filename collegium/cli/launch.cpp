@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <fmt/format.h>
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <array>
 #include <cstdlib>

@@ -3,13 +3,16 @@
 
 // One verb on several ranks: joins the world of a launcher (mpirun, srun), or makes one on this machine.
 
-#include <CLI/CLI.hpp>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
 
 #include "collegium/comm/communicator.h"
+
+namespace CLI {
+class App;
+}
 
 namespace collegium::cli {
 

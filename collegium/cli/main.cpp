@@ -2,6 +2,7 @@
 #include <c10/util/Exception.h>
 #include <fmt/ranges.h>
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
 #include <cstdio>

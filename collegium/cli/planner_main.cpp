@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The planner's verbs alone, without libtorch: builds in seconds and runs where nothing else of the project
 // does.
+#include <CLI/CLI.hpp>
 #include <cstdio>
 #include <exception>
 

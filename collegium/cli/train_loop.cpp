@@ -2,6 +2,8 @@
 #include "collegium/cli/train_loop.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/tensor.h>
 #include <fmt/format.h>
 
 #include <algorithm>

@@ -4,7 +4,9 @@
 // One function per verb adds its subcommand, options and callback. main.cpp maps exceptions to exit codes:
 // 0 done, 1 failed (Error), 2 wrong usage or configuration (ConfigError, CLI11's parse errors).
 
-#include <CLI/CLI.hpp>
+namespace CLI {
+class App;
+}
 
 namespace collegium::cli {
 

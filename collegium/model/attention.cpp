@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/model/attention.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/clamp.h>
+#include <ATen/ops/repeat_interleave.h>
+#include <ATen/ops/scaled_dot_product_attention.h>
 
 #include "collegium/model/causal_attention.h"
 #include "collegium/model/linear.h"

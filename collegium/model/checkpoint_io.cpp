@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/model/checkpoint_io.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/nonzero.h>
 #include <fmt/ranges.h>
 
 #include <map>

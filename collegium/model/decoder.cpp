@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/model/decoder.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/scalar_tensor.h>
 
 #include <algorithm>
 

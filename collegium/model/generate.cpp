@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/model/generate.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/softmax.h>
+#include <ATen/ops/sort.h>
+#include <ATen/ops/tensor.h>
 
 #include "collegium/base/error.h"
 #include "collegium/base/rng.h"

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/model/recompute.h"
 
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>

@@ -2,6 +2,7 @@
 #include "collegium/moe/layer.h"
 
 #include <ATen/OpMathType.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/moe/monitors.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <cmath>
 

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/moe/router_totals.h"
 
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 

@@ -2,7 +2,11 @@
 
 // From the scores of the selected experts to the weights that travel with the rows, and the sums over tokens.
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/log.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/where.h>
 
 #include "collegium/moe/capacity.h"
 #include "collegium/moe/noise.h"

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/parallel/gradient_sync.h"
 
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
 

@@ -242,7 +242,11 @@ MemoryReport stage_memory(const ModelSpec& m, const Layout& l, const Workload& w
   const double tokens = l.micro_batch * w.seq_len / l.cp;
   MemoryReport r;
   r.stage = stage;
-  const auto add = [&r](const char* name, double bytes) { r.lines.push_back({name, bytes}); };
+  const auto add = [&r](const char* name, double bytes) {
+    MemoryLine& line = r.lines.emplace_back();
+    line.component = name;
+    line.bytes = bytes;
+  };
   add("weights", state.weights);
   add("gradients", state.gradients);
   add("optimizer state", state.optimizer);

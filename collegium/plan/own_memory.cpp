@@ -144,7 +144,11 @@ OwnTensors own_tensors(const OwnRun& run, double imbalance) {
 MemoryReport own_memory(const OwnRun& run, const Cluster& cluster, double imbalance) {
   const OwnTensors t = own_tensors(run, imbalance);
   MemoryReport r;
-  const auto add = [&r](const char* name, double bytes) { r.lines.push_back({name, bytes}); };
+  const auto add = [&r](const char* name, double bytes) {
+    MemoryLine& line = r.lines.emplace_back();
+    line.component = name;
+    line.bytes = bytes;
+  };
   add("weights", t.weights);
   add("summed gradients", t.gradients);
   add("optimizer state", t.optimizer);

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/train/checkpoint.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/isfinite.h>
 #include <unistd.h>
 
 #include <algorithm>

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/train/on_all_ranks.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 
 #include <cstring>
 #include <exception>

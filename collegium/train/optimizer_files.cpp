@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/train/optimizer_files.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <charconv>

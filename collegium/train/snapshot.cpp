@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/train/snapshot.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/tensor.h>
 
 #include <algorithm>
 #include <cmath>

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/train/verify.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <unistd.h>
 
 #include <cmath>

@@ -3,8 +3,9 @@
 // this rank.
 #include "collegium/comm/mpi/mpi.h"
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/ones.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 

@@ -6,6 +6,11 @@
 #include "collegium/model/causal_attention.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/softmax.h>
 #include <gtest/gtest.h>
 
 #include "tests/support/tensors.h"

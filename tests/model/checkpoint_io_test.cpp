@@ -2,7 +2,9 @@
 // Model folders written in shards by several ranks, and read in parts.
 #include "collegium/model/checkpoint_io.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/zeros.h>
 #include <gmock/gmock.h>
 
 #include "collegium/base/error.h"

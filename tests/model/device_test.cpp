@@ -3,7 +3,8 @@
 // The ATen forms that devices other than the CPU run, against the CPU's kernels: every variant of the layer,
 // and a whole decoder with its loss. On a GPU where libtorch finds one, else on a device made of memory that
 // the CPU may not read.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
 #include <gtest/gtest.h>
 
 #include "collegium/model/decoder.h"

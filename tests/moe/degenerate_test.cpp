@@ -3,6 +3,10 @@
 // Every variant of cases.h where it is easiest to be wrong: one token, sequences of one token, and tokens and
 // experts that are equal, so that every decision is a tie.
 
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/eye.h>
 #include <gtest/gtest.h>
 
 #include "collegium/moe/balance.h"

@@ -2,7 +2,9 @@
 
 // Bytes counted by the ledger against their closed forms, per arrow and rank.
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>

@@ -4,7 +4,8 @@
 // Routings that dispatchers must survive, on any number of ranks: the skews W0 to W7 of Megatron-LM#7488 and
 // adversarial ones.
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <functional>
 #include <string>

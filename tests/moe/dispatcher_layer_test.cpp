@@ -3,7 +3,10 @@
 // The whole layer over ranks against the layer on one rank: output and every gradient, for every variant of
 // cases.h, with and without overlap.
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/stack.h>
 #include <gtest/gtest.h>
 
 #include <map>

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/moe/routing_record.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/tensor.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 

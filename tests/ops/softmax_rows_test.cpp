@@ -4,6 +4,10 @@
 
 #include "collegium/ops/softmax_rows.h"
 
+#include <ATen/ops/cat.h>
+#include <ATen/ops/logsumexp.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/softmax.h>
 #include <gtest/gtest.h>
 
 #include <cmath>

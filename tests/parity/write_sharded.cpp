@@ -3,7 +3,7 @@
 // write_sharded FOLDER: FOLDER/mixtral, FOLDER/olmoe and FOLDER/qwen3_moe, random models in shards of a few
 // kilobytes, for sharded_test.py.
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include "collegium/model/checkpoint_io.h"
 

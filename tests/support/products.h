@@ -3,6 +3,8 @@
 
 // What every way of multiplying must give.
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
 #include <gtest/gtest.h>
 
 #include <functional>

@@ -3,7 +3,8 @@
 
 // Random inputs, distances and computed tolerances for tests.
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <string_view>
 

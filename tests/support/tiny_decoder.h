@@ -3,7 +3,8 @@
 
 // A decoder with dense and expert layers, small enough to run many times.
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
 
 #include "collegium/model/decoder.h"
 

@@ -2,6 +2,7 @@
 
 // The planner's count of what a forward pass keeps against what it leaves in the arena.
 
+#include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 
 #include "collegium/model/decoder.h"

@@ -3,7 +3,7 @@
 
 // Ranks with a tiny model whose every value is known, for tests of checkpoints.
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <gtest/gtest.h>
 
 #include <atomic>

@@ -3,6 +3,7 @@
 // index), so what a rank must find needs no second run.
 #include "collegium/train/checkpoint.h"
 
+#include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 #include <sys/mount.h>
 #include <sys/wait.h>

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/train/freeze.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/equal.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/train/verify.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
