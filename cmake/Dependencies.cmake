@@ -28,7 +28,7 @@ if(NOT EXISTS "${COLLEGIUM_TORCH_DIR}/lib/libtorch_cpu.so")
 endif()
 # It ships headers of another fmt version without its library: ours come before them. None of the torch headers used here
 # includes fmt.
-find_path(FMT_INCLUDE_DIR fmt/format.h REQUIRED)
+get_target_property(FMT_INCLUDE_DIR fmt::fmt INTERFACE_INCLUDE_DIRECTORIES)
 file(MAKE_DIRECTORY ${CMAKE_BINARY_DIR}/before_torch)
 file(CREATE_LINK ${FMT_INCLUDE_DIR}/fmt ${CMAKE_BINARY_DIR}/before_torch/fmt SYMBOLIC)
 add_library(collegium_torch INTERFACE)

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs clang-tidy on the project's sources, two at a time, and remembers which were clean.
 
-The compile commands are g++'s: its precompiled header means nothing to clang and is taken out. A file is checked again
-when it, any project header, .clang-tidy or the pinned tool version changed.
+The compile commands are g++'s: its precompiled header means nothing to clang, which reads the headers in it instead. A
+file is checked again when it, any project header, those headers, .clang-tidy or the pinned tool version changed.
 """
 
 import concurrent.futures
@@ -57,6 +57,7 @@ def main() -> int:
         *ROOT.glob("collegium/**/*.h"),
         *ROOT.glob("tests/**/*.h"),
         ROOT / ".clang-tidy",
+        ROOT / "cmake" / "Modules.cmake",
         ROOT / "requirements.txt",
     ]
     headers = digest(shared)

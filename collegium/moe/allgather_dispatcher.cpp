@@ -73,7 +73,7 @@ class AllgatherDispatcher final : public Dispatcher {
     return Pending<DispatchedRows>([h, tokens, weights]() mutable -> DispatchedRows {
       tokens.work.wait();
       weights.work.wait();
-      return {.rows = {.values_XD = tokens.received, .index_R = h->permutation.row_token_R},
+      return {.rows = {tokens.received, h->permutation.row_token_R},
               .weights_R = rows_of_slots(weights.received, h->permutation.row_slot_R)};
     });
   }
@@ -97,7 +97,7 @@ class AllgatherDispatcher final : public Dispatcher {
     Exchange tokens = gather(grad_y_TD, *h);
     return Pending<ops::RowSource>([h, tokens]() mutable -> ops::RowSource {
       tokens.work.wait();
-      return {.values_XD = tokens.received, .index_R = h->permutation.row_token_R};
+      return {tokens.received, h->permutation.row_token_R};
     });
   }
 

@@ -112,7 +112,7 @@ Pending<DispatchedRows> BlockDispatcher::dispatch(const at::Tensor& x_TD, const 
   return Pending<DispatchedRows>([h, rows, weights]() mutable -> DispatchedRows {
     rows.work.wait();
     weights.work.wait();
-    return {.rows = {.values_XD = rows.received, .index_R = {}}, .weights_R = weights.received};
+    return {.rows = rows.received, .weights_R = weights.received};
   });
 }
 
@@ -136,7 +136,7 @@ Pending<ops::RowSource> BlockDispatcher::combine_backward(const at::Tensor& grad
   ops::gather_rows_into(grad_y, h->own_token_Y, h->own_place_Y, rows.received);
   return Pending<ops::RowSource>([h, rows]() mutable -> ops::RowSource {
     rows.work.wait();
-    return {.values_XD = rows.received, .index_R = {}};
+    return rows.received;
   });
 }
 

@@ -36,7 +36,7 @@ class LocalDispatcher final : public Dispatcher {
     return Pending<DispatchedRows>([=]() -> DispatchedRows {
       const ops::Permutation& permutation = local(handle);
       const at::Tensor slots_R = permutation.row_slot_R.to(at::kLong);
-      return {.rows = {.values_XD = x_TD.contiguous(), .index_R = permutation.row_token_R},
+      return {.rows = {x_TD.contiguous(), permutation.row_token_R},
               .weights_R = weights_TK.reshape({-1}).index_select(0, slots_R)};
     });
   }
@@ -48,9 +48,8 @@ class LocalDispatcher final : public Dispatcher {
 
   Pending<ops::RowSource> combine_backward(const at::Tensor& grad_y_TD,
                                            const std::shared_ptr<DispatchHandle>& handle) override {
-    return Pending<ops::RowSource>([=]() -> ops::RowSource {
-      return {.values_XD = grad_y_TD.contiguous(), .index_R = local(handle).row_token_R};
-    });
+    return Pending<ops::RowSource>(
+        [=]() -> ops::RowSource { return {grad_y_TD.contiguous(), local(handle).row_token_R}; });
   }
 
   Pending<DispatchGradients> dispatch_backward(const at::Tensor& grad_rows_RD,

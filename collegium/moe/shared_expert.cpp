@@ -20,9 +20,6 @@ at::Tensor all_rows(const at::Tensor& x_TD) { return at::full({1}, x_TD.size(0),
 ops::ExpertWeights lone_expert(const SharedExpertWeights& weights) {
   return {.gate_up_EGD = weights.gate_up_GD.unsqueeze(0), .down_EDF = weights.down_DF.unsqueeze(0)};
 }
-ops::RowSource in_place(const at::Tensor& rows_TD) {
-  return {.values_XD = rows_TD.contiguous(), .index_R = {}};
-}
 
 at::Tensor wide(const at::Tensor& tensor) { return tensor.to(at::toOpMathType(tensor.scalar_type())); }
 
@@ -30,7 +27,8 @@ at::Tensor wide(const at::Tensor& tensor) { return tensor.to(at::toOpMathType(te
 
 void shared_expert_forward(SharedExpert kind, const SharedExpertWeights& weights, const at::Tensor& x_TD,
                            SharedExpertState& state) {
-  state.output_TD = ops::expert_mlp(in_place(x_TD), {}, all_rows(x_TD), lone_expert(weights), state.experts);
+  state.output_TD =
+      ops::expert_mlp(x_TD.contiguous(), {}, all_rows(x_TD), lone_expert(weights), state.experts);
   if (kind == SharedExpert::kGated)
     state.gate_TX = at::sigmoid(at::mm(wide(x_TD), wide(weights.gate_1D).t()));
   if (kind == SharedExpert::kResidualMix)
@@ -76,7 +74,7 @@ SharedExpertGradients shared_expert_backward(SharedExpert kind, const SharedExpe
     gradients.weights.mix_2D = at::mm(grad_logits_T2.t(), wide(x_TD)).to(x_TD.scalar_type());
     grad_gate_x_TD = at::mm(grad_logits_T2, wide(weights.mix_2D));
   }
-  ops::ExpertMlpBackward inner(state.experts, lone_expert(weights), in_place(grad_shared_TD), {});
+  ops::ExpertMlpBackward inner(state.experts, lone_expert(weights), grad_shared_TD.contiguous(), {});
   const ops::ExpertRowGradients rows = inner.rows(ops::WeightGradients::kAfterRows);
   const ops::ExpertWeightGradients expert = inner.weights();
   gradients.weights.gate_up_GD = expert.gate_up_EGD.squeeze(0);

@@ -74,8 +74,7 @@ class SharedMemoryDispatcher final : public Dispatcher {
     return Pending<DispatchedRows>([h, shared, meeting = pool_->meet(shared)]() mutable -> DispatchedRows {
       meeting.wait();
       const auto& [x, weights] = shared;
-      return {.rows = {.values_XD = x.all_XD, .index_R = h->row_token_R},
-              .weights_R = rows_of_slots(weights.all_XD, h->row_slot_R)};
+      return {.rows = {x.all_XD, h->row_token_R}, .weights_R = rows_of_slots(weights.all_XD, h->row_slot_R)};
     });
   }
 
@@ -103,7 +102,7 @@ class SharedMemoryDispatcher final : public Dispatcher {
     const std::array<SharedRows, 1> shared = {pool_->copy(grad_y_TD, h->tokens)};
     return Pending<ops::RowSource>([h, shared, meeting = pool_->meet(shared)]() mutable -> ops::RowSource {
       meeting.wait();
-      return {.values_XD = shared[0].all_XD, .index_R = h->row_token_R};
+      return {shared[0].all_XD, h->row_token_R};
     });
   }
 

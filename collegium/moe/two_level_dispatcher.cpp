@@ -143,7 +143,7 @@ class TwoLevelDispatcher final : public Dispatcher {
       const Transfers& second = relay->finish();
       move_on();
       const at::Tensor weights_UK = CopyExchange::arrived_weights(second.weights.received, h->node);
-      return {.rows = {.values_XD = second.rows.received, .index_R = h->local.row_token_R},
+      return {.rows = {second.rows.received, h->local.row_token_R},
               .weights_R = rows_of_slots(weights_UK, h->local.row_slot_R)};
     });
   }
@@ -167,7 +167,7 @@ class TwoLevelDispatcher final : public Dispatcher {
     return Pending<ops::RowSource>([this, h, relay]() -> ops::RowSource {
       const Transfers& second = relay->finish();
       move_on();
-      return {.values_XD = second.rows.received, .index_R = h->local.row_token_R};
+      return {second.rows.received, h->local.row_token_R};
     });
   }
 

@@ -57,8 +57,8 @@ class Rounded {
 
 template <typename T>
 struct Walk {
-  const at::Tensor& a_XI;
-  const at::Tensor& b_IO;
+  const RowSource& a_XI;
+  const RowSource& b_IO;
   std::int64_t parts;
   const std::function<void(const BlockRange&)>& before;
   const UseBlock<T>& use;
@@ -67,10 +67,10 @@ struct Walk {
   template <typename Factor>
   void rows(std::int64_t first, std::int64_t end) const {
     using Block = ColumnBlock<Factor>;
-    const std::int64_t depth = a_XI.size(1);
-    const std::int64_t width = b_IO.size(1) / parts;
+    const std::int64_t depth = a_XI.width();
+    const std::int64_t width = b_IO.width() / parts;
     const std::int64_t most = Block::most_columns(depth) / parts;
-    const auto a = rows_of<Factor>(a_XI);
+    const auto a = a_XI.in_place<Factor>();
     Block block(depth, parts * std::min(most, width));
     Rounded<T> rounded(Block::most_rows() * parts * std::min(most, width));
     for (std::int64_t column = 0; column < width; column += most) {
@@ -95,7 +95,7 @@ struct Walk {
 };
 
 template <typename T>
-void write_product(const at::Tensor& a_XI, const at::Tensor& b_IO, const at::Tensor& out_XO, Reuse reuse) {
+void write_product(const RowSource& a_XI, const RowSource& b_IO, const at::Tensor& out_XO, Reuse reuse) {
   const auto out = mutable_rows_of<T>(out_XO);
   product_in_blocks<T>(a_XI, b_IO, 1, {}, [&](const StridedRows<const T>& results, const BlockRange& range) {
     write_block(results, range.rows, range.columns, out.from(range.row, range.column), reuse);
@@ -116,32 +116,37 @@ void write_block(const StridedRows<const T>& results, std::int64_t rows, std::in
   for (std::int64_t row = 0; row < rows; ++row) std::copy_n(results.at(row, 0), columns, to.at(row, 0));
 }
 
-bool blocks_take(const at::Tensor& a_XI, const at::Tensor& b_IO) {
-  const at::ScalarType dtype = a_XI.scalar_type();
-  const bool bf16 = dtype == at::kBFloat16;
-  if (!a_XI.is_cpu() || !b_IO.is_cpu() || b_IO.scalar_type() != dtype || (!bf16 && dtype != at::kFloat))
+bool blocks_take(const RowSource& a_XI, const RowSource& b_IO) {
+  const at::Tensor& a = a_XI.values_XD;
+  const at::Tensor& b = b_IO.values_XD;
+  const bool bf16 = a.scalar_type() == at::kBFloat16;
+  if (!a.is_cpu() || !b.is_cpu() || b.scalar_type() != a.scalar_type() ||
+      (!bf16 && a.scalar_type() != at::kFloat))
     return false;
+  const bool indexed = a_XI.index_R.defined() || b_IO.index_R.defined();
+  if (indexed && (bf16 || !ColumnBlock<float>::takes_index())) return false;
+  if (b_IO.index_R.defined() && b.stride(1) != 1) return false;
   // Columns of bf16 are read in pairs of values.
   const auto whole_words = [&] {
-    const auto first = reinterpret_cast<std::uintptr_t>(b_IO.const_data_ptr());
-    return !bf16 || (b_IO.stride(1) % 2 == 0 && first % sizeof(std::uint32_t) == 0);
+    const auto first = reinterpret_cast<std::uintptr_t>(b.const_data_ptr());
+    return !bf16 || (b.stride(1) % 2 == 0 && first % sizeof(std::uint32_t) == 0);
   };
-  const std::int64_t depth = a_XI.size(1);
-  return depth > 0 && (!bf16 || depth % 2 == 0) && a_XI.stride(1) == 1 &&
-         (a_XI.size(0) <= 1 || a_XI.stride(0) >= depth) &&
-         (b_IO.stride(1) == 1 || (b_IO.stride(0) == 1 && whole_words()));
+  const std::int64_t depth = a_XI.width();
+  return depth > 0 && (!bf16 || depth % 2 == 0) && a.stride(1) == 1 &&
+         (a.size(0) <= 1 || a.stride(0) >= depth) &&
+         (b.stride(1) == 1 || (b.stride(0) == 1 && whole_words()));
 }
 
 template <typename T>
-void product_in_blocks(const at::Tensor& a_XI, const at::Tensor& b_IO, std::int64_t parts,
+void product_in_blocks(const RowSource& a_XI, const RowSource& b_IO, std::int64_t parts,
                        const std::function<void(const BlockRange&)>& before, const UseBlock<T>& use) {
   COLLEGIUM_CHECK(blocks_take(a_XI, b_IO), "product_in_blocks: not such factors");
-  COLLEGIUM_CHECK(b_IO.size(0) == a_XI.size(1) && b_IO.size(1) % parts == 0,
-                  "product_in_blocks: [{}, {}] x [{}, {}] in {} parts", a_XI.size(0), a_XI.size(1),
-                  b_IO.size(0), b_IO.size(1), parts);
-  const std::int64_t num_rows = a_XI.size(0);
+  COLLEGIUM_CHECK(b_IO.rows() == a_XI.width() && b_IO.width() % parts == 0,
+                  "product_in_blocks: [{}, {}] x [{}, {}] in {} parts", a_XI.rows(), a_XI.width(),
+                  b_IO.rows(), b_IO.width(), parts);
+  const std::int64_t num_rows = a_XI.rows();
   const Walk<T> walk{.a_XI = a_XI, .b_IO = b_IO, .parts = parts, .before = before, .use = use};
-  with_type_of(a_XI, [&]<typename Factor>() {
+  with_type_of(a_XI.values_XD, [&]<typename Factor>() {
     const std::int64_t rows = ColumnBlock<Factor>::most_rows();
     at::parallel_for(0, (num_rows + rows - 1) / rows, 1, [&](std::int64_t begin, std::int64_t end) {
       walk.template rows<Factor>(begin * rows, std::min(num_rows, end * rows));
@@ -149,11 +154,10 @@ void product_in_blocks(const at::Tensor& a_XI, const at::Tensor& b_IO, std::int6
   });
 }
 
-void block_product_into(const at::Tensor& a_XI, const at::Tensor& b_IO, const at::Tensor& out_XO,
-                        Reuse reuse) {
-  COLLEGIUM_CHECK(out_XO.size(0) == a_XI.size(0) && out_XO.size(1) == b_IO.size(1),
-                  "block_product_into: [{}, {}] x [{}, {}] -> [{}, {}]", a_XI.size(0), a_XI.size(1),
-                  b_IO.size(0), b_IO.size(1), out_XO.size(0), out_XO.size(1));
+void block_product_into(const RowSource& a_XI, const RowSource& b_IO, const at::Tensor& out_XO, Reuse reuse) {
+  COLLEGIUM_CHECK(out_XO.size(0) == a_XI.rows() && out_XO.size(1) == b_IO.width(),
+                  "block_product_into: [{}, {}] x [{}, {}] -> [{}, {}]", a_XI.rows(), a_XI.width(),
+                  b_IO.rows(), b_IO.width(), out_XO.size(0), out_XO.size(1));
   with_type_of(out_XO, [&]<typename T>() { write_product<T>(a_XI, b_IO, out_XO, reuse); });
 }
 
@@ -161,9 +165,9 @@ template void write_block(const StridedRows<const float>&, std::int64_t, std::in
                           const StridedRows<float>&, Reuse);
 template void write_block(const StridedRows<const Bf16>&, std::int64_t, std::int64_t,
                           const StridedRows<Bf16>&, Reuse);
-template void product_in_blocks<float>(const at::Tensor&, const at::Tensor&, std::int64_t,
+template void product_in_blocks<float>(const RowSource&, const RowSource&, std::int64_t,
                                        const std::function<void(const BlockRange&)>&, const UseBlock<float>&);
-template void product_in_blocks<Bf16>(const at::Tensor&, const at::Tensor&, std::int64_t,
+template void product_in_blocks<Bf16>(const RowSource&, const RowSource&, std::int64_t,
                                       const std::function<void(const BlockRange&)>&, const UseBlock<Bf16>&);
 
 }  // namespace collegium::ops

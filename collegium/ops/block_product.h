@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 
+#include "collegium/ops/row_source.h"
 #include "collegium/ops/strided_rows.h"
 
 namespace collegium::ops {
@@ -25,8 +26,8 @@ void write_block(const StridedRows<const T>& results, std::int64_t rows, std::in
 
 /// What     Whether the functions here take such factors: both bf16 or both fp32, on the CPU, I not 0 and of
 ///          bf16 even, rows of a contiguous and not overlapping, of b either rows or columns contiguous,
-///          columns of bf16 beginning at pairs of values.
-bool blocks_take(const at::Tensor& a_XI, const at::Tensor& b_IO);
+///          columns of bf16 beginning at pairs of values; an index only where ColumnBlock::takes_index().
+bool blocks_take(const RowSource& a_XI, const RowSource& b_IO);
 
 /// Where results of a block belong: some rows of a, some columns of every part of b.
 struct BlockRange {
@@ -56,12 +57,11 @@ void with_type_of(const at::Tensor& x, const Function& f) {
 ///          some rows on each thread, which calls both.
 /// Shape    a [X, I], b [I, parts O] as blocks_take() says -> results [rows, parts columns].
 template <typename T>
-void product_in_blocks(const at::Tensor& a_XI, const at::Tensor& b_IO, std::int64_t parts,
+void product_in_blocks(const RowSource& a_XI, const RowSource& b_IO, std::int64_t parts,
                        const std::function<void(const BlockRange&)>& before, const UseBlock<T>& use);
 
 /// What     out = a b; a row of `out` depends on that row of `a` alone.
 /// Shape    a [X, I], b [I, O] as blocks_take() says, out [X, O] bf16 or fp32 with contiguous rows.
-void block_product_into(const at::Tensor& a_XI, const at::Tensor& b_IO, const at::Tensor& out_XO,
-                        Reuse reuse);
+void block_product_into(const RowSource& a_XI, const RowSource& b_IO, const at::Tensor& out_XO, Reuse reuse);
 
 }  // namespace collegium::ops

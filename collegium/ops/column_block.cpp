@@ -51,44 +51,45 @@ struct Order {
   std::int64_t out_stride;
 };
 
-COLLEGIUM_CLONES void order_rows(const std::uint16_t* in, std::int64_t stride, const Order& o) {
-  std::uint32_t* out = o.out;
-  for (std::int64_t k = 0; k < o.depth; k += 2, in += 2 * stride, out += o.out_stride) {
-    const std::uint16_t* next = in + stride;
-    std::uint32_t* __restrict__ pairs = out;
+COLLEGIUM_CLONES void order_rows(const IndexedRows<const std::uint16_t>& b, const Order& o) {
+  for (std::int64_t k = 0; k < o.depth; k += 2) {
+    const std::uint16_t* in = b.at(k, 0);
+    const std::uint16_t* next = b.at(k + 1, 0);
+    std::uint32_t* __restrict__ pairs = o.out + k / 2 * o.out_stride;
     for (std::int64_t n = 0; n < o.columns; ++n)
       pairs[n] = static_cast<std::uint32_t>(in[n]) | static_cast<std::uint32_t>(next[n]) << 16U;
   }
 }
 
-void order_rows(const std::uint32_t* in, std::int64_t stride, const Order& o) {
-  for (std::int64_t k = 0; k < o.depth; ++k)
-    std::copy_n(in + k * stride, o.columns, o.out + k * o.out_stride);
+void order_rows(const IndexedRows<const std::uint32_t>& b, const Order& o) {
+  for (std::int64_t k = 0; k < o.depth; ++k) std::copy_n(b.at(k, 0), o.columns, o.out + k * o.out_stride);
 }
 
 // A whole panel: short rows of a known width are copied without a call for each.
-COLLEGIUM_CLONES void order_panel(const std::uint32_t* in, std::int64_t stride, std::int64_t depth,
+COLLEGIUM_CLONES void order_panel(const IndexedRows<const std::uint32_t>& b, std::int64_t depth,
                                   std::uint32_t* __restrict__ out) {
-  for (std::int64_t k = 0; k < depth; ++k, in += stride, out += kPanelColumns) {
+  for (std::int64_t k = 0; k < depth; ++k, out += kPanelColumns) {
+    const std::uint32_t* in = b.at(k, 0);
     for (std::int64_t n = 0; n < kPanelColumns; ++n) out[n] = in[n];
   }
 }
 
 // Columns of b, whose rows or columns are contiguous, in `out`'s order.
 template <typename T>
-void order_columns(const at::Tensor& b_IO, std::int64_t first, const Order& o) {
-  const auto* in = static_cast<const Bits<T>*>(b_IO.const_data_ptr()) + first * b_IO.stride(1);
-  if (b_IO.stride(1) != 1) {
+void order_columns(const RowSource& b_IO, std::int64_t first, const Order& o) {
+  const at::Tensor& values = b_IO.values_XD;
+  const auto* in = static_cast<const Bits<T>*>(values.const_data_ptr()) + first * values.stride(1);
+  if (values.stride(1) != 1) {
     transpose_words(
-        {.values = reinterpret_cast<const std::uint32_t*>(in), .stride = b_IO.stride(1) / kValuesOfWord<T>},
+        {.values = reinterpret_cast<const std::uint32_t*>(in), .stride = values.stride(1) / kValuesOfWord<T>},
         o.columns, o.depth / kValuesOfWord<T>, {.values = o.out, .stride = o.out_stride});
     return;
   }
+  const IndexedRows<const Bits<T>> rows({in, values.stride(0)}, b_IO.index());
   if constexpr (std::is_same_v<T, float>) {
-    if (o.columns == kPanelColumns && o.out_stride == kPanelColumns)
-      return order_panel(in, b_IO.stride(0), o.depth, o.out);
+    if (o.columns == kPanelColumns && o.out_stride == kPanelColumns) return order_panel(rows, o.depth, o.out);
   }
-  order_rows(in, b_IO.stride(0), o);
+  order_rows(rows, o);
 }
 
 // fp32 without oneDNN's kernel.
@@ -146,6 +147,11 @@ std::int64_t ColumnBlock<T>::most_rows(bool kernel) {
 }
 
 template <typename T>
+bool ColumnBlock<T>::takes_index(bool kernel) {
+  return in_panels<T>(kernel);
+}
+
+template <typename T>
 std::int64_t ColumnBlock<T>::most_columns(std::int64_t depth) {
   const std::int64_t bytes = depth * static_cast<std::int64_t>(sizeof(T));
   return bytes * kMostColumns < kOrderedBytes ? kMostColumns : kLeastColumns;
@@ -176,11 +182,10 @@ void ColumnBlock<T>::set_columns(std::int64_t columns) {
 }
 
 template <typename T>
-void ColumnBlock<T>::order(const at::Tensor& b_IO, std::int64_t first, std::int64_t count,
-                           std::int64_t into) {
-  COLLEGIUM_CHECK(b_IO.size(0) == depth_ && first + count <= b_IO.size(1) && into + count <= columns_,
-                  "{} columns from {} of [{}, {}] for a block [{}, {}] at {}", count, first, b_IO.size(0),
-                  b_IO.size(1), depth_, columns_, into);
+void ColumnBlock<T>::order(const RowSource& b_IO, std::int64_t first, std::int64_t count, std::int64_t into) {
+  COLLEGIUM_CHECK(b_IO.rows() == depth_ && first + count <= b_IO.width() && into + count <= columns_,
+                  "{} columns from {} of [{}, {}] for a block [{}, {}] at {}", count, first, b_IO.rows(),
+                  b_IO.width(), depth_, columns_, into);
   auto* ordered = ordered_.template data<std::uint32_t>();
   if (!in_panels<T>(kernel_)) {
     order_columns<T>(b_IO, first,
@@ -201,8 +206,9 @@ void ColumnBlock<T>::order(const at::Tensor& b_IO, std::int64_t first, std::int6
 }
 
 template <typename T>
-const float* ColumnBlock<T>::multiply(const StridedRows<const T>& a, std::int64_t rows) {
+const float* ColumnBlock<T>::multiply(const IndexedRows<const T>& a, std::int64_t rows) {
   COLLEGIUM_CHECK(rows <= most_rows(kernel_), "{} rows in a block of {}", rows, most_rows(kernel_));
+  COLLEGIUM_CHECK(a.index == nullptr || takes_index(kernel_), "an index where there are no panels");
   const std::int64_t most_depth = in_panels<T>(kernel_) ? kPanelDepth : kMostDepth;
   const std::int64_t steps = depth_ / kDepthStep;
   const std::int64_t parts = (depth_ + most_depth - 1) / most_depth;
@@ -217,13 +223,13 @@ const float* ColumnBlock<T>::multiply(const StridedRows<const T>& a, std::int64_
 }
 
 template <typename T>
-void ColumnBlock<T>::multiply_depth(const StridedRows<const T>& a, std::int64_t rows, std::int64_t first,
+void ColumnBlock<T>::multiply_depth(const IndexedRows<const T>& a, std::int64_t rows, std::int64_t first,
                                     std::int64_t depth) {
   const auto* ordered = ordered_.template data<const T>();
   auto* sums = sums_.template data<float>();
   const bool adds = first > 0;
   if (kernel_) {
-    const std::int64_t stride = std::max(a.stride, depth_);  // a single row's may be anything
+    const std::int64_t stride = std::max(a.rows.stride, depth_);  // a single row's may be anything
     at::native::cpublas::brgemm(rows, columns_, depth, stride, columns_, columns_, adds, a.at(0, first),
                                 ordered + first * columns_, sums);
   } else if constexpr (std::is_same_v<T, float>) {
@@ -233,7 +239,7 @@ void ColumnBlock<T>::multiply_depth(const StridedRows<const T>& a, std::int64_t 
                     adds);
   } else {
     if (!adds) std::fill_n(sums, rows * columns_, 0.0F);
-    plain_product(a.from(0, first), rows, columns_, depth, ordered + first * columns_, sums);
+    plain_product(a.rows.from(0, first), rows, columns_, depth, ordered + first * columns_, sums);
   }
 }
 

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "collegium/ops/row_source.h"
 #include "collegium/ops/strided_rows.h"
 #include "collegium/ops/thread_buffer.h"
 
@@ -35,6 +36,9 @@ class ColumnBlock {
   /// What     Columns at a time for the depth I: fewer of a deep factor, for a core's second cache.
   static std::int64_t most_columns(std::int64_t depth);
 
+  /// What     Whether rows of either factor may have an index: panels are ordered and multiplied row by row.
+  static bool takes_index(bool kernel = has_block_kernel<T>());
+
   /// What     For the depth I, not 0, of bf16 even, and at most kMostColumns columns. Without `kernel` panels
   ///          (float) or plain loops (BFloat16) compute the same.
   ColumnBlock(std::int64_t depth, std::int64_t columns, bool kernel = has_block_kernel<T>());
@@ -47,13 +51,13 @@ class ColumnBlock {
   void set_columns(std::int64_t columns);
   /// What     Columns [first, first + count) of b become the block's columns from `into` on. Of b either rows
   ///          or columns are contiguous; contiguous columns of bf16 begin at pairs of values.
-  void order(const at::Tensor& b_IO, std::int64_t first, std::int64_t count, std::int64_t into);
+  void order(const RowSource& b_IO, std::int64_t first, std::int64_t count, std::int64_t into);
   /// What     a times the block, valid until the next call.
   /// Shape    a [rows, I], rows <= most_rows() -> [rows, columns], contiguous.
-  const float* multiply(const StridedRows<const T>& a, std::int64_t rows);
+  const float* multiply(const IndexedRows<const T>& a, std::int64_t rows);
 
  private:
-  void multiply_depth(const StridedRows<const T>& a, std::int64_t rows, std::int64_t first,
+  void multiply_depth(const IndexedRows<const T>& a, std::int64_t rows, std::int64_t first,
                       std::int64_t depth);
 
   std::int64_t depth_;

@@ -100,14 +100,15 @@ void ExpertMlpBackward::rows_on_cpu(WeightGradients when) {
     activation_ZF_ = at::empty({after_.total(), width}, options);
     after_.clear_padding(activation_ZF_);
   }
+  const bool padded = !small.empty() && dtype == at::kBFloat16;
   const std::int64_t piece_rows = pieces.empty() ? 0 : 2 * most_rows;
   Workspace space{
       .most_rows = most_rows,
       .inner = empty_rows(std::max(piece_rows, small_rows), width, options),
       .gate_up = empty_rows(small_rows, 2 * width, options),
       .activation = empty_rows(small_rows, width, options),
-      .grad = WorkerRows(grad_, std::max(piece_rows, small_rows), !small.empty()),
-      .x = WorkerRows(kept_.x, small_rows, !small.empty()),
+      .grad = WorkerRows(grad_, std::max(piece_rows, small_rows), padded),
+      .x = WorkerRows(kept_.x, small_rows, padded),
       .gate_up_weights = WorkerWeights(experts_.gate_up_EGD),
       .down_weights = WorkerWeights(experts_.down_EDF),
       .turned = WorkerTransposes(options.dtype(dtype),
@@ -153,7 +154,7 @@ void ExpertMlpBackward::small_expert(const ExpertRows& expert, Workspace& space,
     return;
   }
   const std::int64_t padded = padded_rows(expert.rows, dtype);
-  const at::Tensor grad = space.grad.rows(expert, padded, worker);
+  const RowSource grad = space.grad.rows(expert, padded, worker);
   const at::Tensor gate_up = space.gate_up.select(0, worker).narrow(0, 0, padded);
   const at::Tensor activation = space.activation.select(0, worker).narrow(0, 0, padded);
   std::vector<ExpertRows> gemms;
@@ -166,8 +167,9 @@ void ExpertMlpBackward::small_expert(const ExpertRows& expert, Workspace& space,
   };
   for (const ExpertRows& rows : gemms) {
     const at::Tensor inner = space.inner.select(0, worker).narrow(0, 0, rows.rows);
-    gated_product_backward_into(within(grad, rows), space.down_weights.of(rows.expert, worker),
-                                rows.of(kept_.gate_up_RG), rows.of(row_weights_R_),
+    gated_product_backward_into(grad.some_rows(rows.begin - expert.begin, rows.rows),
+                                space.down_weights.of(rows.expert, worker), rows.of(kept_.gate_up_RG),
+                                rows.of(row_weights_R_),
                                 {.gate_up_RG = within(gate_up, rows), .weights_R = rows.of(rows_.weights_R)},
                                 within(activation, rows), inner);
   }
@@ -187,9 +189,9 @@ void ExpertMlpBackward::small_expert(const ExpertRows& expert, Workspace& space,
 
 ExpertWeightGradients ExpertMlpBackward::weights() {
   std::vector<OuterProducts> products;
-  if (needs_.down) products.push_back({after_.tensor(grad_), activation_ZF_, weights_.down_EDF});
-  grad_ = {};  // received rows go before the others are copied
-  if (needs_.gate_up) products.push_back({grad_gate_up_ZG_, after_.tensor(kept_.x), weights_.gate_up_EGD});
+  if (needs_.down) products.push_back({after_.ordered(grad_), activation_ZF_, weights_.down_EDF});
+  grad_ = {};  // received rows that were copied go before the others are
+  if (needs_.gate_up) products.push_back({grad_gate_up_ZG_, after_.ordered(kept_.x), weights_.gate_up_EGD});
   const auto outer = kept_.gate_up_RG.is_cpu() ? outer_into : outer_into_aten;
   outer(after_.experts(), products);
   return std::move(weights_);

@@ -25,7 +25,7 @@ void fetch(const StridedRows<const T>& rows, std::int64_t count, std::int64_t co
 
 // Gates and the values that they multiply are two parts of a block.
 template <typename T>
-void forward_in_blocks(const at::Tensor& x_RD, const at::Tensor& gate_up_DG, const SwigluPart<T>& whole,
+void forward_in_blocks(const RowSource& x_RD, const at::Tensor& gate_up_DG, const SwigluPart<T>& whole,
                        const StridedRows<T>& gate_up) {
   product_in_blocks<T>(x_RD, gate_up_DG, 2, {},
                        [&](const StridedRows<const T>& results, const BlockRange& range) {
@@ -41,7 +41,7 @@ void forward_in_blocks(const at::Tensor& x_RD, const at::Tensor& gate_up_DG, con
 }
 
 template <typename T>
-void backward_in_blocks(const at::Tensor& grad_RD, const at::Tensor& down_DF,
+void backward_in_blocks(const RowSource& grad_RD, const at::Tensor& down_DF,
                         const SwigluBackwardPart<T>& whole) {
   static_assert(ColumnBlock<T>::kLeastColumns % kSwigluColumns == 0);
   const auto fetch_inputs = [&](const BlockRange& range) {
@@ -63,11 +63,11 @@ void check_sizes(const at::Tensor& matrix, std::int64_t rows, std::int64_t colum
 
 }  // namespace
 
-void gated_product_into(const at::Tensor& x_RD, const at::Tensor& gate_up_GD, const at::Tensor& weights_R,
+void gated_product_into(const RowSource& x_RD, const at::Tensor& gate_up_GD, const at::Tensor& weights_R,
                         const at::Tensor& gate_up_RG, const at::Tensor& activation_RF) {
-  check_sizes(gate_up_GD, gate_up_RG.size(1), x_RD.size(1), "gate_up_GD");
-  check_sizes(gate_up_RG, x_RD.size(0), 2 * activation_RF.size(1), "gate_up_RG");
-  check_sizes(activation_RF, x_RD.size(0), gate_up_RG.size(1) / 2, "activation_RF");
+  check_sizes(gate_up_GD, gate_up_RG.size(1), x_RD.width(), "gate_up_GD");
+  check_sizes(gate_up_RG, x_RD.rows(), 2 * activation_RF.size(1), "gate_up_RG");
+  check_sizes(activation_RF, x_RD.rows(), gate_up_RG.size(1) / 2, "activation_RF");
   const auto in_blocks = [&]<typename T>() {
     forward_in_blocks(x_RD, gate_up_GD.t(), whole_swiglu<T>(gate_up_RG, weights_R, activation_RF),
                       mutable_rows_of<T>(gate_up_RG));
@@ -79,13 +79,13 @@ void gated_product_into(const at::Tensor& x_RD, const at::Tensor& gate_up_GD, co
   swiglu_into(gate_up_RG, weights_R, activation_RF);
 }
 
-void gated_product_backward_into(const at::Tensor& grad_RD, const at::Tensor& down_DF,
+void gated_product_backward_into(const RowSource& grad_RD, const at::Tensor& down_DF,
                                  const at::Tensor& gate_up_RG, const at::Tensor& weights_R,
                                  const SwigluGradients& out, const at::Tensor& activation_RF,
                                  const at::Tensor& inner_RF) {
-  check_sizes(down_DF, grad_RD.size(1), inner_RF.size(1), "down_DF");
-  check_sizes(gate_up_RG, grad_RD.size(0), 2 * inner_RF.size(1), "gate_up_RG");
-  check_sizes(out.gate_up_RG, grad_RD.size(0), 2 * inner_RF.size(1), "the gradient of gate_up_RG");
+  check_sizes(down_DF, grad_RD.width(), inner_RF.size(1), "down_DF");
+  check_sizes(gate_up_RG, grad_RD.rows(), 2 * inner_RF.size(1), "gate_up_RG");
+  check_sizes(out.gate_up_RG, grad_RD.rows(), 2 * inner_RF.size(1), "the gradient of gate_up_RG");
   const auto in_blocks = [&]<typename T>() {
     backward_in_blocks(grad_RD, down_DF,
                        whole_swiglu_backward<T>({}, gate_up_RG, weights_R, out, activation_RF));

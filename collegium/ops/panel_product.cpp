@@ -16,7 +16,7 @@ constexpr std::int64_t kMostTileRows = 6;
 using Eight = float __attribute__((vector_size(32)));
 
 struct Tile {
-  StridedRows<const float> a;
+  IndexedRows<const float> a;
   const float* panel;
   std::int64_t depth;
   StridedRows<float> sums;
@@ -32,8 +32,9 @@ COLLEGIUM_INLINE EightAnywhere* eight(float* values) { return reinterpret_cast<E
 
 template <std::int64_t kRows>
 COLLEGIUM_INLINE void multiply_tile(const Tile& o) {
-  const float* a = o.a.values;
-  const std::int64_t a_stride = o.a.stride;
+  const float* a[kRows];
+#pragma GCC unroll 6
+  for (std::int64_t r = 0; r < kRows; ++r) a[r] = o.a.at(r, 0);
   float* out = o.sums.values;
   const std::int64_t out_stride = o.sums.stride;
   Eight left[kRows];
@@ -57,7 +58,7 @@ COLLEGIUM_INLINE void multiply_tile(const Tile& o) {
     const Eight right_values = *eight(line + kPanelColumns / 2);
 #pragma GCC unroll 6
     for (std::int64_t r = 0; r < kRows; ++r) {
-      const float value = a[r * a_stride + k];
+      const float value = a[r][k];
       left[r] += value * left_values;
       right[r] += value * right_values;
     }
@@ -102,7 +103,7 @@ COLLEGIUM_CLONES void multiply_rows(Tile o, std::int64_t rows) {
 
 }  // namespace
 
-void panel_product(const StridedRows<const float>& a, std::int64_t rows, const float* panel,
+void panel_product(const IndexedRows<const float>& a, std::int64_t rows, const float* panel,
                    std::int64_t depth, const StridedRows<float>& sums, std::int64_t columns, bool adds) {
   if (columns == kPanelColumns) {
     multiply_rows({.a = a, .panel = panel, .depth = depth, .sums = sums, .adds = adds}, rows);

@@ -19,7 +19,7 @@ inline constexpr std::int64_t kPanelColumns = kLineBytes / static_cast<std::int6
 ///          of k whatever the number of rows is.
 /// Shape    a [rows, depth], panel [depth, kPanelColumns] contiguous, sums [rows, columns], columns at most
 ///          kPanelColumns: the others of the panel are not used.
-void panel_product(const StridedRows<const float>& a, std::int64_t rows, const float* panel,
+void panel_product(const IndexedRows<const float>& a, std::int64_t rows, const float* panel,
                    std::int64_t depth, const StridedRows<float>& sums, std::int64_t columns, bool adds);
 
 }  // namespace collegium::ops

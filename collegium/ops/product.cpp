@@ -26,14 +26,14 @@ std::atomic<ProductWays>& chosen() {
   return ways;
 }
 
-void multiply_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, Reuse reuse) {
+void multiply_into(const RowSource& a, const RowSource& b, const at::Tensor& out, Reuse reuse) {
   if (multiplies_in_blocks(a, b) && out.stride(1) == 1) {
     block_product_into(a, b, out, reuse);
-  } else if (a.scalar_type() == out.scalar_type()) {
+  } else if (a.values_XD.scalar_type() == out.scalar_type()) {
     at::Tensor target = out;
-    at::mm_out(target, a, b);
+    at::mm_out(target, a.tensor(), b.tensor());
   } else {
-    out.copy_(at::mm(a, b));
+    out.copy_(at::mm(a.tensor(), b.tensor()));
   }
 }
 
@@ -51,29 +51,35 @@ at::ScalarType product_dtype(const at::Tensor& operand) {
   return operand.is_cpu() ? product_dtype(operand.scalar_type()) : operand.scalar_type();
 }
 
-bool multiplies_in_blocks(const at::Tensor& a, const at::Tensor& b) {
+bool products_take_index(const at::Tensor& values) {
+  return product_ways().blocks && values.is_cpu() && values.scalar_type() == at::kFloat &&
+         ColumnBlock<float>::takes_index();
+}
+
+bool multiplies_in_blocks(const RowSource& a, const RowSource& b) {
   const ProductWays ways = product_ways();
-  const bool bf16 = a.scalar_type() == at::kBFloat16;
+  const bool bf16 = a.values_XD.scalar_type() == at::kBFloat16;
   // A single row of fp32 does not pay for putting the other factor in order: half as fast with AVX-512. In
   // bf16 it was up to three times as fast as a whole product.
-  const bool takes_longer = a.size(0) == 1 && !bf16;
+  const bool takes_longer = a.rows() == 1 && !bf16;
   return ways.blocks && !(bf16 && ways.widen_bf16) && !takes_longer && blocks_take(a, b);
 }
 
-void product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, Reuse reuse) {
+void product_into(const RowSource& a, const RowSource& b, const at::Tensor& out, Reuse reuse) {
   if (product_dtype(out) != out.scalar_type()) return widened_product_into(a, b, out, reuse);
   multiply_into(a, b, out, reuse);
 }
 
-void widened_product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, Reuse reuse) {
+void widened_product_into(const RowSource& a, const RowSource& b, const at::Tensor& out, Reuse reuse) {
   constexpr std::int64_t kLeastColumns = 64;
-  const at::Tensor wide_a = a.to(at::kFloat);
-  const std::int64_t columns = b.size(1);
+  const at::Tensor wide_a = a.tensor().to(at::kFloat);
+  const std::int64_t columns = b.width();
   const std::int64_t most =
-      std::max(kLeastColumns, b.numel() > kMostWidened ? kMostWidened / b.size(0) : columns);
+      std::max(kLeastColumns, b.rows() * columns > kMostWidened ? kMostWidened / b.rows() : columns);
   for (std::int64_t first = 0; first < columns; first += most) {
     const std::int64_t count = std::min(most, columns - first);
-    multiply_into(wide_a, b.narrow(1, first, count).to(at::kFloat), out.narrow(1, first, count), reuse);
+    multiply_into(wide_a, b.some_columns(first, count).tensor().to(at::kFloat), out.narrow(1, first, count),
+                  reuse);
   }
 }
 

@@ -40,17 +40,18 @@ at::ScalarType product_dtype(at::ScalarType dtype);
 /// The same of a tensor's: its own on other devices.
 at::ScalarType product_dtype(const at::Tensor& operand);
 
+/// What     Whether products read such values by an index where they lie; elsewhere rows are gathered first.
+bool products_take_index(const at::Tensor& values);
 /// What     Whether products of these are computed block by block here.
-bool multiplies_in_blocks(const at::Tensor& a, const at::Tensor& b);
+bool multiplies_in_blocks(const RowSource& a, const RowSource& b);
 
 /// What     out = a b, into memory that is there already, such as some rows of a larger tensor, for a task
 ///          that has one thread or is alone. `reuse` says when `out` is read again.
 /// Shape    a [X, I], b [I, O], out [X, O], any strides.
 /// Dtype    a and b in that of `out` or in its product_dtype().
-void product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out,
-                  Reuse reuse = Reuse::kSoon);
+void product_into(const RowSource& a, const RowSource& b, const at::Tensor& out, Reuse reuse = Reuse::kSoon);
 /// The same by widening to fp32, whatever the machine has: of a large b some columns at a time.
-void widened_product_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out,
+void widened_product_into(const RowSource& a, const RowSource& b, const at::Tensor& out,
                           Reuse reuse = Reuse::kSoon);
 
 /// What     a b, on all threads.

@@ -25,6 +25,25 @@ struct StridedRows {
   StridedRows from(std::int64_t row, std::int64_t column) const { return {at(row, column), stride}; }
 };
 
+/// Rows that lie `stride` values apart, in the order of an index where there is one: read where they lie.
+template <typename T>
+struct IndexedRows {
+  StridedRows<T> rows;
+  const std::int32_t* index = nullptr;
+
+  // NOLINTNEXTLINE(google-explicit-constructor): rows without an index are such rows too
+  IndexedRows(const StridedRows<T>& of, const std::int32_t* by = nullptr) : rows(of), index(by) {}
+
+  T* at(std::int64_t row, std::int64_t column) const {
+    return rows.at(index == nullptr ? row : std::int64_t{index[row]}, column);
+  }
+  /// What     The same rows without the first ones, and their columns without the first ones.
+  IndexedRows from(std::int64_t row, std::int64_t column) const {
+    if (index == nullptr) return rows.from(row, column);
+    return {rows.from(0, column), index + row};
+  }
+};
+
 /// What     A matrix with contiguous rows; null for an undefined tensor.
 template <typename T>
 StridedRows<const T> rows_of(const at::Tensor& rows_XY) {

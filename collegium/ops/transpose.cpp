@@ -44,10 +44,8 @@ struct Eight {
 
 template <typename Bits>
 struct Rows {
-  const Bits* in;
-  std::int64_t in_stride;
-  Bits* out;
-  std::int64_t out_stride;
+  IndexedRows<const Bits> in;
+  StridedRows<Bits> out;
 };
 
 // Rows of `in` that `size` values of a column take: two of 16 bits make one of 32.
@@ -57,34 +55,33 @@ constexpr std::int64_t rows_of_words(std::int64_t size) {
 }
 
 template <typename Block>
-COLLEGIUM_INLINE void load(const Rows<std::uint32_t>& o, std::int64_t row, std::int64_t column,
+COLLEGIUM_INLINE void load(const std::uint32_t* const* rows, std::int64_t column,
                            typename Block::Line* lines) {
 #pragma GCC unroll 16
   for (std::int64_t i = 0; i < Block::kSize; ++i)
-    lines[i] =
-        *reinterpret_cast<const typename Block::LineAnywhere*>(o.in + (row + i) * o.in_stride + column);
+    lines[i] = *reinterpret_cast<const typename Block::LineAnywhere*>(rows[i] + column);
 }
 
 template <typename Block>
-COLLEGIUM_INLINE void load(const Rows<std::uint16_t>& o, std::int64_t row, std::int64_t column,
+COLLEGIUM_INLINE void load(const std::uint16_t* const* rows, std::int64_t column,
                            typename Block::Line* lines) {
   using Line = typename Block::Line;
   for (std::int64_t i = 0; i < Block::kSize; ++i) {
-    const std::uint16_t* in = o.in + (row + 2 * i) * o.in_stride + column;
     typename Block::HalfLine first;
     typename Block::HalfLine second;
-    std::memcpy(&first, in, sizeof(first));
-    std::memcpy(&second, in + o.in_stride, sizeof(second));
+    std::memcpy(&first, rows[2 * i] + column, sizeof(first));
+    std::memcpy(&second, rows[2 * i + 1] + column, sizeof(second));
     lines[i] = __builtin_convertvector(first, Line) | __builtin_convertvector(second, Line) << 16U;
   }
 }
 
 // Loops are unrolled so that lines stay in registers: copied to memory by halves, they were waited for.
 template <typename Block, typename Bits>
-COLLEGIUM_INLINE void transpose_block(const Rows<Bits>& o, std::int64_t row, std::int64_t column) {
+COLLEGIUM_INLINE void transpose_block(const Bits* const* rows, std::int64_t column,
+                                      const StridedRows<Bits>& out) {
   constexpr std::int64_t kSize = Block::kSize;
   typename Block::Line lines[kSize];
-  load<Block>(o, row, column, lines);
+  load<Block>(rows, column, lines);
 #pragma GCC unroll 4
   for (int round = 0; round < Block::kRounds; ++round) {
     typename Block::Line last[kSize];
@@ -96,7 +93,7 @@ COLLEGIUM_INLINE void transpose_block(const Rows<Bits>& o, std::int64_t row, std
   }
 #pragma GCC unroll 16
   for (std::int64_t i = 0; i < kSize; ++i)
-    *reinterpret_cast<typename Block::LineAnywhere*>(o.out + (column + i) * o.out_stride + row) = lines[i];
+    *reinterpret_cast<typename Block::LineAnywhere*>(out.at(i, 0)) = lines[i];
 }
 
 template <typename Bits>
@@ -104,7 +101,7 @@ COLLEGIUM_INLINE void transpose_one_by_one(const Rows<Bits>& o, std::int64_t fir
                                            std::int64_t first_column, std::int64_t end_column) {
   for (std::int64_t row = first_row; row < end_row; ++row) {
     for (std::int64_t column = first_column; column < end_column; ++column)
-      o.out[column * o.out_stride + row] = o.in[row * o.in_stride + column];
+      *o.out.at(column, row) = *o.in.at(row, column);
   }
 }
 
@@ -115,9 +112,11 @@ COLLEGIUM_INLINE void transpose_all(const Rows<Bits>& o, std::int64_t num_rows, 
   const std::int64_t whole_rows = num_rows / kStep * kStep;
   const std::int64_t whole_columns = num_columns / Block::kSize * Block::kSize;
   for (std::int64_t first = 0; first < whole_rows; first += kStep) {
+    const Bits* rows[kStep];
+    for (std::int64_t i = 0; i < kStep; ++i) rows[i] = o.in.at(first + i, 0);
     for (std::int64_t column = 0; column < whole_columns; column += Block::kSize) {
-      for (std::int64_t row = first; row < first + kStep; row += rows_of_words<Bits>(Block::kSize))
-        transpose_block<Block>(o, row, column);
+      for (std::int64_t i = 0; i < kStep; i += rows_of_words<Bits>(Block::kSize))
+        transpose_block<Block>(rows + i, column, o.out.from(column, first + i));
     }
     transpose_one_by_one(o, first, first + kStep, whole_columns, num_columns);
   }
@@ -152,37 +151,35 @@ void transpose_rows(const Rows<Bits>& o, std::int64_t num_rows, std::int64_t num
 }
 
 template <typename Bits>
-void transpose_tensor(const at::Tensor& in_XY, const at::Tensor& out_YX) {
-  transpose_rows(Rows<Bits>{.in = static_cast<const Bits*>(in_XY.const_data_ptr()),
-                            .in_stride = in_XY.stride(0),
-                            .out = static_cast<Bits*>(out_YX.mutable_data_ptr()),
-                            .out_stride = out_YX.stride(0)},
-                 in_XY.size(0), in_XY.size(1));
+void transpose_tensor(const RowSource& in_XY, const at::Tensor& out_YX) {
+  const at::Tensor& values = in_XY.values_XD;
+  const StridedRows<const Bits> rows{static_cast<const Bits*>(values.const_data_ptr()), values.stride(0)};
+  transpose_rows(Rows<Bits>{.in = {rows, in_XY.index()},
+                            .out = {static_cast<Bits*>(out_YX.mutable_data_ptr()), out_YX.stride(0)}},
+                 in_XY.rows(), in_XY.width());
 }
 
 }  // namespace
 
-void transpose_into(const at::Tensor& in_XY, const at::Tensor& out_YX) {
-  COLLEGIUM_CHECK(in_XY.dim() == 2 && out_YX.dim() == 2 && in_XY.size(0) == out_YX.size(1) &&
-                      in_XY.size(1) == out_YX.size(0) && in_XY.scalar_type() == out_YX.scalar_type(),
+void transpose_into(const RowSource& in_XY, const at::Tensor& out_YX) {
+  COLLEGIUM_CHECK(in_XY.rows() == out_YX.size(1) && in_XY.width() == out_YX.size(0) &&
+                      in_XY.values_XD.scalar_type() == out_YX.scalar_type(),
                   "transpose_into: shapes or dtypes do not match");
-  const auto bytes = in_XY.element_size();
+  const auto bytes = out_YX.element_size();
   if (bytes != sizeof(std::uint16_t) && bytes != sizeof(std::uint32_t)) {
-    out_YX.copy_(in_XY.t());
+    out_YX.copy_(in_XY.tensor().t());
     return;
   }
-  if (in_XY.numel() == 0) return;
-  COLLEGIUM_CHECK(in_XY.stride(1) == 1 && out_YX.stride(1) == 1, "transpose_into: rows must be contiguous");
+  if (out_YX.numel() == 0) return;
+  COLLEGIUM_CHECK(in_XY.values_XD.stride(1) == 1 && out_YX.stride(1) == 1,
+                  "transpose_into: rows must be contiguous");
   if (bytes == sizeof(std::uint16_t)) return transpose_tensor<std::uint16_t>(in_XY, out_YX);
   transpose_tensor<std::uint32_t>(in_XY, out_YX);
 }
 
 void transpose_words(const StridedRows<const std::uint32_t>& in, std::int64_t rows, std::int64_t words,
                      const StridedRows<std::uint32_t>& out) {
-  transpose_rows(
-      Rows<std::uint32_t>{
-          .in = in.values, .in_stride = in.stride, .out = out.values, .out_stride = out.stride},
-      rows, words);
+  transpose_rows(Rows<std::uint32_t>{.in = in, .out = out}, rows, words);
 }
 
 std::int64_t WorkerTransposes::values(std::int64_t rows, std::int64_t columns) {
@@ -195,12 +192,12 @@ WorkerTransposes::WorkerTransposes(const at::TensorOptions& options, std::int64_
   buffers_ = at::empty({at::get_num_threads(), most_values}, options);
 }
 
-at::Tensor WorkerTransposes::of(const at::Tensor& rows_ZO, std::int64_t worker) const {
-  if (!buffers_.defined()) return rows_ZO.t();
-  const std::int64_t rows = rows_ZO.size(0);
-  const std::int64_t columns = rows_ZO.size(1);
+at::Tensor WorkerTransposes::of(const RowSource& rows_ZO, std::int64_t worker) const {
+  if (!buffers_.defined()) return rows_ZO.tensor().t();
+  const std::int64_t rows = rows_ZO.rows();
+  const std::int64_t columns = rows_ZO.width();
   const at::Tensor turned = buffers_.select(0, worker)
-                                .view(rows_ZO.scalar_type())
+                                .view(rows_ZO.values_XD.scalar_type())
                                 .narrow(0, 0, values(rows, columns))
                                 .view({columns, rounded_rows(rows)})
                                 .narrow(1, 0, rows);

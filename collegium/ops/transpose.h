@@ -9,13 +9,14 @@
 
 #include <cstdint>
 
+#include "collegium/ops/row_source.h"
 #include "collegium/ops/strided_rows.h"
 
 namespace collegium::ops {
 
 /// What     out[y, x] = in[x, y], on the calling thread.
 /// Shape    in [X, Y], out [Y, X]; rows of both are contiguous and may lie apart. Dtype any, alike.
-void transpose_into(const at::Tensor& in_XY, const at::Tensor& out_YX);
+void transpose_into(const RowSource& in_XY, const at::Tensor& out_YX);
 
 /// What     out[w, n] = in[n, w], words of 32 bits: fp32 values, or pairs of bf16 values that stay together.
 /// Shape    in [rows, words].
@@ -35,7 +36,7 @@ class WorkerTransposes {
   /// What     The transpose: a copy where products are faster with one, else a view. A copy is valid until
   ///          the worker's next call.
   /// Shape    rows [Z, O] -> [O, Z].
-  at::Tensor of(const at::Tensor& rows_ZO, std::int64_t worker) const;
+  at::Tensor of(const RowSource& rows_ZO, std::int64_t worker) const;
 
  private:
   at::Tensor buffers_;  // [workers, values], or undefined

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/ops/weight_gradients.h"
 
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -40,12 +41,18 @@ void PaddedRows::clear_padding(const at::Tensor& values_ZX) const {
     values_ZX.narrow(0, padded_[i].begin + rows_[i].rows, padded_[i].rows - rows_[i].rows).zero_();
 }
 
-at::Tensor PaddedRows::tensor(const RowSource& source) const {
+RowSource PaddedRows::ordered(const RowSource& source) const {
   const bool in_place =
       total() == source.rows() &&
       std::equal(rows_.begin(), rows_.end(), padded_.begin(),
                  [](const auto& a, const auto& b) { return a.begin == b.begin && a.rows == b.rows; });
-  if (in_place) return source.tensor();
+  const bool by_index = source.index_R.defined() && products_take_index(source.values_XD);
+  if (in_place) return by_index ? source : source.tensor();
+  if (by_index) {  // which takes no padding
+    std::vector<at::Tensor> indices = {source.index_R.narrow(0, 0, 0)};
+    for (const ExpertRows& rows : rows_) indices.push_back(rows.of(source.index_R));
+    return {source.values_XD, at::cat(indices)};
+  }
   at::Tensor out_ZD = at::empty({total(), source.width()}, source.values_XD.options());
   for (std::size_t i = 0; i < rows_.size(); ++i) {
     const at::Tensor copy = out_ZD.narrow(0, padded_[i].begin, rows_[i].rows);
@@ -64,12 +71,12 @@ at::Tensor PaddedRows::tensor(const RowSource& source) const {
 namespace {
 
 void check(const OuterProducts& products) {
-  COLLEGIUM_CHECK(products.grad_ZO.size(0) == products.x_ZI.size(0), "{} gradient rows for {} rows",
-                  products.grad_ZO.size(0), products.x_ZI.size(0));
+  COLLEGIUM_CHECK(products.grad_ZO.rows() == products.x_ZI.rows(), "{} gradient rows for {} rows",
+                  products.grad_ZO.rows(), products.x_ZI.rows());
 }
 
-void outer_product(const at::Tensor& grad_OZ, const at::Tensor& x_ZI, const at::Tensor& grad_OI) {
-  if (x_ZI.size(0) == 0) {
+void outer_product(const at::Tensor& grad_OZ, const RowSource& x_ZI, const at::Tensor& grad_OI) {
+  if (x_ZI.rows() == 0) {
     grad_OI.zero_();
   } else {
     product_into(grad_OZ, x_ZI, grad_OI, Reuse::kLater);
@@ -85,8 +92,9 @@ struct OuterTile {
 
   void compute(const WorkerTransposes& turned, std::int64_t worker) const {
     const at::Tensor grad_OI = products->grad_EOI.select(0, rows.expert).narrow(0, first, count);
-    outer_product(turned.of(rows.of(products->grad_ZO).narrow(1, first, count), worker),
-                  rows.of(products->x_ZI), grad_OI);
+    const RowSource grad_ZO = products->grad_ZO.some_columns(first, count);
+    outer_product(turned.of(grad_ZO.some_rows(rows.begin, rows.rows), worker),
+                  products->x_ZI.some_rows(rows.begin, rows.rows), grad_OI);
   }
 };
 
@@ -96,8 +104,8 @@ struct OuterTile {
 void cut_outer(const std::vector<ExpertRows>& experts, const OuterProducts& products,
                std::vector<OuterTile>& tiles) {
   constexpr std::int64_t kTile = std::int64_t{1} << 28;  // multiply-adds
-  const std::int64_t out = products.grad_ZO.size(1);
-  const std::int64_t in = products.x_ZI.size(1);
+  const std::int64_t out = products.grad_ZO.width();
+  const std::int64_t in = products.x_ZI.width();
   for (const ExpertRows& rows : experts) {
     const std::int64_t parts = std::clamp(rows.rows * in * out / kTile, std::int64_t{1},
                                           std::max(std::int64_t{1}, out / kMostGemmRows));
@@ -122,7 +130,7 @@ void outer_into(const std::vector<ExpertRows>& experts, const std::vector<OuterP
   std::int64_t most_values = 0;
   for (const OuterTile& tile : tiles)
     most_values = std::max(most_values, WorkerTransposes::values(tile.rows.rows, tile.count));
-  const WorkerTransposes turned(products[0].grad_ZO.options(), most_values);
+  const WorkerTransposes turned(products[0].grad_ZO.values_XD.options(), most_values);
   run_tasks(static_cast<std::int64_t>(tiles.size()), [&](std::int64_t i, std::int64_t worker) {
     tiles[static_cast<std::size_t>(i)].compute(turned, worker);
   });
@@ -131,8 +139,10 @@ void outer_into(const std::vector<ExpertRows>& experts, const std::vector<OuterP
 void outer_into_aten(const std::vector<ExpertRows>& experts, const std::vector<OuterProducts>& products) {
   for (const OuterProducts& one : products) {
     check(one);
+    const at::Tensor grad_ZO = one.grad_ZO.tensor();
+    const at::Tensor x_ZI = one.x_ZI.tensor();
     for (const ExpertRows& rows : experts)
-      outer_product(rows.of(one.grad_ZO).t(), rows.of(one.x_ZI), one.grad_EOI.select(0, rows.expert));
+      outer_product(rows.of(grad_ZO).t(), rows.of(x_ZI), one.grad_EOI.select(0, rows.expert));
   }
 }
 

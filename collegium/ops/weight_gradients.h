@@ -34,9 +34,10 @@ class PaddedRows {
   ExpertRows of(const ExpertRows& rows) const;
   /// What     Writes zeros between the rows of values_ZX.
   void clear_padding(const at::Tensor& values_ZX) const;
-  /// What     The source's rows so ordered; no copy where they already are so.
+  /// What     The source's rows so ordered; no copy where they already are so and have no index, or where
+  ///          products read them by one.
   /// Shape    source [R, D] -> [Z, D]. Dtype any.
-  at::Tensor tensor(const RowSource& source) const;
+  RowSource ordered(const RowSource& source) const;
 
  private:
   std::vector<ExpertRows> rows_;
@@ -47,8 +48,8 @@ class PaddedRows {
 /// Shape    grad_ZO [Z, O], x_ZI [Z, I], grad_EOI [E, O, I].
 /// Dtype    all in the compute dtype; sums in fp32 (float64 for float64), rounded once.
 struct OuterProducts {
-  at::Tensor grad_ZO;
-  at::Tensor x_ZI;
+  RowSource grad_ZO;
+  RowSource x_ZI;
   at::Tensor grad_EOI;  ///< written; exactly zero for an expert without rows
 };
 

@@ -109,7 +109,8 @@ OwnActivations own_activations(const OwnRun& run, double imbalance) {
     sum.recomputed += hidden * b.compute + (has_experts ? top_k * (2.0 * kIndex + b.wide) : 0.0);
   }
   sum.outside = 3.0 * hidden * b.compute + b.wide + 2.0 * kLong;
-  // The experts' rows: of output or input, of gate and up, and the activation.
+  // The experts' rows: of output or input, of gate and up, and the activation. An upper bound where products
+  // read rows by an index (fp32 with AVX2 alone) and copy none.
   const double rows = top_k * imbalance * static_cast<double>(2 * m.hidden + 3 * m.expert_ffn) * b.compute *
                       padding(run, imbalance);
   sum.backward = std::max(rows, 4.0 * static_cast<double>(m.heads * m.head_dim) * (b.compute + b.wide));

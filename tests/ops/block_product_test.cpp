@@ -7,6 +7,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/all.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -164,6 +165,37 @@ TEST_P(BlockProduct, a_block_of_two_parts_by_each_kernel) {
   }
 }
 
+// Bit by bit: rows of both factors where they lie against gathered ones, columns of whole panels and others.
+TEST(ColumnBlock, panels_take_rows_by_an_index) {
+  constexpr bool kKernel = false;
+  for (const auto& [depth, columns] : {std::pair{1, 1}, {33, 40}, {700, 128}}) {
+    const at::Tensor a = random_tensor("a", {60, depth}, at::kFloat);
+    const at::Tensor b = random_tensor("b", {depth, columns + 3}, at::kFloat);
+    const at::Tensor a_index = at::arange(48, at::kInt).mul(7).remainder(20).to(at::kInt);
+    const at::Tensor b_index = at::arange(depth - 1, -1, -1, at::kInt);
+    const auto sums_of = [&](const ops::RowSource& left, const ops::RowSource& right) {
+      ops::ColumnBlock<float> block(depth, columns, kKernel);
+      block.order(right, 2, columns, 0);
+      const at::Tensor sums = at::empty({left.rows(), columns}, at::kFloat);
+      std::copy_n(block.multiply(left.in_place<float>(), left.rows()), sums.numel(),
+                  sums.mutable_data_ptr<float>());
+      return sums;
+    };
+    const ops::RowSource left{a, a_index};
+    const ops::RowSource right{b, b_index};
+    for (const auto& [first, rows] : {std::pair{0, 48}, {0, 1}, {1, 2}, {2, 3}, {3, 4}, {4, 5}, {40, 8}}) {
+      const ops::RowSource some = left.some_rows(first, rows);
+      EXPECT_TRUE(at::equal(sums_of(some, right), sums_of(some.tensor(), right.tensor())));
+    }
+  }
+  EXPECT_TRUE(ops::ColumnBlock<float>::takes_index(kKernel));
+  EXPECT_FALSE(ops::ColumnBlock<c10::BFloat16>::takes_index(kKernel));
+  const at::Tensor pair = at::ones({1, 2}, kBf16);
+  const at::Tensor first = at::zeros({1}, at::kInt);
+  ops::ColumnBlock<c10::BFloat16> block(2, 1, kKernel);
+  EXPECT_THROW(block.multiply(ops::RowSource(pair, first).in_place<c10::BFloat16>(), 1), InternalError);
+}
+
 TEST_P(BlockProduct, not_a_number_and_infinity_stay) {
   test::expect_not_a_number_and_infinity_stay(
       [this](const at::Tensor& a, const at::Tensor& b, const at::Tensor& out) {
@@ -187,6 +219,12 @@ TEST_P(BlockProduct, refuses_what_it_cannot_multiply) {
   const bool any_depth = factors_ != kBf16;
   EXPECT_EQ(ops::blocks_take(a, wider.narrow(1, 1, 4).t()), any_depth);
   EXPECT_EQ(ops::blocks_take(a.narrow(1, 0, 3), b.narrow(0, 0, 3)), any_depth);
+  const ops::RowSource indexed{a, at::arange(3, at::kInt)};
+  const bool by_index = factors_ != kBf16 && ops::ColumnBlock<float>::takes_index();
+  EXPECT_EQ(ops::blocks_take(indexed, b), by_index);
+  EXPECT_EQ(ops::blocks_take(indexed, at::ones({2, 4}, factors_).t()), by_index);
+  EXPECT_FALSE(ops::blocks_take(a, {at::ones({2, 4}, factors_).t(), at::arange(4, at::kInt)}));
+  EXPECT_EQ(ops::blocks_take(a, {b, at::arange(4, at::kInt)}), by_index);
   const auto multiply = [this](const at::Tensor& x, const at::Tensor& y, std::int64_t rows) {
     ops::block_product_into(x, y, empty(rows, 2), kSoon);
   };

@@ -12,6 +12,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/silu.h>
@@ -122,8 +123,6 @@ TEST(ExpertTasks, every_task_runs_once_for_any_number_of_threads) {
   at::set_num_threads(threads);
 }
 
-ops::RowSource in_place(const at::Tensor& rows_RD) { return {.values_XD = rows_RD, .index_R = {}}; }
-
 // The gradients by products in double precision, from the same kept values.
 struct Expected {
   at::Tensor x_RD, weights_R, gate_up_EGD, down_EDF;
@@ -163,7 +162,7 @@ struct Gradients {
 
 Gradients backward_of(const ops::ExpertsKept& kept, const Case& c, ops::WeightGradients when,
                       const ops::ExpertNeeds& needs = {}) {
-  ops::ExpertMlpBackward backward(kept, c.experts, in_place(c.grad), needs);
+  ops::ExpertMlpBackward backward(kept, c.experts, c.grad, needs);
   Gradients all;
   all.rows = backward.rows(when);
   all.weights = backward.weights();
@@ -177,9 +176,8 @@ TEST_P(ExpertMlp, forward_and_backward_equal_the_products_in_double_precision) {
         const Case c(dtype, load, width);
         ops::ExpertsKept kept;
         ops::ExpertsKept kept_aten;
-        const at::Tensor y = ops::expert_mlp(in_place(c.x), c.weights, c.counts, c.experts, kept);
-        const at::Tensor y_aten =
-            ops::expert_mlp_aten(in_place(c.x), c.weights, c.counts, c.experts, kept_aten);
+        const at::Tensor y = ops::expert_mlp(c.x, c.weights, c.counts, c.experts, kept);
+        const at::Tensor y_aten = ops::expert_mlp_aten(c.x, c.weights, c.counts, c.experts, kept_aten);
         EXPECT_LE(relative_difference(kept.gate_up_RG, kept_aten.gate_up_RG), limit(dtype, 12));
         EXPECT_LE(relative_difference(y, y_aten), limit(dtype, width + 12));
         const Gradients ours = backward_of(kept, c, ops::WeightGradients::kWithRows);
@@ -203,19 +201,19 @@ TEST_P(ExpertMlp, neither_the_time_of_weight_gradients_nor_the_place_of_rows_mat
       // Some rows several times, some never.
       const at::Tensor index_R =
           at::arange(rows, at::kInt).mul(7).remainder(std::max(rows / 2, std::int64_t{1}));
-      const ops::RowSource x{.values_XD = c.x.clone(), .index_R = index_R};
-      const ops::RowSource grad{.values_XD = c.grad.clone(), .index_R = index_R};
+      const ops::RowSource x{c.x.clone(), index_R};
+      const ops::RowSource grad{c.grad.clone(), index_R};
       c.x = x.tensor();
       c.grad = grad.tensor();
       ops::ExpertsKept kept;
       ops::ExpertsKept kept_gathered;
-      const at::Tensor y = ops::expert_mlp(in_place(c.x), c.weights, c.counts, c.experts, kept);
+      const at::Tensor y = ops::expert_mlp(c.x, c.weights, c.counts, c.experts, kept);
       EXPECT_TRUE(at::equal(y, ops::expert_mlp(x, c.weights, c.counts, c.experts, kept_gathered)));
       const Gradients first = backward_of(kept, c, ops::WeightGradients::kAfterRows);
       for (const auto when : {ops::WeightGradients::kAfterRows, ops::WeightGradients::kWithRows}) {
         for (const bool gathered : {false, true}) {
           ops::ExpertMlpBackward backward(gathered ? kept_gathered : kept, c.experts,
-                                          gathered ? grad : in_place(c.grad), {});
+                                          gathered ? grad : ops::RowSource(c.grad), {});
           const ops::ExpertRowGradients of_rows = backward.rows(when);
           const ops::ExpertWeightGradients of_weights = backward.weights();
           EXPECT_TRUE(at::equal(of_rows.x_RD, first.rows.x_RD));
@@ -231,7 +229,7 @@ TEST_P(ExpertMlp, neither_the_time_of_weight_gradients_nor_the_place_of_rows_mat
 TEST_P(ExpertMlp, rows_equal_the_plain_loop) {
   const Case c(at::kDouble, {3, 0, 40}, 15);
   ops::ExpertsKept kept;
-  const at::Tensor y = ops::expert_mlp(in_place(c.x), c.weights, c.counts, c.experts, kept);
+  const at::Tensor y = ops::expert_mlp(c.x, c.weights, c.counts, c.experts, kept);
   for (std::int64_t row = 0; row < 43; ++row) {
     const std::int64_t expert = row < 3 ? 0 : 2;
     const auto x = test::to_matrix(c.x.narrow(0, row, 1)).values;
@@ -249,9 +247,9 @@ TEST_P(ExpertMlp, weights_may_be_absent_and_unneeded_gradients_are) {
   const Case c(at::kFloat, {40, 300, 0}, 8);
   ops::ExpertsKept kept;
   ops::ExpertsKept with_ones;
-  const at::Tensor y = ops::expert_mlp(in_place(c.x), {}, c.counts, c.experts, kept);
-  EXPECT_TRUE(at::equal(
-      y, ops::expert_mlp(in_place(c.x), at::ones({340}, at::kFloat), c.counts, c.experts, with_ones)));
+  const at::Tensor y = ops::expert_mlp(c.x, {}, c.counts, c.experts, kept);
+  EXPECT_TRUE(
+      at::equal(y, ops::expert_mlp(c.x, at::ones({340}, at::kFloat), c.counts, c.experts, with_ones)));
   for (const auto when : {ops::WeightGradients::kAfterRows, ops::WeightGradients::kWithRows}) {
     const Gradients gradients = backward_of(kept, c, when, {.rows = false, .gate_up = true, .down = false});
     EXPECT_FALSE(gradients.rows.x_RD.defined());
@@ -271,7 +269,7 @@ TEST_P(ExpertMlp, weight_gradients_equal_one_product_per_expert) {
       const at::Tensor dw = at::full({3, 10, 12}, 7.0, g.options());
       const at::Tensor dw_aten = at::full({3, 10, 12}, 7.0, g.options());
       const ops::PaddedRows padded(experts, c.x);
-      ops::outer_into(padded.experts(), {{padded.tensor(in_place(g)), padded.tensor(in_place(c.x)), dw}});
+      ops::outer_into(padded.experts(), {{padded.ordered(g), padded.ordered(c.x), dw}});
       ops::outer_into_aten(experts, {{g, c.x, dw_aten}});
       EXPECT_LE(relative_difference(dw, dw_aten), limit(dtype, 600));
       for (const ops::ExpertRows& rows : experts) {
@@ -298,11 +296,39 @@ TEST_P(ExpertMlp, weight_gradients_in_tiles_equal_one_product) {
     const at::Tensor x = random_tensor("x", {2 * kRows, kIn}, dtype);
     const at::Tensor dw = at::full({3, kOut, kIn}, 7.0, g.options());
     ops::outer_into(experts, {{g, x, dw}});
+    if (ops::products_take_index(g)) {
+      const at::Tensor turned = at::arange(2 * kRows - 1, -1, -1, at::kInt);
+      const at::Tensor again = at::full_like(dw, 7.0);
+      ops::outer_into(experts, {{{g.flip(0), turned}, {x.flip(0), turned}, again}});
+      EXPECT_TRUE(at::equal(again, dw));
+    }
     for (const ops::ExpertRows& rows : experts) {
       const at::Tensor expected = rows.of(g).to(at::kDouble).t().mm(rows.of(x).to(at::kDouble));
       EXPECT_LE(relative_difference(dw[rows.expert], expected), bound(dtype, 1) + bound(inner(dtype), kRows));
     }
     EXPECT_TRUE(at::all(dw[1] == 7.0).item<bool>());
+  }
+}
+
+// In fp32 there is no padding; where products take an index, rows stay where they are.
+TEST_P(ExpertMlp, rows_of_some_experts_keep_their_order_in_fp32) {
+  const at::Tensor x = random_tensor("x", {100, 6}, at::kFloat);
+  const ops::RowSource source{x, at::arange(99, -1, -1, at::kInt)};
+  const ops::PaddedRows some({{.expert = 1, .begin = 5, .rows = 40}, {.expert = 4, .begin = 60, .rows = 9}},
+                             x);
+  const ops::RowSource found = some.ordered(source);
+  const at::Tensor all = source.tensor();
+  EXPECT_EQ(found.index_R.defined(), ops::products_take_index(x));
+  EXPECT_TRUE(at::equal(found.tensor(), at::cat({all.narrow(0, 5, 40), all.narrow(0, 60, 9)})));
+  EXPECT_EQ(ops::PaddedRows({}, x).ordered(source).rows(), 0);
+}
+
+TEST_P(ExpertMlp, an_index_of_no_row_is_refused) {
+  const Case c(at::kFloat, {7, 65, 300}, 8);
+  ops::ExpertsKept kept;
+  for (const int first : {-1, 1}) {  // the last one is a row too far
+    const at::Tensor index_R = at::arange(first, first + c.x.size(0), at::kInt);
+    EXPECT_THROW(ops::expert_mlp({c.x, index_R}, c.weights, c.counts, c.experts, kept), InternalError);
   }
 }
 
@@ -313,8 +339,8 @@ TEST_P(ExpertMlp, padded_rows_are_found_again) {
   const at::Tensor x = random_tensor("x", {100, 6}, at::kBFloat16);
   const at::Tensor index = at::arange(99, -1, -1, at::kInt);
   const ops::PaddedRows padded(experts, x);
-  for (const ops::RowSource& source : {in_place(x), ops::RowSource{.values_XD = x, .index_R = index}}) {
-    const at::Tensor copy = padded.tensor(source);
+  for (const ops::RowSource& source : {ops::RowSource{x}, ops::RowSource{x, index}}) {
+    const at::Tensor copy = padded.ordered(source).tensor();
     ASSERT_EQ(copy.size(0), padded.total());
     double sum = 0.0;
     for (const ops::ExpertRows& rows : experts) {
@@ -326,7 +352,7 @@ TEST_P(ExpertMlp, padded_rows_are_found_again) {
   // As many rows as it pads to, but the last ones are another expert's.
   const ops::PaddedRows alone({{.expert = 0, .begin = 0, .rows = 70}}, x);
   if (!ops::product_ways().widen_bf16) {
-    const at::Tensor copy = alone.tensor(in_place(x.narrow(0, 0, 96)));
+    const at::Tensor copy = alone.ordered(x.narrow(0, 0, 96)).tensor();
     EXPECT_EQ(copy.narrow(0, 70, 26).abs().sum().item<double>(), 0.0);
   }
   EXPECT_THROW(padded.of({.expert = 2, .begin = 50, .rows = 1}), InternalError);
@@ -343,7 +369,7 @@ TEST_P(ExpertMlp, experts_too_large_to_copy_equal_float64) {
       .down_EDF = column.narrow(0, 0, kLarge).t().expand({kHidden, kLarge}).contiguous().unsqueeze(0)};
   const at::Tensor counts = at::tensor({3}, at::kLong);
   ops::ExpertsKept kept;
-  const at::Tensor y = ops::expert_mlp(in_place(x), {}, counts, experts, kept);
+  const at::Tensor y = ops::expert_mlp(x, {}, counts, experts, kept);
   const at::Tensor gate_up = kept.gate_up_RG.to(at::kDouble);
   EXPECT_LE(
       relative_difference(kept.gate_up_RG, x.to(at::kDouble).mm(experts.gate_up_EGD[0].to(at::kDouble).t())),
@@ -361,7 +387,7 @@ TEST_P(ExpertMlp, results_do_not_depend_on_threads) {
   for (const int count : {1, 2, 3}) {
     at::set_num_threads(count);
     ops::ExpertsKept kept;
-    results.push_back(ops::expert_mlp(in_place(c.x), c.weights, c.counts, c.experts, kept));
+    results.push_back(ops::expert_mlp(c.x, c.weights, c.counts, c.experts, kept));
     EXPECT_TRUE(at::equal(results.front(), results.back()));
     const Gradients gradients = backward_of(kept, c, ops::WeightGradients::kWithRows);
     gate_up_gradients.push_back(gradients.weights.gate_up_EGD);

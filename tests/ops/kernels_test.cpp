@@ -225,6 +225,9 @@ TEST(Transpose, equals_aten_for_every_size) {
         const at::Tensor out = all.narrow(1, 1, rows);
         ops::transpose_into(in, out);
         EXPECT_TRUE(at::equal(out, in.t())) << rows << " " << columns;
+        const ops::RowSource turned{in, at::arange(rows - 1, -1, -1, at::kInt)};
+        ops::transpose_into(turned, out);
+        EXPECT_TRUE(at::equal(out, in.flip(0).t())) << rows << " " << columns << " by an index";
         EXPECT_TRUE(at::all(all.narrow(1, rows + 1, 4) == 7.0).item<bool>());
         EXPECT_TRUE(at::all(all.narrow(1, 0, 1) == 7.0).item<bool>());
       }
