@@ -10,12 +10,9 @@
 #include <string>
 #include <vector>
 
+#include "collegium/cli/app.h"
 #include "collegium/comm/communicator.h"
 #include "collegium/parallel/options.h"
-
-namespace CLI {
-class App;
-}
 
 namespace collegium::cli {
 

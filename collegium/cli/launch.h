@@ -8,11 +8,8 @@
 #include <memory>
 #include <string>
 
+#include "collegium/cli/app.h"
 #include "collegium/comm/communicator.h"
-
-namespace CLI {
-class App;
-}
 
 namespace collegium::cli {
 

@@ -4,9 +4,7 @@
 // One function per verb adds its subcommand, options and callback. main.cpp maps exceptions to exit codes:
 // 0 done, 1 failed (Error), 2 wrong usage or configuration (ConfigError, CLI11's parse errors).
 
-namespace CLI {
-class App;
-}
+#include "collegium/cli/app.h"
 
 namespace collegium::cli {
 

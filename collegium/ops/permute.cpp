@@ -107,6 +107,7 @@ COLLEGIUM_CLONES void widen_row(const c10::BFloat16* from, std::int64_t count, f
 void gather_bytes(const at::Tensor& x_TD, const at::Tensor& row_token_R, const std::int32_t* places,
                   const at::Tensor& rows_XD) {
   const auto row_bytes = static_cast<std::size_t>(x_TD.size(1)) * x_TD.element_size();
+  if (row_bytes == 0) return;
   const auto* tokens = row_token_R.const_data_ptr<std::int32_t>();
   const auto* source = static_cast<const char*>(x_TD.const_data_ptr());
   auto* target = static_cast<char*>(rows_XD.mutable_data_ptr());

@@ -51,6 +51,7 @@ struct Rows {
 // Rows of `in` that `size` values of a column take: two of 16 bits make one of 32.
 template <typename Bits>
 constexpr std::int64_t rows_of_words(std::int64_t size) {
+  // NOLINTNEXTLINE(bugprone-sizeof-expression): words of 32 bits are one value
   return size * static_cast<std::int64_t>(sizeof(std::uint32_t) / sizeof(Bits));
 }
 
