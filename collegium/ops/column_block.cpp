@@ -186,6 +186,8 @@ void ColumnBlock<T>::order(const RowSource& b_IO, std::int64_t first, std::int64
   COLLEGIUM_CHECK(b_IO.rows() == depth_ && first + count <= b_IO.width() && into + count <= columns_,
                   "{} columns from {} of [{}, {}] for a block [{}, {}] at {}", count, first, b_IO.rows(),
                   b_IO.width(), depth_, columns_, into);
+  COLLEGIUM_CHECK(!b_IO.index_R.defined() || b_IO.values_XD.stride(1) == 1,
+                  "an index of rows that are not contiguous");
   auto* ordered = ordered_.template data<std::uint32_t>();
   if (!in_panels<T>(kernel_)) {
     order_columns<T>(b_IO, first,

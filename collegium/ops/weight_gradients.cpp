@@ -56,12 +56,11 @@ RowSource PaddedRows::ordered(const RowSource& source) const {
   at::Tensor out_ZD = at::empty({total(), source.width()}, source.values_XD.options());
   for (std::size_t i = 0; i < rows_.size(); ++i) {
     const at::Tensor copy = out_ZD.narrow(0, padded_[i].begin, rows_[i].rows);
-    if (!source.index_R.defined()) {
-      copy.copy_(rows_[i].of(source.values_XD));
-    } else if (source.values_XD.is_cpu()) {
-      gather_rows_into(source.values_XD, rows_[i].of(source.index_R), copy);
+    const RowSource rows = source.some_rows(rows_[i].begin, rows_[i].rows);
+    if (rows.index_R.defined() && rows.values_XD.is_cpu()) {
+      gather_rows_into(rows.values_XD, rows.index_R, copy);
     } else {
-      copy.copy_(gather_rows(source.values_XD, rows_[i].of(source.index_R)));
+      copy.copy_(rows.tensor());
     }
   }
   clear_padding(out_ZD);

@@ -242,37 +242,32 @@ MemoryReport stage_memory(const ModelSpec& m, const Layout& l, const Workload& w
   const double tokens = l.micro_batch * w.seq_len / l.cp;
   MemoryReport r;
   r.stage = stage;
-  const auto add = [&r](const char* name, double bytes) {
-    MemoryLine& line = r.lines.emplace_back();
-    line.component = name;
-    line.bytes = bytes;
-  };
-  add("weights", state.weights);
-  add("gradients", state.gradients);
-  add("optimizer state", state.optimizer);
-  if (stack.bucket_bytes > 0.0) add("reduction buckets", stack.bucket_bytes);
+  r.add("weights", state.weights);
+  r.add("gradients", state.gradients);
+  r.add("optimizer state", state.optimizer);
+  if (stack.bucket_bytes > 0.0) r.add("reduction buckets", stack.bucket_bytes);
   const double grouped =
       m.is_moe() && stack.grouped_experts ? cluster.accelerator.grouped_workspace_gib : 0.0;
-  add("library workspaces", (cluster.accelerator.workspace_gib + grouped) * 1073741824.0);
+  r.add("library workspaces", (cluster.accelerator.workspace_gib + grouped) * 1073741824.0);
   for (const MemoryLine& line : r.lines) r.static_bytes += line.bytes;
   const double depth = layers_in_flight(l, micro, stage, 1.0);
-  add("activations of dense layers", depth * (weights.layers - weights.moe_layers) * acts.dense);
-  add("activations of MoE layers", depth * weights.moe_layers * acts.moe);
+  r.add("activations of dense layers", depth * (weights.layers - weights.moe_layers) * acts.dense);
+  r.add("activations of MoE layers", depth * weights.moe_layers * acts.moe);
   if (stack.keeps_stage_edges && l.pp > 1) {
     const double edge = 2.0 * tokens * static_cast<double>(m.hidden);
-    add("inputs and outputs of the stage", 2.0 * (depth + 1.0) * edge);
+    r.add("inputs and outputs of the stage", 2.0 * (depth + 1.0) * edge);
   }
-  if (l.recompute.full) add("layer being recomputed", acts.working);
-  if (weights.moe_layers > 0.0) add("dispatch buffers", expert_buffers(m, l, w));
+  if (l.recompute.full) r.add("layer being recomputed", acts.working);
+  if (weights.moe_layers > 0.0) r.add("dispatch buffers", expert_buffers(m, l, w));
   if (l.zero == Zero::kSharded) {
     const double layer = (weights.dense + weights.experts) / std::max(1.0, weights.layers);
-    add("gathered layers (two)", 2.0 * layer * (stack.weight_bytes + stack.reduce_bytes));
+    r.add("gathered layers (two)", 2.0 * layer * (stack.weight_bytes + stack.reduce_bytes));
   }
-  if (stage == 0 && l.pp > 1) add("embedded tokens", 2.0 * tokens * static_cast<double>(m.hidden) / l.tp);
+  if (stage == 0 && l.pp > 1) r.add("embedded tokens", 2.0 * tokens * static_cast<double>(m.hidden) / l.tp);
   if (stage == l.pp - 1) {
     // Low-precision logits, and the fp32 copy that the softmax leaves for its backward.
-    add("logits",
-        6.0 * tokens * static_cast<double>(m.vocab) / l.tp * (1.0 + static_cast<double>(m.mtp_layers)));
+    r.add("logits",
+          6.0 * tokens * static_cast<double>(m.vocab) / l.tp * (1.0 + static_cast<double>(m.mtp_layers)));
   }
   for (const MemoryLine& line : r.lines) r.peak_bytes += line.bytes;
   r.device_bytes = r.peak_bytes * (1.0 + stack.fragmentation) + context_bytes(cluster);

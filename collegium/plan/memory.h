@@ -66,6 +66,11 @@ struct MemoryLine {
 struct MemoryReport {
   int stage = 0;
   std::vector<MemoryLine> lines;
+  void add(const char* component, double bytes) {
+    MemoryLine& line = lines.emplace_back();
+    line.component = component;
+    line.bytes = bytes;
+  }
   double static_bytes = 0.0;  ///< weights, gradients, optimizer state, workspaces
   double peak_bytes = 0.0;    ///< what the allocator hands out at most
   double device_bytes = 0.0;  ///< what the device reports: fragmentation and the driver's context on top

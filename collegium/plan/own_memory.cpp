@@ -145,18 +145,13 @@ OwnTensors own_tensors(const OwnRun& run, double imbalance) {
 MemoryReport own_memory(const OwnRun& run, const Cluster& cluster, double imbalance) {
   const OwnTensors t = own_tensors(run, imbalance);
   MemoryReport r;
-  const auto add = [&r](const char* name, double bytes) {
-    MemoryLine& line = r.lines.emplace_back();
-    line.component = name;
-    line.bytes = bytes;
-  };
-  add("weights", t.weights);
-  add("summed gradients", t.gradients);
-  add("optimizer state", t.optimizer);
-  add("the program", cluster.accelerator.workspace_gib * 1073741824.0);
+  r.add("weights", t.weights);
+  r.add("summed gradients", t.gradients);
+  r.add("optimizer state", t.optimizer);
+  r.add("the program", cluster.accelerator.workspace_gib * 1073741824.0);
   for (const MemoryLine& line : r.lines) r.static_bytes += line.bytes;
-  add("activations", t.activations);
-  add("loss or a layer's backward pass", t.transient);
+  r.add("activations", t.activations);
+  r.add("loss or a layer's backward pass", t.transient);
   for (const MemoryLine& line : r.lines) r.peak_bytes += line.bytes;
   r.device_bytes = r.peak_bytes;
   return r;
