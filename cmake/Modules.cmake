@@ -32,7 +32,8 @@ set(COLLEGIUM_HEADERS_tensor_test ${COLLEGIUM_HEADERS_tensor} <gmock/gmock.h> <g
 function(collegium_share_headers target form)
   set(holder collegium_headers_${form})
   if(NOT TARGET ${holder})
-    file(WRITE ${CMAKE_BINARY_DIR}/${holder}.cpp "")
+    # Unlike file(WRITE), leaves an old file its time: what includes the headers need not be compiled again.
+    file(CONFIGURE OUTPUT ${CMAKE_BINARY_DIR}/${holder}.cpp CONTENT "")
     add_library(${holder} OBJECT ${CMAKE_BINARY_DIR}/${holder}.cpp)
     target_link_libraries(${holder} PRIVATE collegium_flags fmt::fmt nlohmann_json::nlohmann_json)
     if(NOT form MATCHES plain)
