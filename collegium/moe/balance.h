@@ -45,7 +45,8 @@ double hf_pooled_loss(const MoeOptions& options, std::span<const RouterTotals> l
 
 /// What     The update of loss-free balancing: bias_e += rate * sign(mean(counts) - counts_e), sign(0) = 0.
 /// Dtype    counts int64, exact over the whole optimizer step and all ranks; bias fp32 or fp64, on any
-/// device. Ref      [Wang2024, Alg 1] arXiv 2408.15664
+///          device.
+/// Ref      [Wang2024, Alg 1] arXiv 2408.15664
 void update_expert_bias(at::Tensor& expert_bias_E, const at::Tensor& choice_counts_E, double rate);
 
 }  // namespace collegium::moe

@@ -22,7 +22,8 @@ struct BlockHandle : DispatchHandle {
   at::Tensor row_token_X;        ///< int32: token of each row by rank, -1 = zeros
   at::Tensor slot_row_TK;        ///< int32: row of each slot by rank, -1 = none
 
-  // From finish_plan() on, which sets Y rows for this rank's own experts apart and drops the two above.
+  // From finish_plan() on, which sets Y rows for this rank's own experts apart and drops what no arrow
+  // reads: the two above, and the rows of `permutation`.
   at::Tensor sent_token_X;  ///< int32: token of each row that travels, -1 = zeros
   at::Tensor own_token_Y;   ///< int32: token of each own row, -1 = zeros
   at::Tensor own_place_Y;   ///< int32: where it is among the experts' rows

@@ -5,7 +5,9 @@
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
-#include <numeric>
+#include <cmath>
+#include <limits>
+#include <utility>
 #include <vector>
 
 #include "collegium/base/error.h"
@@ -15,30 +17,41 @@ namespace collegium::moe {
 
 namespace {
 
+// Slots [begin, end), the smallest key first, ties to the earlier slot.
+template <class KeyOf>
+std::vector<std::int64_t> sorted_slots(std::int64_t begin, std::int64_t end, const KeyOf& key_of) {
+  std::vector<std::pair<decltype(key_of(begin)), std::int64_t>> keyed;
+  keyed.reserve(static_cast<std::size_t>(end - begin));
+  for (std::int64_t slot = begin; slot < end; ++slot) keyed.emplace_back(key_of(slot), slot);
+  std::sort(keyed.begin(), keyed.end());
+  std::vector<std::int64_t> slots;
+  slots.reserve(keyed.size());
+  for (const auto& [key, slot] : keyed) slots.push_back(slot);
+  return slots;
+}
+
 // The order in which the slots of tokens [begin, end) ask for a place.
 std::vector<std::int64_t> slot_order(DropPolicy policy, std::int64_t begin, std::int64_t end,
                                      std::int64_t top_k, const double* weights, const TokenContext& context) {
-  std::vector<std::int64_t> order;
-  order.reserve(static_cast<std::size_t>((end - begin) * top_k));
   if (policy == DropPolicy::kPosition) {
+    std::vector<std::int64_t> order;
+    order.reserve(static_cast<std::size_t>((end - begin) * top_k));
     for (std::int64_t k = 0; k < top_k; ++k) {
       for (std::int64_t token = begin; token < end; ++token) order.push_back(token * top_k + k);
     }
     return order;
   }
-  order.resize(static_cast<std::size_t>((end - begin) * top_k));
-  std::iota(order.begin(), order.end(), begin * top_k);
   if (policy == DropPolicy::kProbability) {
-    std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return weights[a] > weights[b]; });
-    return order;
+    // A weight that is not a number is the lowest: a comparison with it would be no order.
+    return sorted_slots(begin * top_k, end * top_k, [&](std::int64_t slot) {
+      return std::isnan(weights[slot]) ? std::numeric_limits<double>::infinity() : -weights[slot];
+    });
   }
   const RandomStream stream(context.seed, "capacity/random", static_cast<std::uint64_t>(context.step),
                             static_cast<std::uint64_t>(context.layer));
-  const auto priority = [&](std::int64_t slot) {
+  return sorted_slots(begin * top_k, end * top_k, [&](std::int64_t slot) {
     return stream.bits(static_cast<std::uint64_t>(context.first_token() * top_k + slot));
-  };
-  std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return priority(a) < priority(b); });
-  return order;
+  });
 }
 
 }  // namespace
@@ -73,6 +86,14 @@ std::int64_t expert_capacity(const MoeOptions& options, std::int64_t tokens_per_
   const auto denominator = static_cast<__int128>(options.num_experts) * factor.denominator;
   const auto capacity = static_cast<std::int64_t>((numerator + denominator - 1) / denominator);
   return std::max(capacity, options.capacity.min_capacity);
+}
+
+std::int64_t expert_choice_capacity(const MoeOptions& options, std::int64_t num_tokens) {
+  const Decimal factor = parse_decimal(options.router.expert_choice_factor.text, "expert_choice_factor");
+  const auto wanted = static_cast<__int128>(num_tokens) * factor.numerator /
+                      (static_cast<__int128>(options.num_experts) * factor.denominator);
+  return static_cast<std::int64_t>(
+      std::clamp<__int128>(wanted, std::min<std::int64_t>(1, num_tokens), num_tokens));
 }
 
 at::Tensor kept_slots(const MoeOptions& options, const at::Tensor& ids_TK, const at::Tensor& weights_TK,

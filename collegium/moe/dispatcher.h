@@ -80,8 +80,7 @@ class Dispatcher {
   virtual Pending<DispatchedRows> dispatch(const at::Tensor& x_TD, const at::Tensor& weights_TK,
                                            const std::shared_ptr<DispatchHandle>& handle) = 0;
   /// What     Memory for the rows that the next combine() or dispatch_backward() of this handle is given.
-  /// Those
-  ///          may lie anywhere; what lies here need not be copied.
+  ///          Those may lie anywhere; what lies here need not be copied.
   /// Shape    [R, width of `like`], of its dtype, not initialised.
   virtual at::Tensor result_rows(const at::Tensor& like, const std::shared_ptr<DispatchHandle>& handle);
   /// Rows -> y_TD, a plain sum per token (fp32 or wider inside a rank); a token without rows gets zero.
@@ -139,7 +138,7 @@ struct ExpertTransport {
 };
 
 /// What     The dispatcher of one rank that holds every expert: rows are read where the tokens are, no
-/// communication.
+///          communication.
 std::shared_ptr<Dispatcher> make_local_dispatcher(std::int64_t num_experts);
 
 /// What     A dispatcher over the ranks of an expert-parallel group, one file each.

@@ -259,8 +259,9 @@ variable_list backward_layer(const Inputs& inputs, const std::array<bool, kCount
   const bool has_shared = shared_kind != SharedExpert::kNone;
   SharedExpertGradients shared;
   const auto run_shared = [&] {
-    shared = shared_expert_backward(shared_kind, shared_weights(inputs), saved.expert_input_TD, saved.shared,
-                                    grad_y_TD);
+    shared = shared_expert_backward(
+        shared_kind, shared_weights(inputs), saved.expert_input_TD, saved.shared, grad_y_TD,
+        {.rows = needs[kX], .gate_up = needs[kSharedGateUp], .down = needs[kSharedDown]});
     end_stage(*saved.run, Stage::kSharedExpertBackward);
   };
   const bool during_combine = has_shared && saved.transport.overlap.shared_expert;

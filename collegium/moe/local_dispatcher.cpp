@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <ATen/ops/index_select.h>
-#include <ATen/ops/zeros.h>
-
 #include "collegium/moe/dispatcher.h"
+#include "collegium/moe/exchange.h"
 #include "collegium/ops/permute.h"
 
 namespace collegium::moe {
@@ -35,9 +33,8 @@ class LocalDispatcher final : public Dispatcher {
                                    const std::shared_ptr<DispatchHandle>& handle) override {
     return Pending<DispatchedRows>([=]() -> DispatchedRows {
       const ops::Permutation& permutation = local(handle);
-      const at::Tensor slots_R = permutation.row_slot_R.to(at::kLong);
       return {.rows = {x_TD.contiguous(), permutation.row_token_R},
-              .weights_R = weights_TK.reshape({-1}).index_select(0, slots_R)};
+              .weights_R = rows_of_slots(weights_TK, permutation.row_slot_R)};
     });
   }
 
@@ -57,12 +54,10 @@ class LocalDispatcher final : public Dispatcher {
                                                const std::shared_ptr<DispatchHandle>& handle) override {
     return Pending<DispatchGradients>([=]() -> DispatchGradients {
       const ops::Permutation& permutation = local(handle);
-      at::Tensor grad_weights_TK = at::zeros(permutation.slot_row_TK.sizes(), grad_weights_R.options());
-      // Every slot has at most one row, so this writes each element once.
-      grad_weights_TK.view({-1}).index_copy_(0, permutation.row_slot_R.to(at::kLong), grad_weights_R);
       return {.x_TD = grad_rows_RD.defined() ? ops::combine_rows(grad_rows_RD, permutation.slot_row_TK)
                                              : at::Tensor(),
-              .weights_TK = grad_weights_TK};
+              .weights_TK =
+                  slots_of_rows(grad_weights_R, permutation.row_slot_R, permutation.slot_row_TK.sizes())};
     });
   }
 

@@ -17,15 +17,15 @@ struct NoisyLogits {
   at::Tensor normal_TE;
   at::Tensor noisy_TE;
 };
-/// What     H from the clean logits, x W_noise^T and one standard normal number per token and expert, all [T,
-/// E].
+/// What     H from the clean logits, x W_noise^T and one standard normal number per token and expert, all
+///          [T, E].
 NoisyLogits add_learned_noise(const at::Tensor& clean_TE, const at::Tensor& raw_std_TE,
                               const at::Tensor& normal_TE);
 
 /// What     P(x, i): the probability, over a new draw of i's noise, that i is among the top K while the
-/// others stay. Math     Phi((clean_i - kth_excluding(H, K, i)) / std_i); kth_excluding is the (K+1)-th
-/// largest H when i is in the top K,
-///          else the K-th largest. K = E has no threshold: every P is 1, without gradient.
+///          others stay.
+/// Math     Phi((clean_i - kth_excluding(H, K, i)) / std_i); kth_excluding is the (K+1)-th largest H when i
+///          is in the top K, else the K-th largest. K = E has no threshold: every P is 1, without gradient.
 /// Shape    [T, E], 1 <= K <= E.
 struct SmoothLoad {
   at::Tensor probability_TE;

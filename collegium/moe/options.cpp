@@ -68,9 +68,8 @@ void validate_router(const MoeOptions& o, const std::string& path, bool causal, 
         r.order == ScoreOrder::kScoreFirst && r.renormalize == Renormalize::kNever,
         "{}.router.selection = \"expert_choice\": needs order = \"score_first\" and renormalize = \"never\"",
         path);
-    require_config(r.expert_choice_factor > 0.0, "{}.router.expert_choice_factor = {}: must be positive",
-                   path, r.expert_choice_factor);
   }
+  parse_decimal(r.expert_choice_factor.text, path + ".router.expert_choice_factor");
   const bool constant_weight = r.renormalize != Renormalize::kNever ||
                                (r.order == ScoreOrder::kSelectFirst && r.score == ScoreFunction::kSoftmax);
   require_config(!training || o.top_k > 1 || !constant_weight,
@@ -78,6 +77,25 @@ void validate_router(const MoeOptions& o, const std::string& path, bool causal, 
                  "is exactly zero; "
                  "set router.renormalize = \"never\" and router.order = \"score_first\" to train",
                  path);
+}
+
+// What the experts' own choice, and a balanced assignment, would pass over without a word.
+void validate_selection(const MoeOptions& o, const std::string& path) {
+  const RouterOptions& r = o.router;
+  const auto refuse = [&](bool combined, std::string_view with) {
+    require_config(!combined, "{}.router.selection = \"{}\": cannot be combined with {}", path,
+                   enum_name(r.selection), with);
+  };
+  const bool by_experts = r.selection == Selection::kExpertChoice;
+  refuse((by_experts || r.selection == Selection::kSinkhorn) && r.noise == Noise::kGumbel,
+         "router.noise = \"gumbel\"");
+  refuse(by_experts && r.noise == Noise::kRandomSecondExpert, "router.noise = \"random_second_expert\"");
+  refuse(by_experts && r.bias_balancing, "router.bias_balancing = true");
+  refuse(by_experts && r.num_groups > 1, "router.num_groups above 1");
+  refuse(by_experts && o.capacity.drop_policy != DropPolicy::kNone,
+         "capacity.drop_policy: its capacity is full");
+  refuse(by_experts && o.balance.gshard > 0.0, "balance.gshard: no choice of a token is its first");
+  refuse(by_experts && o.balance.switch_top1 > 0.0, "balance.switch_top1: no choice of a token is its first");
 }
 
 void validate_losses(const MoeOptions& o, const std::string& path) {
@@ -104,11 +122,13 @@ void validate(const MoeOptions& options, const std::string& path, bool causal, b
   validate_sizes(options, path);
   validate_groups(options, path);
   validate_router(options, path, causal, training);
+  validate_selection(options, path);
   validate_losses(options, path);
   const CapacityOptions& capacity = options.capacity;
   parse_decimal(capacity.factor.text, path + ".capacity.factor");
-  require_config(capacity.min_capacity >= 0, "{}.capacity.min_capacity = {}: must not be negative", path,
-                 capacity.min_capacity);
+  constexpr std::int64_t kMostPlaces = std::int64_t{1} << 31;
+  require_config(capacity.min_capacity >= 0 && capacity.min_capacity <= kMostPlaces,
+                 "{}.capacity.min_capacity = {}: must lie between 0 and 2^31", path, capacity.min_capacity);
   require_config(capacity.group_sequences >= 1, "{}.capacity.group_sequences = {}: must be at least 1", path,
                  capacity.group_sequences);
   require_config(

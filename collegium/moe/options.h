@@ -44,7 +44,7 @@ struct RouterOptions {
   Noise noise = Noise::kNone;
   double jitter_epsilon = 0.01;
   std::int64_t sinkhorn_iterations = 8;
-  double expert_choice_factor = 2.0;
+  DecimalText expert_choice_factor = "2";
   bool allow_non_causal = false;
   double forced_skew = 4.0;
   bool bias_balancing = false;
@@ -73,7 +73,8 @@ void describe(Fields& fields, RouterOptions& o) {
   fields("jitter_epsilon", o.jitter_epsilon, "half width of the jitter's uniform factor");
   fields("sinkhorn_iterations", o.sinkhorn_iterations,
          "row/column normalisations of the Sinkhorn assignment");
-  fields("expert_choice_factor", o.expert_choice_factor, "mean experts per token of expert choice");
+  fields("expert_choice_factor", o.expert_choice_factor,
+         "mean experts per token of expert choice, taken as an exact decimal number");
   fields("allow_non_causal", o.allow_non_causal,
          "permit expert choice in a causal model (it looks at future tokens)");
   fields("forced_skew", o.forced_skew,
@@ -178,7 +179,7 @@ void describe(Fields& fields, MoeOptions& o) {
 void validate(const MoeOptions& options, const std::string& path, bool causal, bool training);
 
 /// What     Whether the tokens of a capacity group influence each other's experts: groups must then stay
-/// whole.
+///          whole.
 bool tokens_interact_in_groups(const MoeOptions& options);
 
 }  // namespace collegium::moe

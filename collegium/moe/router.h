@@ -40,7 +40,8 @@ struct RouterGradients {
 ///          losses.
 /// Shape    x_TD [T, D] in the compute dtype; T may be 0.
 /// Order    Ties go to the lower expert id; deterministic.
-/// Throws   nothing for validated options; `replayed_ids_TK` (int32, optional) replaces the selection.
+/// Throws   ConfigError where tokens are dropped and a capacity group straddles two ranks (kept_slots()).
+///          `replayed_ids_TK` (int32, optional) replaces the selection.
 RouterOutput route(const MoeOptions& options, const RouterWeights& weights, const at::Tensor& x_TD,
                    const TokenContext& context, const at::Tensor& replayed_ids_TK = {});
 

@@ -1,17 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// From the scores of the selected experts to the weights that travel with the rows, and the sums over tokens.
+// From the scores of the selected experts to the weights that travel with the rows.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/log.h>
-#include <ATen/ops/ones.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/where.h>
 
 #include "collegium/moe/capacity.h"
 #include "collegium/moe/noise.h"
 #include "collegium/moe/router_state.h"
-#include "collegium/ops/choice_sums.h"
 
 namespace collegium::moe {
 
@@ -35,16 +32,6 @@ at::Tensor keep_second(const at::Tensor& normalized_TK, const TokenContext& cont
   at::Tensor kept_TK = at::ones_like(normalized_TK);
   kept_TK.narrow(1, 1, 1).copy_(uniform_T1 < 2.0 * normalized_TK.narrow(1, 1, 1));
   return kept_TK;
-}
-
-at::Tensor entropy(const RouterState& state, const at::Tensor& probs_TE) {
-  if (state.entropy_T1.defined()) return state.entropy_T1;
-  // 0 log 0 = 0; at::xlogy has no vector form.
-  return -(probs_TE * at::log(probs_TE.clamp_min(1e-37))).sum(1, true);
-}
-
-at::Tensor sum_by_sequence(const at::Tensor& values, std::int64_t num_sequences, std::int64_t length) {
-  return values.reshape({num_sequences, length, values.size(1)}).sum(1);
 }
 
 }  // namespace
@@ -97,36 +84,6 @@ at::Tensor weights_backward(const RouterState& state, const at::Tensor& grad_wei
       break;
   }
   return grad_importance_TK.defined() ? grad_TK + grad_importance_TK : grad_TK;
-}
-
-RouterStatistics collect_statistics(const RouterState& state, const at::Tensor& chosen_ids_TK,
-                                    const TokenContext& context) {
-  const std::int64_t num_sequences = context.num_sequences;
-  const std::int64_t length = context.sequence_length;
-  const auto by_sequence = [&](const at::Tensor& values) {
-    return sum_by_sequence(state.valid_T1.defined() ? values * state.valid_T1 : values, num_sequences,
-                           length);
-  };
-  const at::Tensor probs_TE =
-      state.score_sum_T1.defined() ? state.scores_TE / state.score_sum_T1 : state.scores_TE;
-  const bool before_drop = state.options.router.renormalize == Renormalize::kBeforeDrop;
-  const at::Tensor importance_TK = before_drop ? state.normalized_TK : state.raw_TK;
-  const ops::ChoiceSums choices =
-      ops::sum_choices(chosen_ids_TK, importance_TK, num_sequences, state.options.num_experts);
-
-  RouterStatistics statistics;
-  const at::Tensor ones_T1 = at::ones({context.num_tokens(), 1}, state.scores_TE.options());
-  statistics.num_tokens_B = by_sequence(ones_T1).reshape({num_sequences}).to(at::kLong);
-  statistics.choice_counts_BE = choices.counts_BE;
-  statistics.first_counts_BE = choices.first_counts_BE;
-  statistics.prob_sums_BE = by_sequence(probs_TE);
-  statistics.importance_BE = choices.weights_BE;
-  if (state.load.probability_TE.defined()) statistics.load_BE = by_sequence(state.load.probability_TE);
-  statistics.squared_lse_B = by_sequence(state.lse_T1 * state.lse_T1).reshape({num_sequences});
-  statistics.entropy_B = by_sequence(entropy(state, probs_TE)).reshape({num_sequences});
-  statistics.num_dropped = state.num_dropped;
-  if (state.clean_TE.numel() > 0) statistics.max_abs_logit = state.clean_TE.abs().max().item<double>();
-  return statistics;
 }
 
 }  // namespace collegium::moe

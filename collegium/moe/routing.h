@@ -28,8 +28,9 @@ struct TokenContext {
   std::int64_t first_token() const { return first_sequence * sequence_length; }
 };
 
-/// The decision. Slots (t, k) are ordered by (score descending, expert id ascending) within a token.
-/// A slot that goes nowhere (dropped, padding, second expert not taken) has expert id -1 and weight 0.
+/// The decision. A token's slots are ordered by (score descending, expert id ascending); where the experts
+/// choose there is one for every expert, in their order, and forced or replayed choices keep their own. A
+/// slot that goes nowhere (dropped, padding, second expert not taken) has expert id -1 and weight 0.
 struct Routing {
   at::Tensor expert_ids_TK;  ///< int32, -1 = no expert
   at::Tensor weights_TK;     ///< router dtype (fp32, or fp64 for a float64 model)
@@ -41,7 +42,7 @@ struct Routing {
 struct RouterStatistics {
   at::Tensor num_tokens_B;       ///< int64, tokens that are not padding
   at::Tensor choice_counts_BE;   ///< int64, choices per expert before any drop, all K
-  at::Tensor first_counts_BE;    ///< int64, first choices per expert before any drop
+  at::Tensor first_counts_BE;    ///< int64, choices in slot 0 per expert before any drop
   at::Tensor prob_sums_BE;       ///< router dtype: sum of (normalised) scores over all E
   at::Tensor importance_BE;      ///< router dtype: sum of the selected weights per expert
   at::Tensor load_BE;            ///< router dtype: smooth load of noisy top-K; undefined otherwise

@@ -34,9 +34,9 @@ void require_different_files(const std::filesystem::path& record, const std::fil
 class RoutingRecorder {
  public:
   /// What     Opens the file for the steps after `last_step`: a resumed run keeps the records of the steps
-  /// before. Throws   Error naming the path when it cannot be written; ConfigError when it should be
-  /// continued and is
-  ///          of another kind.
+  ///          before.
+  /// Throws   Error naming the path when it cannot be written; ConfigError when it should be continued and
+  ///          is of another kind.
   explicit RoutingRecorder(const std::filesystem::path& path, std::int64_t last_step = 0);
   /// ids_TK int32 [T, K].
   void append(const RoutingKey& key, const at::Tensor& chosen_ids_TK, std::int64_t num_experts);

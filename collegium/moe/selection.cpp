@@ -3,10 +3,12 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/amax.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/exp.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/logsumexp.h>
+#include <ATen/ops/masked_select.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/topk.h>
@@ -15,8 +17,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 
+#include "collegium/moe/capacity.h"
 #include "collegium/ops/topk.h"
 
 namespace collegium::moe {
@@ -56,49 +60,59 @@ at::Tensor limit_groups(const RouterOptions& options, std::int64_t top_k, const 
       .view_as(scores_TE);
 }
 
-at::Tensor sinkhorn(const MoeOptions& options, const at::Tensor& logits_TE, const TokenContext& context) {
+namespace {
+
+// Calls fn(rows) for every group of whole sequences with the indices of its tokens, padding left out.
+void for_each_group(const MoeOptions& options, const TokenContext& context, const at::Tensor& like,
+                    const std::function<void(const at::Tensor& rows)>& fn) {
   const std::int64_t group_tokens = options.capacity.group_sequences * context.sequence_length;
-  const double num_experts = static_cast<double>(logits_TE.size(1));
-  at::Tensor mass_TE = at::empty_like(logits_TE);
-  for (std::int64_t begin = 0; begin < logits_TE.size(0); begin += group_tokens) {
-    const std::int64_t size = std::min(group_tokens, logits_TE.size(0) - begin);
-    // One token has nobody to be balanced against: equal columns would leave its choice to rounding.
-    if (size == 1) {
-      mass_TE.narrow(0, begin, 1).copy_(at::softmax(logits_TE.narrow(0, begin, 1), 1));
-      continue;
-    }
-    // In logarithms: neither normalisation can overflow or divide by zero.
-    at::Tensor mass = logits_TE.narrow(0, begin, size);
-    for (std::int64_t i = 0; i < options.router.sinkhorn_iterations; ++i) {
-      mass = mass - at::logsumexp(mass, {1}, true) - std::log(static_cast<double>(size));
-      mass = mass - at::logsumexp(mass, {0}, true) - std::log(num_experts);
-    }
-    mass_TE.narrow(0, begin, size).copy_(at::exp(mass) * size);
+  const at::Tensor all_T = at::arange(context.num_tokens(), like.options().dtype(at::kLong));
+  for (std::int64_t begin = 0; begin < context.num_tokens(); begin += group_tokens) {
+    const std::int64_t size = std::min(group_tokens, context.num_tokens() - begin);
+    at::Tensor rows = all_T.narrow(0, begin, size);
+    if (context.padding_T.defined())
+      rows =
+          at::masked_select(rows, context.padding_T.narrow(0, begin, size).logical_not().to(like.device()));
+    if (rows.size(0) > 0) fn(rows);
   }
+}
+
+at::Tensor balanced_masses(const at::Tensor& logits_SE, std::int64_t iterations) {
+  const std::int64_t size = logits_SE.size(0);
+  // One token has nobody to be balanced against: equal columns would leave its choice to rounding.
+  if (size == 1) return at::softmax(logits_SE, 1);
+  const double num_experts = static_cast<double>(logits_SE.size(1));
+  // In logarithms: neither normalisation can overflow or divide by zero.
+  at::Tensor mass = logits_SE;
+  for (std::int64_t i = 0; i < iterations; ++i) {
+    mass = mass - at::logsumexp(mass, {1}, true) - std::log(static_cast<double>(size));
+    mass = mass - at::logsumexp(mass, {0}, true) - std::log(num_experts);
+  }
+  return at::exp(mass) * size;
+}
+
+}  // namespace
+
+at::Tensor sinkhorn(const MoeOptions& options, const at::Tensor& logits_TE, const TokenContext& context) {
+  at::Tensor mass_TE = at::zeros_like(logits_TE);
+  for_each_group(options, context, logits_TE, [&](const at::Tensor& rows) {
+    mass_TE.index_copy_(0, rows,
+                        balanced_masses(logits_TE.index_select(0, rows), options.router.sinkhorn_iterations));
+  });
   return mass_TE;
 }
 
 at::Tensor expert_choice(const MoeOptions& options, const at::Tensor& probs_TE, const TokenContext& context) {
-  const std::int64_t num_experts = options.num_experts;
   at::Tensor taken_TE = at::zeros_like(probs_TE, at::kBool);
-  const std::int64_t group_tokens = options.capacity.group_sequences * context.sequence_length;
-  if (group_tokens == 0) return taken_TE;
-  const double mean = options.router.expert_choice_factor / static_cast<double>(num_experts);
-  const at::Tensor eligible_TE =
-      context.padding_T.defined()
-          ? probs_TE.masked_fill(context.padding_T.unsqueeze(1), -std::numeric_limits<double>::infinity())
-          : probs_TE;
-  for (std::int64_t begin = 0; begin < probs_TE.size(0); begin += group_tokens) {
-    const std::int64_t size = std::min(group_tokens, probs_TE.size(0) - begin);
-    const auto wanted = static_cast<std::int64_t>(static_cast<double>(size) * mean);
-    const std::int64_t capacity = std::clamp<std::int64_t>(wanted, 1, size);
-    const at::Tensor by_expert_ES = eligible_TE.narrow(0, begin, size).t().contiguous();
-    const at::Tensor tokens_EC = ops::topk_stable(by_expert_ES, capacity).to(at::kLong);
-    at::Tensor taken_ES = at::zeros({num_experts, size}, taken_TE.options());
+  for_each_group(options, context, probs_TE, [&](const at::Tensor& rows) {
+    const std::int64_t size = rows.size(0);
+    const at::Tensor by_expert_ES = probs_TE.index_select(0, rows).t().contiguous();
+    const at::Tensor tokens_EC =
+        ops::topk_stable(by_expert_ES, expert_choice_capacity(options, size)).to(at::kLong);
+    const at::Tensor taken_ES = at::zeros({options.num_experts, size}, taken_TE.options());
     taken_ES.scatter_(1, tokens_EC, true);
-    taken_TE.narrow(0, begin, size).copy_(taken_ES.t());
-  }
-  if (context.padding_T.defined()) taken_TE.masked_fill_(context.padding_T.unsqueeze(1), false);
+    taken_TE.index_copy_(0, rows, taken_ES.t());
+  });
   return taken_TE;
 }
 

@@ -54,7 +54,7 @@ at::Tensor routed_gradient(SharedExpert kind, const SharedExpertState& state, co
 
 SharedExpertGradients shared_expert_backward(SharedExpert kind, const SharedExpertWeights& weights,
                                              const at::Tensor& x_TD, const SharedExpertState& state,
-                                             const at::Tensor& grad_y_TD) {
+                                             const at::Tensor& grad_y_TD, const ops::ExpertNeeds& needs) {
   SharedExpertGradients gradients;
   at::Tensor grad_shared_TD = grad_y_TD;
   at::Tensor grad_gate_x_TD;
@@ -74,13 +74,14 @@ SharedExpertGradients shared_expert_backward(SharedExpert kind, const SharedExpe
     gradients.weights.mix_2D = at::mm(grad_logits_T2.t(), wide(x_TD)).to(x_TD.scalar_type());
     grad_gate_x_TD = at::mm(grad_logits_T2, wide(weights.mix_2D));
   }
-  ops::ExpertMlpBackward inner(state.experts, lone_expert(weights), grad_shared_TD.contiguous(), {});
+  ops::ExpertMlpBackward inner(state.experts, lone_expert(weights), grad_shared_TD.contiguous(), needs);
   const ops::ExpertRowGradients rows = inner.rows(ops::WeightGradients::kAfterRows);
   const ops::ExpertWeightGradients expert = inner.weights();
-  gradients.weights.gate_up_GD = expert.gate_up_EGD.squeeze(0);
-  gradients.weights.down_DF = expert.down_EDF.squeeze(0);
-  gradients.x_TD =
-      grad_gate_x_TD.defined() ? (wide(rows.x_RD) + grad_gate_x_TD).to(x_TD.scalar_type()) : rows.x_RD;
+  if (needs.gate_up) gradients.weights.gate_up_GD = expert.gate_up_EGD.squeeze(0);
+  if (needs.down) gradients.weights.down_DF = expert.down_EDF.squeeze(0);
+  gradients.x_TD = rows.x_RD;
+  if (needs.rows && grad_gate_x_TD.defined())
+    gradients.x_TD = (wide(rows.x_RD) + grad_gate_x_TD).to(x_TD.scalar_type());
   return gradients;
 }
 

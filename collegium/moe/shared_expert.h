@@ -25,8 +25,7 @@ struct SharedExpertState {
 };
 
 /// What     The shared expert's output s and its gate, into `state`; needs no routed output, so it can run
-/// while
-///          rows travel.
+///          while rows travel.
 /// Shape    x_TD [T, D].
 void shared_expert_forward(SharedExpert kind, const SharedExpertWeights& weights, const at::Tensor& x_TD,
                            SharedExpertState& state);
@@ -43,9 +42,10 @@ struct SharedExpertGradients {
   at::Tensor x_TD;
   SharedExpertWeights weights;
 };
-/// What     The other gradients for dLoss/dy; undefined where the kind has no such weight.
+/// What     The other gradients for dLoss/dy; undefined where the kind has no such weight, and for the
+///          input and the expert's weights where `needs` leaves them out.
 SharedExpertGradients shared_expert_backward(SharedExpert kind, const SharedExpertWeights& weights,
                                              const at::Tensor& x_TD, const SharedExpertState& state,
-                                             const at::Tensor& grad_y_TD);
+                                             const at::Tensor& grad_y_TD, const ops::ExpertNeeds& needs);
 
 }  // namespace collegium::moe

@@ -30,10 +30,12 @@ Experts without(const Experts& experts, const Experts& removed) {
   return kept;
 }
 
-/// What a token chooses: first those of `first`, then the rest of its K in turns from `pool`.
+/// What a token chooses: first those of `first`, then the rest of its K from `pool`, which goes round: all
+/// tokens before took `turn` from it.
 struct Choice {
   Experts first;
   const Experts* pool = nullptr;
+  std::int64_t turn = 0;
 };
 using ChoiceOf = std::function<Choice(std::int64_t token)>;
 
@@ -44,12 +46,16 @@ at::Tensor fill(const SkewShape& shape, std::int64_t first_token, std::int64_t n
   for (std::int64_t token = first_token; token < first_token + num_tokens; ++token) {
     const Choice choice = choice_of(token);
     next = std::copy(choice.first.begin(), choice.first.end(), next);
-    for (auto k = static_cast<std::int64_t>(choice.first.size()); k < shape.top_k; ++k) {
-      const auto place = static_cast<std::size_t>(token * shape.top_k + k) % choice.pool->size();
-      *next++ = (*choice.pool)[place];
-    }
+    const std::int64_t rest = shape.top_k - static_cast<std::int64_t>(choice.first.size());
+    for (std::int64_t i = 0; i < rest; ++i)
+      *next++ = (*choice.pool)[static_cast<std::size_t>(choice.turn + i) % choice.pool->size()];
   }
   return ids_TK;
+}
+
+// Choices from the pool of the tokens before one, where even tokens take `even` and odd ones `odd`.
+std::int64_t turn_of(std::int64_t token, std::int64_t even, std::int64_t odd) {
+  return (token + 1) / 2 * even + token / 2 * odd;
 }
 
 void require_enough(const Experts& pool, std::int64_t wanted, std::string_view skew, std::string_view which) {
@@ -63,7 +69,9 @@ at::Tensor hot_expert(const SkewShape& shape, std::int32_t hot, std::int64_t fir
   const Experts others = without(range(0, shape.num_experts), {hot});
   require_enough(others, shape.top_k, "W1 or W6", "the experts that are not hot");
   return fill(shape, first_token, num_tokens, [&](std::int64_t token) {
-    return Choice{.first = token % 2 == 0 ? Experts{hot} : Experts{}, .pool = &others};
+    return Choice{.first = token % 2 == 0 ? Experts{hot} : Experts{},
+                  .pool = &others,
+                  .turn = turn_of(token, shape.top_k - 1, shape.top_k)};
   });
 }
 
@@ -75,10 +83,11 @@ at::Tensor hot_rank(const SkewShape& shape, std::int64_t first_token, std::int64
   const auto hot = std::min<std::int64_t>(shape.top_k, placement.count(0));
   require_enough(elsewhere, shape.top_k - hot, "W2", "the other ranks' experts");
   return fill(shape, first_token, num_tokens, [&](std::int64_t token) {
-    if (token % 4 == 3) return Choice{.first = {}, .pool = &all};
-    Choice choice{.first = {}, .pool = &elsewhere};
+    if (token % 4 == 3) return Choice{.first = {}, .pool = &all, .turn = token / 4 * shape.top_k};
+    const std::int64_t earlier = token / 4 * 3 + token % 4;  // that choose among the first rank's
+    Choice choice{.first = {}, .pool = &elsewhere, .turn = earlier * (shape.top_k - hot)};
     for (std::int64_t k = 0; k < hot; ++k)
-      choice.first.push_back(here[static_cast<std::size_t>(token * hot + k) % here.size()]);
+      choice.first.push_back(here[static_cast<std::size_t>(earlier * hot + k) % here.size()]);
     return choice;
   });
 }
@@ -92,7 +101,7 @@ at::Tensor spread_hot(const SkewShape& shape, std::int64_t first_token, std::int
   const auto taken = std::min<std::int64_t>(shape.top_k, shape.num_ranks);
   require_enough(others, shape.top_k, "W3", "the experts that are not hot");
   return fill(shape, first_token, num_tokens, [&](std::int64_t token) {
-    Choice choice{.first = {}, .pool = &others};
+    Choice choice{.first = {}, .pool = &others, .turn = turn_of(token, shape.top_k - taken, shape.top_k)};
     for (std::int64_t k = 0; token % 2 == 0 && k < taken; ++k)
       choice.first.push_back(hot[static_cast<std::size_t>(token / 2 * taken + k) % hot.size()]);
     return choice;
@@ -102,8 +111,9 @@ at::Tensor spread_hot(const SkewShape& shape, std::int64_t first_token, std::int
 at::Tensor from_pool(const SkewShape& shape, const Experts& pool, std::string_view skew,
                      std::int64_t first_token, std::int64_t num_tokens) {
   require_enough(pool, shape.top_k, skew, "the experts that get tokens");
-  return fill(shape, first_token, num_tokens,
-              [&](std::int64_t) { return Choice{.first = {}, .pool = &pool}; });
+  return fill(shape, first_token, num_tokens, [&](std::int64_t token) {
+    return Choice{.first = {}, .pool = &pool, .turn = token * shape.top_k};
+  });
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ enum class Skew {
   /// the first rank gets 3/4 + 1/(4 ranks).
   kHotRank,
   /// W3. Every second token chooses the first experts of min(K, ranks) ranks, in turns; the other slots are
-  /// balanced over the other experts. Experts differ in load, ranks do not.
+  /// balanced over the other experts. Experts differ in load (unless half of them are hot), ranks do not.
   kSpreadHot,
   /// W4. Balanced over the experts, but the ranks bring unequal numbers of tokens: rank r of R brings
   /// (2 r + 1) / R^2 of them.
@@ -52,8 +52,9 @@ struct SkewShape {
 std::vector<std::int64_t> skewed_shares(Skew skew, std::int64_t num_tokens, int num_ranks);
 
 /// What     The experts of tokens [first_token, first_token + num_tokens) of the global batch, to be
-/// replayed. Shape    int32 [T, K], the experts of a token differ. Throws   ConfigError: fewer experts are
-/// left than a token chooses.
+///          replayed.
+/// Shape    int32 [T, K], the experts of a token differ.
+/// Throws   ConfigError: fewer experts are left than a token chooses.
 at::Tensor skewed_ids_TK(Skew skew, const SkewShape& shape, std::int64_t step, std::int64_t first_token,
                          std::int64_t num_tokens);
 

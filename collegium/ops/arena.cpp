@@ -47,6 +47,8 @@ void Arena::remove_free(std::map<char*, std::size_t>::iterator block) {
 }
 
 void* Arena::allocate(std::size_t bytes) {
+  COLLEGIUM_CHECK(bytes > 0, "an empty block");
+  if (bytes > capacity_) return nullptr;
   const std::size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
   const std::lock_guard lock(mutex_);
   const auto found = free_by_size_.lower_bound({rounded, nullptr});

@@ -32,7 +32,7 @@ class Arena {
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
-  /// nullptr when no free block is large enough.
+  /// nullptr when no free block is large enough; `bytes` must not be 0.
   void* allocate(std::size_t bytes);
   /// `block` must come from allocate().
   void deallocate(void* block);

@@ -15,8 +15,7 @@ namespace collegium::ops {
 inline constexpr std::int64_t kPanelColumns = kLineBytes / static_cast<std::int64_t>(sizeof(float));
 
 /// What     sums[r, n] = sum over k of a[r, k] panel[k, n], or where `adds` that much more, added in the
-/// order
-///          of k whatever the number of rows is.
+///          order of k whatever the number of rows is.
 /// Shape    a [rows, depth], panel [depth, kPanelColumns] contiguous, sums [rows, columns], columns at most
 ///          kPanelColumns: the others of the panel are not used.
 void panel_product(const IndexedRows<const float>& a, std::int64_t rows, const float* panel,

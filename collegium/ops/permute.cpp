@@ -35,6 +35,8 @@ constexpr std::int64_t kRowsPerTask = 32;
 Permutation group_by_expert(const at::Tensor& expert_ids_TK, std::int64_t num_experts) {
   COLLEGIUM_CHECK(expert_ids_TK.dim() == 2 && expert_ids_TK.scalar_type() == at::kInt,
                   "ids must be int32 [T, K]");
+  COLLEGIUM_CHECK(expert_ids_TK.numel() <= std::numeric_limits<std::int32_t>::max(),
+                  "{} slots: more than int32 can count", expert_ids_TK.numel());
   if (!expert_ids_TK.is_cpu()) return group_by_expert_aten(expert_ids_TK, num_experts);
   const at::Tensor ids_TK = expert_ids_TK.contiguous();
   const auto* ids = ids_TK.const_data_ptr<std::int32_t>();

@@ -67,7 +67,7 @@ COLLEGIUM_INLINE float exp_of_negative(float x) {
   const float power = std::bit_cast<float>((std::bit_cast<std::uint32_t>(shifted) << 23U) + 0x3f800000U);
   return x < -87.0F ? 0.0F : p * power;
 }
-/// What     exp(z) for z <= 0, by a polynomial that vectorises.
+/// What     The same in double precision, which only exactness asks for: the library's.
 COLLEGIUM_INLINE double exp_of_negative(double x) { return std::exp(x); }
 
 /// What     1 / (1 + exp(-z)), without overflow for either sign; NaN stays.

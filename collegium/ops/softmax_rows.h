@@ -14,7 +14,7 @@ struct SoftmaxRows {
 };
 
 /// What     Softmax of every row, with its logsumexp and its entropy.
-/// Formula  p_e = exp(z_e - m) / s, s = sum_e exp(z_e - m), m = max z; lse = m + log s;
+/// Math     p_e = exp(z_e - m) / s, s = sum_e exp(z_e - m), m = max z; lse = m + log s;
 ///          entropy = log s + sum_e p_e (m - z_e).
 /// Dtype    float32 or float64; a row that holds NaN or +infinity becomes NaN. The same for any threads.
 SoftmaxRows softmax_rows(const at::Tensor& logits_TE);
@@ -32,8 +32,9 @@ struct SoftmaxRowsGradient {
 };
 
 /// What     dLoss/dlogits.
-/// Formula  g_e = sequence_e valid + sum_{k: id_k = e} slot_k; dz_e = p_e (g_e + lse - sum_i g_i p_i).
-/// Shape    probs_TE [T, E], T tokens in B sequences of equal length; all in the dtype of the probabilities.
+/// Math     g_e = sequence_e valid + sum_{k: id_k = e} slot_k; dz_e = p_e (g_e + lse - sum_i g_i p_i).
+/// Shape    probs_TE [T, E], T tokens in B sequences of equal length; all in the dtype of the
+///          probabilities.
 at::Tensor softmax_rows_backward(const at::Tensor& probs_TE, const SoftmaxRowsGradient& grad);
 
 /// The same with ATen operators only, for any device.

@@ -19,9 +19,8 @@ std::vector<int> allowed_cores();
 std::vector<int> slice_of_cores(const std::vector<int>& cores, int index, int count);
 
 /// What     Binds each OpenMP thread of the calling thread to one of `cores`, or, where there are more
-/// threads, to
-///          all of them. Unbound threads on a small virtual machine wait a scheduler quantum (8 ms) at
-///          parallel regions. Does nothing with OMP_PROC_BIND=false.
+///          threads, to all of them. Unbound threads on a small virtual machine wait a scheduler quantum (8
+///          ms) at parallel regions. Does nothing with OMP_PROC_BIND=false.
 /// Order    Call once at start-up, from the thread that will compute; every thread that computes has OpenMP
 ///          threads of its own.
 void bind_threads(const std::vector<int>& cores);

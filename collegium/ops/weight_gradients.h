@@ -53,9 +53,8 @@ struct OuterProducts {
   at::Tensor grad_EOI;  ///< written; exactly zero for an expert without rows
 };
 
-/// What     The products of the experts, as tasks of one queue. `experts` says where each one's rows are: any
-/// ranges are
-///          right, PaddedRows::experts() spare bf16 the making of kernels.
+/// What     The products of the experts, as tasks of one queue. `experts` says where each one's rows are:
+///          any ranges are right, PaddedRows::experts() spare bf16 the making of kernels.
 void outer_into(const std::vector<ExpertRows>& experts, const std::vector<OuterProducts>& products);
 /// The same with ATen operators only, for any device.
 void outer_into_aten(const std::vector<ExpertRows>& experts, const std::vector<OuterProducts>& products);

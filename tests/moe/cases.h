@@ -187,6 +187,19 @@ inline std::vector<MoeCase> moe_cases() {
        }},
       {"losses_batch",
        [](MoeOptions& o) { o.balance = {.load_balance = 0.3, .switch_top1 = 0.5, .importance_cv2 = 0.4}; }},
+      {"importance_raw",
+       [](MoeOptions& o) {
+         o.router.renormalize = Renormalize::kNever;
+         o.balance.importance_cv2 = 0.4;
+       }},
+      {"importance_after_drop",
+       [](MoeOptions& o) {
+         o.capacity.drop_policy = DropPolicy::kPosition;
+         o.capacity.factor = "0.7";
+         o.capacity.min_capacity = 1;
+         o.router.renormalize = Renormalize::kAfterDrop;
+         o.balance.importance_cv2 = 0.4;
+       }},
       {"losses_probability_importance",
        [](MoeOptions& o) {
          o.balance.importance_cv2 = 0.4;

@@ -11,8 +11,8 @@
 #include <cmath>
 #include <set>
 
-#include "collegium/base/rng.h"
 #include "collegium/comm/ledger.h"
+#include "collegium/moe/skews.h"
 #include "tests/moe/dispatcher_cases.h"
 #include "tests/moe/dispatcher_layouts.h"
 #include "tests/support/tensors.h"
@@ -236,25 +236,6 @@ double log_choose(double n, double k) {
   return std::lgamma(n + 1) - std::lgamma(k + 1) - std::lgamma(n - k + 1);
 }
 
-// K distinct experts, each set as likely as any other.
-at::Tensor random_ids(std::int64_t tokens, std::int64_t num_experts, std::int64_t top_k) {
-  at::Tensor ids = at::empty({tokens, top_k}, at::kInt);
-  auto* out = ids.mutable_data_ptr<std::int32_t>();
-  const RandomStream random(5, "two_level traffic");
-  std::vector<std::int32_t> deck(static_cast<std::size_t>(num_experts));
-  for (std::int64_t token = 0; token < tokens; ++token) {
-    for (std::size_t e = 0; e < deck.size(); ++e) deck[e] = static_cast<std::int32_t>(e);
-    for (std::int64_t k = 0; k < top_k; ++k) {
-      const double u = random.uniform(static_cast<std::uint64_t>(token), static_cast<std::uint64_t>(k));
-      const auto left = static_cast<double>(num_experts - k);
-      const auto picked = static_cast<std::size_t>(k + static_cast<std::int64_t>(u * left));
-      std::swap(deck[static_cast<std::size_t>(k)], deck[picked]);
-      *out++ = deck[static_cast<std::size_t>(k)];
-    }
-  }
-  return ids;
-}
-
 TEST(DispatcherBytes, two_level_traffic_of_random_routing_is_the_expected_one) {
   // A token needs D(G) = G (1 - C(E - E/G, K) / C(E, K)) of G nodes, and its own is one of them with
   // probability D(G) / G.
@@ -262,7 +243,8 @@ TEST(DispatcherBytes, two_level_traffic_of_random_routing_is_the_expected_one) {
        {std::tuple{64, 8, 2}, {64, 8, 4}, {8, 2, 4}, {128, 8, 4}, {16, 1, 2}}) {
     constexpr std::int64_t kTokens = 2000;
     const int ranks = 2 * nodes;
-    const at::Tensor ids = random_ids(ranks * kTokens, num_experts, top_k);
+    const at::Tensor ids =
+        moe::random_ids_TK({.num_experts = num_experts, .top_k = top_k}, 0, 0, ranks * kTokens);
     const RoutingCase routing{.name = "random",
                               .num_experts = num_experts,
                               .top_k = top_k,

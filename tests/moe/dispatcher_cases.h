@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// Routings that dispatchers must survive, on any number of ranks: the skews W0 to W7 of Megatron-LM#7488 and
-// adversarial ones.
+// Routings that dispatchers must survive, on any number of ranks: skewed and adversarial ones.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -59,29 +58,29 @@ inline std::int64_t balanced(const RoutingSlot& s) {
 
 inline std::vector<RoutingCase> skewed_routings() {
   return {
-      {.name = "W0_balanced", .expert = balanced},
+      {.name = "balanced", .expert = balanced},
       // Four of five tokens choose the same two experts.
-      {.name = "W1_hot_experts",
+      {.name = "hot_experts",
        .expert = [](const RoutingSlot& s) { return s.token % 5 == 0 ? balanced(s) : 3 + s.choice; }},
-      {.name = "W2_hot_rank",
+      {.name = "hot_rank",
        .expert = [](const RoutingSlot& s) { return s.expert_of(1 % s.num_ranks, (s.token + s.choice) % 2); }},
       // The first expert of every rank is hot.
-      {.name = "W3_spread_hot",
+      {.name = "spread_hot",
        .expert =
            [](const RoutingSlot& s) {
              const std::int64_t turn = s.token + s.choice;
              return s.expert_of(static_cast<int>(turn % s.num_ranks), s.choice / s.num_ranks);
            }},
-      {.name = "W4_ragged_source",
+      {.name = "ragged_source",
        .tokens = [](int rank) { return std::int64_t{rank % 3 == 0 ? 1 : 40 * (rank % 3) * (rank % 3)}; },
        .expert = balanced},
       // Odd experts and the upper half of the ranks get nothing.
-      {.name = "W5_zero_load",
+      {.name = "zero_load",
        .expert = [](const RoutingSlot& s) { return 2 * ((s.token + s.choice) % (s.num_experts / 4)); }},
-      {.name = "W6_rotating",
+      {.name = "rotating",
        .expert = [](const RoutingSlot& s) { return (s.token / 4 + s.choice) % s.num_experts; }},
       // Nothing for three quarters of the time, then everything to two experts.
-      {.name = "W7_burst",
+      {.name = "burst",
        .expert = [](const RoutingSlot& s) { return s.token % 16 < 12 ? -1 : s.num_experts - 1 - s.choice; }},
   };
 }

@@ -229,21 +229,6 @@ TEST(MoeLayer, all_tokens_to_one_expert) {
   }
 }
 
-TEST(MoeLayer, padding_is_neither_routed_nor_counted) {
-  moe::MoeOptions options = test::base_options();
-  options.balance.load_balance = 1.0;
-  moe::TokenContext context = training_context();
-  context.padding_T = at::zeros({context.num_tokens()}, at::kBool);
-  context.padding_T.narrow(0, kLength, kLength).fill_(true);
-  const at::Tensor x = random_tensor("x", {context.num_tokens(), kWidth});
-  const auto output = moe::route(options, make_weights(options).router, x, context);
-  EXPECT_TRUE((output.routing.expert_ids_TK.narrow(0, kLength, kLength) == -1).all().item<bool>());
-  EXPECT_EQ(output.statistics.num_tokens_B[1].item<std::int64_t>(), 0);
-  EXPECT_EQ(output.statistics.prob_sums_BE[1].abs().sum().item<double>(), 0.0);
-  EXPECT_EQ(output.statistics.choice_counts_BE.sum().item<std::int64_t>(),
-            (kSequences - 1) * kLength * options.top_k);
-}
-
 TEST(MoeLayer, low_precision_is_within_its_bound_and_reruns_are_bit_identical) {
   const moe::MoeOptions options = test::base_options();
   for (const auto dtype : {at::kFloat, at::kBFloat16}) {

@@ -9,10 +9,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <limits>
+
 #include "collegium/moe/balance.h"
 #include "collegium/moe/capacity.h"
 #include "collegium/moe/selection.h"
 #include "tests/moe/cases.h"
+#include "tests/moe/router_oracle.h"
 #include "tests/support/tensors.h"
 
 namespace collegium {
@@ -23,50 +26,16 @@ struct Mistake {
   std::function<void(moe::MoeOptions&)> make;
 };
 
-TEST(MoeOptions, every_mistake_has_its_message) {
-  using namespace moe;
-  const std::vector<Mistake> mistakes = {
-      {"moe.num_experts = 0: must be at least 1", [](MoeOptions& o) { o.num_experts = 0; }},
-      {"moe.top_k = 7: must lie between 1 and num_experts = 6", [](MoeOptions& o) { o.top_k = 7; }},
-      {"moe.ffn_size = 0: must be at least 1", [](MoeOptions& o) { o.ffn_size = 0; }},
-      {"moe.router.num_groups = 4: must divide num_experts = 6",
-       [](MoeOptions& o) { o.router.num_groups = 4; }},
-      {"moe.router.top_groups = 3: must lie between 1 and num_groups = 2",
-       [](MoeOptions& o) {
-         o.router.num_groups = 2;
-         o.router.top_groups = 3;
-       }},
-      {"moe.top_k = 3: 1 groups of 2 experts hold only 2",
-       [](MoeOptions& o) {
-         o.top_k = 3;
-         o.router.num_groups = 3;
-       }},
-      {"moe.router.scaling_factor = 0: must be positive", [](MoeOptions& o) { o.router.scaling_factor = 0; }},
-      {"moe.router.jitter_epsilon = 1: must lie in [0, 1)",
-       [](MoeOptions& o) { o.router.jitter_epsilon = 1; }},
-      {"moe.router.noise = \"random_second_expert\": needs top_k = 2, not 3",
-       [](MoeOptions& o) {
-         o.top_k = 3;
-         o.router.noise = Noise::kRandomSecondExpert;
-       }},
-      {"moe.router.selection = \"expert_choice\": looks at future tokens",
-       [](MoeOptions& o) { o.router.selection = Selection::kExpertChoice; }},
-      {"moe.top_k = 1 with renormalised weights", [](MoeOptions& o) { o.top_k = 1; }},
-      {"moe.balance.z_loss = -1: must not be negative", [](MoeOptions& o) { o.balance.z_loss = -1; }},
-      {"moe.balance.load_cv2 = 0.1: the smooth load needs", [](MoeOptions& o) { o.balance.load_cv2 = 0.1; }},
-      {"moe.capacity.factor = \"1,5\": must be a positive decimal",
-       [](MoeOptions& o) { o.capacity.factor = "1,5"; }},
-      {"moe.router.forced_skew = 4: must be at most num_experts / top_k = 3",
-       [](MoeOptions& o) {
-         o.router.selection = Selection::kForcedSkew;
-         o.router.forced_skew = 4;
-       }},
-      {"moe.capacity.group_sequences = 0: must be at least 1",
-       [](MoeOptions& o) { o.capacity.group_sequences = 0; }},
-      {"moe.router.renormalize = \"after_drop\": nothing is dropped",
-       [](MoeOptions& o) { o.router.renormalize = Renormalize::kAfterDrop; }},
-      {"moe.shared_expert.ffn_size = 0: must be at least 1 for kind = \"sum\"",
-       [](MoeOptions& o) { o.shared_expert.kind = SharedExpert::kSum; }}};
+std::function<void(moe::MoeOptions&)> by_experts(const std::function<void(moe::MoeOptions&)>& change) {
+  return [change](moe::MoeOptions& o) {
+    o.router.selection = moe::Selection::kExpertChoice;
+    o.router.allow_non_causal = true;
+    o.router.renormalize = moe::Renormalize::kNever;
+    change(o);
+  };
+}
+
+void expect_refused(const std::vector<Mistake>& mistakes) {
   for (const Mistake& mistake : mistakes) {
     moe::MoeOptions options = test::base_options();
     mistake.make(options);
@@ -77,6 +46,80 @@ TEST(MoeOptions, every_mistake_has_its_message) {
       EXPECT_THAT(error.what(), testing::StartsWith(mistake.message));
     }
   }
+}
+
+TEST(MoeOptions, every_mistake_has_its_message) {
+  using namespace moe;
+  expect_refused(
+      {{"moe.num_experts = 0: must be at least 1", [](MoeOptions& o) { o.num_experts = 0; }},
+       {"moe.top_k = 7: must lie between 1 and num_experts = 6", [](MoeOptions& o) { o.top_k = 7; }},
+       {"moe.ffn_size = 0: must be at least 1", [](MoeOptions& o) { o.ffn_size = 0; }},
+       {"moe.router.num_groups = 4: must divide num_experts = 6",
+        [](MoeOptions& o) { o.router.num_groups = 4; }},
+       {"moe.router.top_groups = 3: must lie between 1 and num_groups = 2",
+        [](MoeOptions& o) {
+          o.router.num_groups = 2;
+          o.router.top_groups = 3;
+        }},
+       {"moe.top_k = 3: 1 groups of 2 experts hold only 2",
+        [](MoeOptions& o) {
+          o.top_k = 3;
+          o.router.num_groups = 3;
+        }},
+       {"moe.router.scaling_factor = 0: must be positive",
+        [](MoeOptions& o) { o.router.scaling_factor = 0; }},
+       {"moe.router.jitter_epsilon = 1: must lie in [0, 1)",
+        [](MoeOptions& o) { o.router.jitter_epsilon = 1; }},
+       {"moe.router.noise = \"random_second_expert\": needs top_k = 2, not 3",
+        [](MoeOptions& o) {
+          o.top_k = 3;
+          o.router.noise = Noise::kRandomSecondExpert;
+        }},
+       {"moe.router.selection = \"expert_choice\": looks at future tokens",
+        [](MoeOptions& o) { o.router.selection = Selection::kExpertChoice; }},
+       {"moe.router.expert_choice_factor = \"0\": must be a positive decimal",
+        [](MoeOptions& o) { o.router.expert_choice_factor = "0"; }},
+       {"moe.capacity.min_capacity = 4294967296: must lie between 0 and 2^31",
+        [](MoeOptions& o) { o.capacity.min_capacity = std::int64_t{1} << 32; }},
+       {"moe.top_k = 1 with renormalised weights", [](MoeOptions& o) { o.top_k = 1; }},
+       {"moe.balance.z_loss = -1: must not be negative", [](MoeOptions& o) { o.balance.z_loss = -1; }},
+       {"moe.balance.load_cv2 = 0.1: the smooth load needs", [](MoeOptions& o) { o.balance.load_cv2 = 0.1; }},
+       {"moe.capacity.factor = \"1,5\": must be a positive decimal",
+        [](MoeOptions& o) { o.capacity.factor = "1,5"; }},
+       {"moe.router.forced_skew = 4: must be at most num_experts / top_k = 3",
+        [](MoeOptions& o) {
+          o.router.selection = Selection::kForcedSkew;
+          o.router.forced_skew = 4;
+        }},
+       {"moe.capacity.group_sequences = 0: must be at least 1",
+        [](MoeOptions& o) { o.capacity.group_sequences = 0; }},
+       {"moe.router.renormalize = \"after_drop\": nothing is dropped",
+        [](MoeOptions& o) { o.router.renormalize = Renormalize::kAfterDrop; }},
+       {"moe.shared_expert.ffn_size = 0: must be at least 1 for kind = \"sum\"",
+        [](MoeOptions& o) { o.shared_expert.kind = SharedExpert::kSum; }}});
+}
+
+TEST(MoeOptions, what_a_selection_would_pass_over_is_refused) {
+  using namespace moe;
+  expect_refused(
+      {{"moe.router.selection = \"sinkhorn\": cannot be combined with router.noise = \"gumbel\"",
+        [](MoeOptions& o) {
+          o.router.selection = Selection::kSinkhorn;
+          o.router.noise = Noise::kGumbel;
+        }},
+       {"moe.router.selection = \"expert_choice\": cannot be combined with router.noise = "
+        "\"random_second_expert\"",
+        by_experts([](MoeOptions& o) { o.router.noise = Noise::kRandomSecondExpert; })},
+       {"moe.router.selection = \"expert_choice\": cannot be combined with router.bias_balancing = true",
+        by_experts([](MoeOptions& o) { o.router.bias_balancing = true; })},
+       {"moe.router.selection = \"expert_choice\": cannot be combined with router.num_groups above 1",
+        by_experts([](MoeOptions& o) { o.router.num_groups = 2; })},
+       {"moe.router.selection = \"expert_choice\": cannot be combined with capacity.drop_policy",
+        by_experts([](MoeOptions& o) { o.capacity.drop_policy = DropPolicy::kPosition; })},
+       {"moe.router.selection = \"expert_choice\": cannot be combined with balance.gshard",
+        by_experts([](MoeOptions& o) { o.balance.gshard = 0.1; })},
+       {"moe.router.selection = \"expert_choice\": cannot be combined with balance.switch_top1",
+        by_experts([](MoeOptions& o) { o.balance.switch_top1 = 0.1; })}});
 }
 
 TEST(MoeOptions, renormalized_top_one_is_allowed_in_evaluation) {
@@ -96,6 +139,35 @@ TEST(Capacity, is_exact_rational_arithmetic) {
   EXPECT_EQ(moe::expert_capacity(options, 101), 51);
   options.capacity.min_capacity = 64;
   EXPECT_EQ(moe::expert_capacity(options, 101), 64);
+}
+
+TEST(Capacity, of_choosing_experts_is_exact_too) {
+  moe::MoeOptions options = test::base_options();
+  options.num_experts = 49;
+  options.router.expert_choice_factor = "1";
+  EXPECT_EQ(moe::expert_choice_capacity(options, 98),
+            2);  // 98 * (1 / 49) is below 2 in binary floating point
+  options.num_experts = 64;
+  options.router.expert_choice_factor = "1.4";
+  EXPECT_EQ(moe::expert_choice_capacity(options, 2880), 63);
+  EXPECT_EQ(moe::expert_choice_capacity(options, 1), 1);
+  EXPECT_EQ(moe::expert_choice_capacity(options, 0), 0);
+  options.router.expert_choice_factor = "100";
+  EXPECT_EQ(moe::expert_choice_capacity(options, 7), 7);
+}
+
+TEST(Capacity, the_largest_weights_stay_and_what_is_not_a_number_goes_first) {
+  moe::MoeOptions options = test::base_options();
+  options.num_experts = 1;
+  options.top_k = 1;
+  options.capacity = {.drop_policy = moe::DropPolicy::kProbability, .factor = "0.5", .min_capacity = 0};
+  moe::TokenContext context;
+  context.num_sequences = 1;
+  context.sequence_length = 6;
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const at::Tensor weights_TK = at::tensor({nan, 0.2F, nan, 0.9F, 0.9F, 0.2F}).unsqueeze(1);
+  const at::Tensor kept_TK = moe::kept_slots(options, at::zeros({6, 1}, at::kInt), weights_TK, context);
+  EXPECT_TRUE(at::equal(kept_TK.squeeze(1), at::tensor({0, 1, 0, 1, 1, 0}).to(at::kBool)));
 }
 
 TEST(Capacity, factor_is_exact_whether_a_number_or_a_text) {
@@ -140,6 +212,20 @@ TEST(ExpertBias, follows_the_sign_of_the_exact_excess) {
 }
 
 // The values of a balanced and of a collapsed router, worked out by hand for E = 16, K = 4 (one layer).
+// Experts that choose half a choice per token each time are balanced all the same.
+TEST(BalanceLoss, normalised_balance_is_one_whatever_the_number_of_choices) {
+  moe::MoeOptions options = test::base_options();
+  moe::RouterStatistics statistics;
+  statistics.num_tokens_B = at::full({1}, 12, at::kLong);
+  statistics.choice_counts_BE = at::full({1, 6}, 1, at::kLong);
+  statistics.first_counts_BE = at::zeros({1, 6}, at::kLong);
+  statistics.prob_sums_BE = at::full({1, 6}, 2.0, at::kDouble);
+  statistics.importance_BE = statistics.prob_sums_BE;
+  statistics.squared_lse_B = at::zeros({1}, at::kDouble);
+  statistics.entropy_B = at::zeros({1}, at::kDouble);
+  EXPECT_DOUBLE_EQ(test::balance_of(options, statistics).normalized_balance, 1.0);
+}
+
 TEST(BalanceLoss, known_values_when_balanced_and_collapsed) {
   moe::MoeOptions options = test::base_options();
   options.num_experts = 16;

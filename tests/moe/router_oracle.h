@@ -49,8 +49,10 @@ inline void expect_router_equals_oracle(const moe::MoeOptions& options, const mo
   const auto oracle = moe::reference::route(options, reference_inputs(weights, x_TD), context);
   const double tolerance = 100 * bound(at::kDouble, x_TD.size(1) + options.num_experts);
   std::int64_t dropped = 0;
+  double entropy = 0.0;
   for (std::int64_t t = 0; t < context.num_tokens(); ++t) {
     const auto& token = oracle[static_cast<std::size_t>(t)];
+    for (const double p : token.probabilities) entropy -= p > 0.0 ? p * std::log(p) : 0.0;
     for (std::size_t k = 0; k < token.chosen.size(); ++k) {
       const auto slot = static_cast<std::int64_t>(k);
       EXPECT_EQ(ours.routing.chosen_ids_TK[t][slot].item<int>(), token.chosen[k])
@@ -62,6 +64,8 @@ inline void expect_router_equals_oracle(const moe::MoeOptions& options, const mo
     }
   }
   EXPECT_EQ(ours.statistics.num_dropped, dropped);
+  EXPECT_NEAR(ours.statistics.entropy_B.sum().item<double>(), entropy,
+              tolerance * static_cast<double>(context.num_tokens()));
   moe::MoeOptions all = options;
   EveryCoefficient set;
   describe(set, all.balance);

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <limits>
 #include <thread>
 #include <vector>
 
@@ -27,6 +28,13 @@ TEST(Arena, freed_memory_is_used_again_and_neighbours_join) {
   EXPECT_EQ(arena.allocate(3 * kMiB), nullptr);
   arena.deallocate(b);
   EXPECT_EQ(arena.allocate(4 * kMiB), a);
+}
+
+TEST(Arena, neither_nothing_nor_more_than_all_is_given) {
+  ops::Arena arena(4 * kMiB);
+  EXPECT_THROW(arena.allocate(0), InternalError);
+  EXPECT_EQ(arena.allocate(std::numeric_limits<std::size_t>::max() - 1), nullptr);
+  EXPECT_NE(arena.allocate(4 * kMiB), nullptr);
 }
 
 TEST(Arena, the_smallest_block_that_fits_is_taken) {

@@ -382,16 +382,15 @@ TEST_P(ExpertMlp, experts_too_large_to_copy_equal_float64) {
 TEST_P(ExpertMlp, results_do_not_depend_on_threads) {
   const Case c(at::kBFloat16, {511, 1, 300}, 24);
   const int threads = at::get_num_threads();
-  std::vector<at::Tensor> results;
-  std::vector<at::Tensor> gate_up_gradients;
+  std::vector<std::vector<at::Tensor>> results;
   for (const int count : {1, 2, 3}) {
     at::set_num_threads(count);
     ops::ExpertsKept kept;
-    results.push_back(ops::expert_mlp(c.x, c.weights, c.counts, c.experts, kept));
-    EXPECT_TRUE(at::equal(results.front(), results.back()));
-    const Gradients gradients = backward_of(kept, c, ops::WeightGradients::kWithRows);
-    gate_up_gradients.push_back(gradients.weights.gate_up_EGD);
-    EXPECT_TRUE(at::equal(gate_up_gradients.front(), gate_up_gradients.back()));
+    const at::Tensor y = ops::expert_mlp(c.x, c.weights, c.counts, c.experts, kept);
+    const Gradients g = backward_of(kept, c, ops::WeightGradients::kWithRows);
+    results.push_back({y, g.rows.x_RD, g.rows.weights_R, g.weights.gate_up_EGD, g.weights.down_EDF});
+    for (std::size_t i = 0; i < results[0].size(); ++i)
+      EXPECT_TRUE(at::equal(results.front()[i], results.back()[i])) << "result " << i;
   }
   at::set_num_threads(threads);
 }

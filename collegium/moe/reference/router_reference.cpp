@@ -13,6 +13,7 @@ namespace collegium::moe::reference {
 
 namespace {
 
+using ops::reference::softmax;
 using Vector = std::vector<double>;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -20,15 +21,6 @@ std::uint64_t unsign(std::int64_t value) { return static_cast<std::uint64_t>(val
 
 RandomStream stream(const TokenContext& context, const char* purpose) {
   return {context.seed, purpose, unsign(context.step), unsign(context.layer)};
-}
-
-Vector softmax(const Vector& z) {
-  const double top = *std::max_element(z.begin(), z.end());
-  Vector p(z.size());
-  double sum = 0.0;
-  for (std::size_t i = 0; i < z.size(); ++i) sum += p[i] = std::exp(z[i] - top);
-  for (double& value : p) value /= sum;
-  return p;
 }
 
 Vector row(const Matrix& m, std::int64_t index) {
@@ -214,8 +206,10 @@ void choose_by_experts(const MoeOptions& o, const TokenContext& c, std::vector<T
   for (TokenRouting& token : tokens) token.chosen.assign(static_cast<std::size_t>(o.num_experts), -1);
   for (std::int64_t begin = 0; begin < c.num_tokens(); begin += group) {
     const auto capacity = std::max<std::int64_t>(
-        1, static_cast<std::int64_t>(static_cast<double>(group) * o.router.expert_choice_factor /
-                                     static_cast<double>(o.num_experts)));
+        1,
+        static_cast<std::int64_t>(static_cast<double>(group) * std::stod(o.router.expert_choice_factor.text) /
+                                      static_cast<double>(o.num_experts) +
+                                  1e-9));
     for (std::size_t e = 0; e < static_cast<std::size_t>(o.num_experts); ++e) {
       Vector column;
       for (std::int64_t t = begin; t < begin + group; ++t)

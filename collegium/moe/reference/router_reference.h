@@ -41,7 +41,7 @@ std::vector<TokenRouting> route(const MoeOptions& options, const RouterInputs& i
                                 const TokenContext& context);
 
 /// What     Every loss of one layer without its coefficient, by option name, and "hf_pooled" of this layer
-/// alone.
+///          alone.
 std::map<std::string, double> losses(const MoeOptions& options, const std::vector<TokenRouting>& tokens,
                                      const TokenContext& context);
 
