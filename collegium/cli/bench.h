@@ -63,7 +63,7 @@ Spread time_runs(comm::Communicator& world, double budget_s, std::int64_t& runs,
                  const std::function<void()>& run);
 
 /// What     The GEMM peaks of all ranks, measured at the same time and added, FLOP/s. Where ranks share
-/// cores, the mean rates.
+///          cores, the mean rates.
 double gemm_peak_of_all_ranks(comm::Communicator& world, at::ScalarType dtype);
 
 /// How experts are reached. What is left at its default keeps the value of a run file.

@@ -36,6 +36,7 @@ struct EvalArguments {
   std::string file;
   std::string data;
   bool any_tokenizer = false;
+  bool mask_documents = false;
   std::int64_t sequence_length = 512;
   std::int64_t max_sequences = 64;
   std::string dtype = "float32";
@@ -218,7 +219,7 @@ EvalResult evaluate_data(const EvalArguments& arguments, const LoadedModel& load
   require_positions(arguments.sequence_length, config);
   const train::ValidationShape shape{.sequence_length = arguments.sequence_length,
                                      .max_sequences = arguments.max_sequences,
-                                     .mask_documents = false};
+                                     .mask_documents = arguments.mask_documents};
   const train::ValidationResult validation =
       train::validate_model(loaded.decoder, dataset, shape, loaded.groups);
   const double coefficient = config.output_router_logits ? config.router_aux_loss_coef : 0.0;
@@ -280,20 +281,28 @@ void add_eval(CLI::App& app) {
   auto arguments = std::make_shared<EvalArguments>();
   CLI::App* verb = app.add_subcommand("eval", "Loss, logits and gradients of a model on given tokens");
   verb->add_option("--model", arguments->model,
-                   "Hugging Face model directory (mixtral, olmoe, qwen3_moe) or checkpoint")
+                   "Hugging Face model directory (mixtral, olmoe, qwen3_moe), checkpoint, or run folder (its "
+                   "newest checkpoint)")
       ->required();
   verb->add_option("--input", arguments->input, "safetensors file with input_ids, int64 [B, S]");
   verb->add_option("--text", arguments->text, "text to evaluate, by the model's tokenizer.model");
   verb->add_option("--file", arguments->file, "file with the text");
+  CLI::Option* data =
+      verb->add_option("--data", arguments->data, "prepared data folder: evaluates its validation documents");
+  verb->add_option("--sequence-length", arguments->sequence_length, "tokens per sequence")
+      ->needs(data)
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  verb->add_option("--max-sequences", arguments->max_sequences, "at most this many sequences")
+      ->needs(data)
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  verb->add_flag("--mask-documents", arguments->mask_documents,
+                 "attention stays within a document, as with data.mask_documents in training")
+      ->needs(data);
   verb->add_flag("--any-tokenizer", arguments->any_tokenizer,
-                 "with --data: accept tokens that another tokenizer made than the model's");
-  verb->add_option("--data", arguments->data, "prepared data folder: evaluates its validation documents");
-  verb->add_option("--sequence-length", arguments->sequence_length, "with --data: tokens per sequence")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  verb->add_option("--max-sequences", arguments->max_sequences, "with --data: at most this many sequences")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+                 "accept tokens that another tokenizer made than the model's")
+      ->needs(data);
   verb->add_option("--dtype", arguments->dtype, "float64, float32 or bfloat16")->capture_default_str();
   verb->add_option("--logits", arguments->logits_file, "write the logits [B, S, V] to this safetensors file");
   verb->add_option("--grads", arguments->grads_file,
@@ -302,12 +311,15 @@ void add_eval(CLI::App& app) {
   add_launch_options(*verb, arguments->launch);
   verb->footer(
       "Examples:\n"
-      "  collegium eval --model runs/demo/step-00000450 --data data/demo\n"
-      "  collegium eval --model runs/demo/step-00000450 --data data/demo --ranks 2\n"
-      "  collegium eval --model runs/demo/step-00000450 --text \"To be, or not to be\"\n"
+      "  collegium eval --model runs/demo --data data/demo\n"
+      "  collegium eval --model runs/demo --data data/demo --ranks 2\n"
+      "  collegium eval --model runs/demo --text \"To be, or not to be\"\n"
       "  collegium eval --model DIR --input ids.safetensors --dtype float64 --grads grads.safetensors "
       "--json");
-  verb->callback([arguments] { run(*arguments); });
+  verb->callback([arguments] {
+    arguments->model = find_model(arguments->model);
+    run(*arguments);
+  });
 }
 
 }  // namespace collegium::cli

@@ -103,7 +103,9 @@ void run(GenerateArguments& arguments) {
 void add_generate(CLI::App& app) {
   auto arguments = std::make_shared<GenerateArguments>();
   CLI::App* verb = app.add_subcommand("generate", "Continue a text");
-  verb->add_option("--model", arguments->model, "model directory or checkpoint")->required();
+  verb->add_option("--model", arguments->model,
+                   "model directory, checkpoint, or run folder (its newest checkpoint)")
+      ->required();
   verb->add_option("--prompt", arguments->prompt, "text to continue");
   verb->add_option("--ids", arguments->ids,
                    "token ids to continue (1,17,42), for models whose tokenizer is not SentencePiece");
@@ -120,10 +122,13 @@ void add_generate(CLI::App& app) {
   add_launch_options(*verb, arguments->launch);
   verb->footer(
       "Examples:\n"
-      "  collegium generate --model runs/demo/step-00000450 --prompt \"KING. \" --temperature 0.8 --top-p "
+      "  collegium generate --model runs/demo --prompt \"KING. \" --temperature 0.8 --top-p "
       "0.95\n"
       "  collegium generate --model DIR --ids 1,17,42 --temperature 0 --json --ranks 2");
-  verb->callback([arguments] { run(*arguments); });
+  verb->callback([arguments] {
+    arguments->model = find_model(arguments->model);
+    run(*arguments);
+  });
 }
 
 }  // namespace collegium::cli

@@ -152,7 +152,9 @@ void run(const InspectArguments& arguments) {
 void add_inspect(CLI::App& app) {
   auto arguments = std::make_shared<InspectArguments>();
   CLI::App* verb = app.add_subcommand("inspect", "Which experts take each token of a text, layer by layer");
-  verb->add_option("--model", arguments->model, "model directory or checkpoint")->required();
+  verb->add_option("--model", arguments->model,
+                   "model directory, checkpoint, or run folder (its newest checkpoint)")
+      ->required();
   verb->add_option("--text", arguments->text, "text to route");
   verb->add_option("--file", arguments->file, "file with the text");
   verb->add_option("--input", arguments->input,
@@ -162,9 +164,12 @@ void add_inspect(CLI::App& app) {
   add_launch_options(*verb, arguments->launch);
   verb->footer(
       "Examples:\n"
-      "  collegium inspect --model runs/demo/step-00000450 --text \"def main(): To be, or not to be\"\n"
+      "  collegium inspect --model runs/demo --text \"def main(): To be, or not to be\"\n"
       "  collegium inspect --model DIR --input ids.safetensors --json --ranks 4");
-  verb->callback([arguments] { run(*arguments); });
+  verb->callback([arguments] {
+    arguments->model = find_model(arguments->model);
+    run(*arguments);
+  });
 }
 
 }  // namespace collegium::cli

@@ -104,13 +104,6 @@ void require_launchers_ranks(const LaunchOptions& options, const comm::LauncherC
                  claim.ranks, claim.variable);
 }
 
-int ranks_of_this_machine(const LaunchOptions& options) {
-  if (options.ranks > 0) return options.ranks;
-  if (options.emulate.empty()) return 1;
-  const comm::Network network = comm::parse_network(options.emulate);
-  return network.nodes * network.ranks_per_node;
-}
-
 std::chrono::milliseconds timeout_of(const LaunchOptions& options) {
   return std::chrono::milliseconds(std::max(1L, std::lround(options.timeout_s * 1000.0)));
 }
@@ -145,27 +138,36 @@ void add_launch_options(CLI::App& verb, LaunchOptions& options) {
       ->group("Ranks");
 }
 
-void launch(const LaunchOptions& options, const RankFunction& fn) {
+int num_ranks(const LaunchOptions& options, int otherwise) {
   validate(options);
-  const std::optional<comm::LauncherClaim> claim = comm::find_launcher();
-  if (claim) require_launchers_ranks(options, *claim);
+  if (const std::optional<comm::LauncherClaim> claim = comm::find_launcher()) {
+    require_launchers_ranks(options, *claim);
+    return claim->ranks;
+  }
+  if (options.ranks > 0) return options.ranks;
+  if (options.emulate.empty()) return otherwise;
+  const comm::Network network = comm::parse_network(options.emulate);
+  return network.nodes * network.ranks_per_node;
+}
+
+void launch(const LaunchOptions& options, const RankFunction& fn) {
+  const int count = num_ranks(options);
   const int default_threads = at::get_num_threads();
   const RankFunction rank = [&](const std::shared_ptr<comm::Communicator>& world) {
     run_rank(world, options, default_threads, fn);
   };
-  if (claim && claim->ranks > 1) {
+  if (count == 1) return rank(comm::single_rank_world());
+  if (comm::find_launcher()) {
     comm::run_mpi_world([&](comm::Communicator& world) { rank(world.shared_from_this()); },
                         {.timeout = timeout_of(options), .ranks_per_node = options.ranks_per_node});
     return;
   }
-  const int num_ranks = claim ? 1 : ranks_of_this_machine(options);
-  if (num_ranks == 1) return rank(comm::single_rank_world());
   const std::string mpirun = choose_mpirun(options);
   if (!mpirun.empty()) {
     ops::unbind_thread();
-    return run_with_mpirun(mpirun, num_ranks);
+    return run_with_mpirun(mpirun, count);
   }
-  comm::run_ranks(num_ranks, [&](comm::Communicator& world) { rank(world.shared_from_this()); },
+  comm::run_ranks(count, [&](comm::Communicator& world) { rank(world.shared_from_this()); },
                   {.timeout = timeout_of(options), .ranks_per_node = options.ranks_per_node});
 }
 

@@ -25,6 +25,11 @@ struct LaunchOptions {
 /// What     --ranks, --backend, --timeout, --ranks-per-node and --emulate.
 void add_launch_options(CLI::App& verb, LaunchOptions& options);
 
+/// What     How many ranks launch() runs: those of the launcher, else of --ranks, else of --emulate, else
+///          `otherwise`.
+/// Throws   ConfigError as launch().
+int num_ranks(const LaunchOptions& options, int otherwise = 1);
+
 using RankFunction = std::function<void(const std::shared_ptr<comm::Communicator>& world)>;
 
 /// What     Runs fn on every rank and returns when all have ended. A program that a launcher started is one

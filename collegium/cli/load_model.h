@@ -16,6 +16,9 @@ struct LoadedModel {
   model::Decoder decoder;
 };
 
+/// What     The model directory that a user means: a run folder stands for its newest checkpoint.
+std::string find_model(const std::string& directory);
+
 /// What     Reads `config`'s weights from a model directory; of the experts every rank reads and holds its
 ///          share, as the default of parallel.ep gives it.
 /// Comm     collective over `world`.

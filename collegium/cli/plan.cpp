@@ -174,35 +174,41 @@ void add_plan(CLI::App& app) {
       app.add_subcommand("plan", "What fits, how fast, and why: parameters, memory, traffic, layouts");
   verb->add_option("--model", arguments->model,
                    "a name of the catalogue, a config.json, or a folder that holds one");
-  verb->add_option("--seq", arguments->seq_len, "positions of a sequence");
-  verb->add_option("--cluster", arguments->cluster, "a name of the catalogue or a TOML file");
+  verb->add_option("--seq", arguments->seq_len, "positions of a sequence")->capture_default_str();
+  verb->add_option("--cluster", arguments->cluster, "a name of the catalogue or a TOML file")
+      ->capture_default_str();
   constexpr int kMostGpus = 1 << 20;
-  verb->add_option("--gpus", arguments->gpus, "search the layouts of this many accelerators")
-      ->check(CLI::Range(1, kMostGpus));
+  CLI::Option* gpus =
+      verb->add_option("--gpus", arguments->gpus, "search the layouts of this many accelerators")
+          ->check(CLI::Range(1, kMostGpus));
   verb->add_option("--global-batch", arguments->global_batch, "sequences of an optimizer step");
-  verb->add_option("--precision", arguments->precision, "of matrix products: bf16, fp8, mxfp8, nvfp4, fp32");
+  verb->add_option("--precision", arguments->precision, "of matrix products: bf16, fp8, mxfp8, nvfp4, fp32")
+      ->capture_default_str();
   verb->add_option("--imbalance", arguments->imbalance,
-                   "tokens of the fullest rank over the mean (1 = balanced)");
-  verb->add_option("--top", arguments->top, "rows of the ranking");
-  verb->add_flag("--all-schedules", arguments->all_schedules, "zero-bubble and DualPipe too");
+                   "tokens of the fullest rank over the mean (1 = balanced)")
+      ->capture_default_str();
+  verb->add_option("--top", arguments->top, "rows of the ranking")->needs(gpus)->capture_default_str();
+  verb->add_flag("--all-schedules", arguments->all_schedules, "zero-bubble and DualPipe too")->needs(gpus);
   verb->add_option("--explain", arguments->layout,
-                   "draw a layout such as tp2.pp4.dp8.ep8.mb1: ranks, groups, traffic, memory, time");
+                   "draw a layout such as tp2.pp4.dp8.ep8.mb1: ranks, groups, traffic, memory, time")
+      ->excludes(gpus);
   verb->add_flag(
       "--data-parallel", arguments->data_parallel,
       "parameter server, all-reduce and ZeRO 1 to 3 beside each other, of --gpus or of --explain LAYOUT");
   verb->add_flag("--shares", arguments->shares,
                  "the expert exchange's share on 2 and 32 ranks, and its remedies");
   verb->add_flag("--compare", arguments->compare, "classical published layouts beside the planner's choice");
-  verb->add_option("--validate", arguments->validate,
-                   "judge the planner on published runs: a CSV, or a folder of runs.csv files");
-  verb->add_flag("--rows", arguments->rows, "with --validate: list every row");
+  CLI::Option* validate =
+      verb->add_option("--validate", arguments->validate,
+                       "judge the planner on published runs: a CSV, or a folder of runs.csv files");
+  verb->add_flag("--rows", arguments->rows, "list every row")->needs(validate);
   verb->add_flag("--list", arguments->list, "names of the catalogue's models and clusters");
   verb->add_flag("--json", arguments->json, "print one JSON object");
   verb->footer(
       "Examples:\n  collegium plan --model mixtral-8x7b\n  collegium plan --model deepseek-v3 --cluster "
       "h100-80 --gpus 1024 --global-batch 4096 --seq 4096\n"
       "  collegium plan --model llama3-8b --gpus 64 --global-batch 256 --data-parallel\n"
-      "  collegium plan --validate published_runs.csv");
+      "  collegium plan --validate validation --rows");
   verb->callback([arguments] { run_plan(*arguments); });
 }
 

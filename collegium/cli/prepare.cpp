@@ -50,9 +50,10 @@ void run(PrepareArguments& arguments) {
   data::PrepareOptions& options = arguments.options;
   options.out = arguments.out;
   options.tokenizer = arguments.tokenizer;
-  for (const std::string& text : arguments.domains) options.texts.push_back(data::parse_domain_path(text));
+  for (const std::string& text : arguments.domains)
+    options.texts.push_back(data::parse_domain_path("--domain", text));
   for (const std::string& text : arguments.tokens)
-    options.token_files.push_back(data::parse_domain_path(text));
+    options.token_files.push_back(data::parse_domain_path("--tokens", text));
   const data::PrepareSummary summary =
       data::prepare(options, [](const std::string& line) { log_info(line); });
   const Json json = summary_json(summary, arguments.out);

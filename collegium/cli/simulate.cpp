@@ -113,6 +113,8 @@ void run_simulate(const SimulateArguments& a) {
     for (const Outcome& o : all) list.push_back(outcome_json(o));
     fmt::print("{}\n", list.dump());
   } else {
+    fmt::print("{} on {}, {} sequences of {} positions, products in {}\n", a.model, a.cluster, a.global_batch,
+               a.seq_len, a.precision);
     for (const Outcome& o : all) print(o);
     fmt::print("digits: forward passes, letters: backward, +: weight gradients apart, dots: idle\n");
   }
@@ -128,12 +130,14 @@ void run_simulate(const SimulateArguments& a) {
 void add_simulate(CLI::App& app) {
   auto a = std::make_shared<SimulateArguments>();
   CLI::App* verb = app.add_subcommand("simulate", "The pipeline of one optimizer step, pass by pass");
-  verb->add_option("--model", a->model, "a name of the catalogue, a config.json, or a folder that holds one");
-  verb->add_option("--cluster", a->cluster, "a name of the catalogue or a TOML file");
+  verb->add_option("--model", a->model, "a name of the catalogue, a config.json, or a folder that holds one")
+      ->capture_default_str();
+  verb->add_option("--cluster", a->cluster, "a name of the catalogue or a TOML file")->capture_default_str();
   verb->add_option("--layout", a->layout, "such as tp1.pp4.dp8.ep8.mb1.1f1b")->required();
   verb->add_option("--global-batch", a->global_batch, "sequences of an optimizer step");
-  verb->add_option("--seq", a->seq_len, "positions of a sequence");
-  verb->add_option("--precision", a->precision, "of matrix products");
+  verb->add_option("--seq", a->seq_len, "positions of a sequence")->capture_default_str();
+  verb->add_option("--precision", a->precision, "of matrix products: bf16, fp8, mxfp8, nvfp4, fp32")
+      ->capture_default_str();
   verb->add_option("--skew", a->skew,
                    "routing skew: popularity of an expert is exp(skew x normal); 0 = balanced");
   verb->add_option("--routing", a->routing,

@@ -72,7 +72,7 @@ void run(const TrainArguments& arguments) {
   require_config(!arguments.run_file.empty(), "train: name a run file, such as configs/demo.toml");
   const train::RunConfig config = train::read_run_config(arguments.run_file, arguments.overrides);
   if (arguments.dry_run) {
-    print_plan(config, std::max(1, arguments.launch.ranks), arguments.json);
+    print_plan(config, num_ranks(arguments.launch), arguments.json);
     return;
   }
   LaunchOptions options = arguments.launch;

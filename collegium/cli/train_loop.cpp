@@ -17,6 +17,7 @@
 #include "collegium/cli/bench.h"
 #include "collegium/cli/progress.h"
 #include "collegium/cli/signals.h"
+#include "collegium/cli/train_start.h"
 #include "collegium/data/tokenizer.h"
 #include "collegium/model/account.h"
 #include "collegium/model/generate.h"
@@ -31,51 +32,10 @@ namespace {
 
 using Clock = BenchClock;
 
-// What a resumed run may not change: its losses would no longer be those of the uninterrupted one.
-void require_same_run(const Json& saved, const Json& wanted, const std::filesystem::path& checkpoint) {
-  for (const char* section : {"model", "data", "batch", "optimizer", "schedule"}) {
-    require_config(saved.value(section, Json()) == wanted[section],
-                   "{} was made with another [{}] section; continue with the same one, start over with "
-                   "--fresh, or take its "
-                   "weights with --weights-only {}",
-                   checkpoint.string(), section, checkpoint.string());
-  }
-  const Json saved_train = saved.value("train", Json::object());
-  for (const char* key : {"seed", "dtype", "steps"}) {
-    const Json value = saved_train.is_object() ? saved_train.value(key, Json()) : Json();
-    require_config(
-        value == wanted["train"][key],
-        "{} was made with train.{} = {}, this run has {}; continue with the same, or start over with --fresh",
-        checkpoint.string(), key, value.dump(), wanted["train"][key].dump());
-  }
-}
-
-void start_or_resume(const train::RunConfig& config, const TrainRequest& request, train::Trainer& trainer) {
-  const std::filesystem::path folder = config.run_folder;
-  const auto latest = train::find_latest_checkpoint(folder);
-  if (!request.weights_only.empty()) {
-    require_config(!latest || request.fresh,
-                   "{} holds checkpoints; pass --fresh to start over with --weights-only", folder.string());
-    trainer.resume(request.weights_only, /*weights_only=*/true);
-    if (trainer.groups().is_root())
-      log_info(fmt::format("starting from the weights of {}", request.weights_only));
-  } else if (latest && !request.fresh) {
-    require_same_run(train::saved_run_config(*latest), trainer.state().run_config, *latest);
-    trainer.resume(*latest, /*weights_only=*/false);
-    if (trainer.groups().is_root()) log_info(fmt::format("continuing from {}", latest->string()));
-  }
-  trainer.groups().world->barrier();
-  if (!trainer.groups().is_root()) return;
-  // Only now, when nothing can be refused any more, does the folder change.
-  std::error_code code;
-  std::filesystem::create_directories(folder, code);
-  if (code) throw Error(fmt::format("cannot create {}: {}", folder.string(), code.message()));
-  train::remove_temporary_folders(folder);
-  if (latest && request.fresh) {
-    for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-      if (entry.path().filename().string().starts_with("step-")) std::filesystem::remove_all(entry.path());
-    }
-  }
+train::ValidationShape validation_shape(const train::RunConfig& config) {
+  return {.sequence_length = config.data.sequence_length,
+          .max_sequences = config.validation.sequences,
+          .mask_documents = config.data.mask_documents};
 }
 
 class Loop {
@@ -119,11 +79,8 @@ class Loop {
   }
 
   train::ValidationResult validate() {
-    const train::ValidationShape shape{.sequence_length = config_.data.sequence_length,
-                                       .max_sequences = config_.validation.sequences,
-                                       .mask_documents = config_.data.mask_documents};
-    const train::ValidationResult result =
-        train::validate_model(trainer_.decoder(), trainer_.dataset(), shape, trainer_.groups());
+    const train::ValidationResult result = train::validate_model(
+        trainer_.decoder(), trainer_.dataset(), validation_shape(config_), trainer_.groups());
     if (!is_root()) return result;
     metrics_->write(trainer_.state().step, result);
     progress_.finish();
@@ -257,23 +214,44 @@ class Loop {
   double tokens_ = 0.0;
 };
 
-std::string make_sample(const train::RunConfig& config, const train::Trainer& trainer) {
-  if (config.logging.sample_prompt.empty() || !trainer.dataset().has_tokenizer()) return "";
-  const data::Tokenizer tokenizer = data::Tokenizer::load(trainer.dataset().tokenizer_file());
-  std::vector<std::int64_t> ids = tokenizer.encode(config.logging.sample_prompt, /*add_bos=*/true);
-  constexpr double kTemperature = 0.8;
-  constexpr double kTopP = 0.95;
-  const std::vector<std::int64_t> more = model::generate(trainer.decoder(), ids,
-                                                         {.max_tokens = config.logging.sample_tokens,
-                                                          .temperature = kTemperature,
-                                                          .top_k = 0,
-                                                          .top_p = kTopP,
-                                                          .seed = config.train.seed,
-                                                          .eos_id = tokenizer.eos_id()},
-                                                         {}, trainer.groups().world.get());
-  ids.insert(ids.end(), more.begin(), more.end());
-  return tokenizer.decode(ids);
-}
+// The text that ends a run; checked before the run.
+class Sample {
+ public:
+  Sample(const train::RunConfig& config, const train::Trainer& trainer) : config_(config), trainer_(trainer) {
+    if (config.logging.sample_prompt.empty() || !trainer.dataset().has_tokenizer()) return;
+    tokenizer_ = data::Tokenizer::load(trainer.dataset().tokenizer_file());
+    ids_ = tokenizer_->encode(config.logging.sample_prompt, /*add_bos=*/true);
+    const auto length = static_cast<std::int64_t>(ids_.size());
+    const std::int64_t most = trainer.decoder().config().max_positions;
+    require_config(length + config.logging.sample_tokens <= most,
+                   "logging.sample_tokens = {}: with the {} tokens of logging.sample_prompt more than "
+                   "model.max_positions = {}",
+                   config.logging.sample_tokens, length, most);
+  }
+
+  std::string generate() {
+    if (!tokenizer_) return "";
+    constexpr double kTemperature = 0.8;
+    constexpr double kTopP = 0.95;
+    const std::vector<std::int64_t> more = model::generate(trainer_.decoder(), ids_,
+                                                           {.max_tokens = config_.logging.sample_tokens,
+                                                            .temperature = kTemperature,
+                                                            .top_k = 0,
+                                                            .top_p = kTopP,
+                                                            .seed = config_.train.seed,
+                                                            .eos_id = tokenizer_->eos_id()},
+                                                           {}, trainer_.groups().world.get());
+    std::vector<std::int64_t> all = ids_;
+    all.insert(all.end(), more.begin(), more.end());
+    return tokenizer_->decode(all);
+  }
+
+ private:
+  const train::RunConfig& config_;
+  const train::Trainer& trainer_;
+  std::optional<data::Tokenizer> tokenizer_;  ///< none: no sample is wanted, or none can be made
+  std::vector<std::int64_t> ids_;             ///< the prompt
+};
 
 std::string describe_run(const train::Trainer& trainer) {
   const model::ParameterAccount account = model::count_parameters(trainer.decoder().config());
@@ -298,9 +276,9 @@ TrainSummary run_training(const train::RunConfig& config, const TrainRequest& re
   if (trainer.groups().is_root()) log_info(describe_run(trainer));
   if (!request.record_routing.empty() && !request.replay_routing.empty())
     moe::require_different_files(request.record_routing, request.replay_routing);
-  if (!request.replay_routing.empty()) trainer.replay_routing(request.replay_routing);
+  train::require_validation(trainer.dataset(), validation_shape(config), trainer.decoder().config().moe);
+  Sample sample(config, trainer);
   start_or_resume(config, request, trainer);
-  if (!request.record_routing.empty()) trainer.record_routing(request.record_routing);
   install_stop_signals();
   Loop loop(config, trainer);
   TrainSummary summary = loop.run();
@@ -310,7 +288,7 @@ TrainSummary run_training(const train::RunConfig& config, const TrainRequest& re
   if (summary.stop == Stop::kSignal) return summary;
   summary.comparison = loop.compare();
   summary.validation = loop.validate();
-  summary.sample = make_sample(config, trainer);
+  summary.sample = sample.generate();
   return summary;
 }
 

@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "collegium/base/units.h"
 #include "collegium/cli/train_loop.h"
@@ -45,7 +46,9 @@ void print_summary(const train::RunConfig& config, const TrainSummary& summary) 
     fmt::print("validation loss {:.4f} nats/token over {} tokens (unigram entropy {:.4f})\n",
                summary.validation.loss, summary.validation.num_targets, summary.unigram_entropy);
     for (std::size_t d = 0; d < summary.domains.size(); ++d) {
-      fmt::print("  {:<12} {:.4f} nats/token\n", summary.domains[d], summary.validation.domain_loss[d]);
+      const double loss = summary.validation.domain_loss[d];
+      fmt::print("  {:<12} {}\n", summary.domains[d],
+                 std::isnan(loss) ? "no validation window" : fmt::format("{:.4f} nats/token", loss));
     }
     print_specialization(summary);
     if (!summary.sample.empty()) fmt::print("\nSample\n------\n{}\n------\n", summary.sample);

@@ -49,8 +49,10 @@ int pretended_ranks_per_node(const LaunchOptions& options) {
 
 void run(const VerifyArguments& arguments) {
   require_config(arguments.steps >= 1, "--steps {}: must be at least 1", arguments.steps);
+  require_config(arguments.overrides.empty() || !arguments.config.empty(),
+                 "--set: needs a run file (--config)");
   LaunchOptions options = arguments.launch;
-  if (options.ranks == 0) options.ranks = 2;
+  options.ranks = num_ranks(options, /*otherwise=*/2);
   options.ranks_per_node = pretended_ranks_per_node(options);
   options.threads = 1;
   launch(options, [&](const std::shared_ptr<comm::Communicator>& world) {
@@ -96,7 +98,9 @@ void add_verify(CLI::App& app) {
       "||b||: in float64\n"
       "(bound 1e-11), then in the run's dtype with the one-rank run's routing replayed. Replicas must be the "
       "same bits on all\n"
-      "ranks, and so must reruns. Exit code 1 when a bound is exceeded.\n"
+      "ranks, and so must reruns. Exit code 1 when a bound is exceeded. Two ranks where neither --ranks, a "
+      "launcher nor "
+      "--emulate says how many.\n"
       "Examples:\n"
       "  collegium verify --ranks 4\n"
       "  collegium verify --ranks 8 --backend local --ranks-per-node 2\n"

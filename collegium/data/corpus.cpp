@@ -58,10 +58,10 @@ SourceText parse_line(const std::string& line, const std::string& where) {
 
 }  // namespace
 
-DomainPath parse_domain_path(const std::string& text) {
+DomainPath parse_domain_path(const std::string& option, const std::string& text) {
   const std::size_t equals = text.find('=');
   require_config(equals != std::string::npos && equals > 0 && equals + 1 < text.size(),
-                 "--domain {}: must be NAME=PATH, such as code=src", text);
+                 "{} {}: must be NAME=PATH, such as code=src", option, text);
   return {.domain = text.substr(0, equals), .path = text.substr(equals + 1)};
 }
 

@@ -15,8 +15,8 @@ struct DomainPath {
   std::string domain;
   std::filesystem::path path;
 };
-/// Throws ConfigError when the text is not NAME=PATH.
-DomainPath parse_domain_path(const std::string& text);
+/// Throws ConfigError, naming the option that gave the text, when it is not NAME=PATH.
+DomainPath parse_domain_path(const std::string& option, const std::string& text);
 
 /// A text of the corpus. `prompt` comes before `text` and is no target of the loss (empty for plain text).
 struct SourceText {
@@ -35,13 +35,14 @@ struct Corpus {
 };
 
 /// What     Finds every text file: regular, not empty, valid UTF-8 without NUL bytes; hidden files and
-/// folders are left out.
+///          folders are left out.
 /// Throws   ConfigError: a path that does not exist, is no file or folder or cannot be read; a domain
 ///          without any text.
 Corpus find_texts(const std::vector<DomainPath>& paths);
 
 /// What     The texts of a file: itself, or for .jsonl one per line ({"text": …} or {"prompt": …,
-/// "completion": …}). Throws   ConfigError naming file and line.
+///          "completion": …}).
+/// Throws   ConfigError naming file and line.
 std::vector<SourceText> read_texts(const std::filesystem::path& file);
 
 /// What     Well-formed UTF-8: shortest forms only, no surrogates, nothing above U+10FFFF.

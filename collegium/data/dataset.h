@@ -137,8 +137,9 @@ class Sampler {
   std::vector<Start> starts_;
 };
 
-/// What     A bijection of [0, size), different for every key: a four-round Feistel network, walked until it
-/// stays inside. Ref      [Black2002, Sec 4] "Ciphers with arbitrary finite domains"
+/// What     A bijection of [0, size), different for every key: a four-round Feistel network, walked until
+///          it stays inside.
+/// Ref      [Black2002, Sec 4] "Ciphers with arbitrary finite domains"
 std::int64_t permute_index(std::int64_t index, std::int64_t size, std::uint64_t key);
 
 }  // namespace collegium::data

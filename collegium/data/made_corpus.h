@@ -21,9 +21,8 @@ struct MadeDomain {
 void prepare_made_corpus(const std::filesystem::path& folder, const std::vector<MadeDomain>& domains,
                          std::int64_t vocab_size, double validation_fraction);
 
-/// What     Two domains that an n-gram model can learn: counting up modulo `vocab_size`, and down modulo one
-/// less.
-///          `vocab_size` is at least 2.
+/// What     Two domains that an n-gram model can learn: counting up modulo `vocab_size`, and down modulo
+///          one less. `vocab_size` is at least 2.
 std::vector<MadeDomain> counting_domains(std::int64_t vocab_size);
 
 }  // namespace collegium::data

@@ -32,22 +32,21 @@ struct TrainingState {
 };
 
 /// What     Writes RUN/step-N and removes checkpoints beyond the newest `keep_last` (0 = keep all). World
-/// rank 0
-///          writes what all ranks have; the experts are written by the ranks of their first copy (edp = 0).
-///          `companions` (tokenizer and the like) are copied under their names.
+///          rank 0 writes what all ranks have; the experts are written by the ranks of their first copy
+///          (edp = 0). `companions` (tokenizer and the like) are copied under their names.
 /// Comm     collective over the world: three gathers of a few bytes per tensor; nobody commits before every
 ///          rank has written.
 /// Returns  its folder.
 /// Throws   on all ranks, and nothing is left of the checkpoint. Error on the rank where it happened: a
-/// parameter
-///          is not finite (named), the disk is full, the folder cannot be written. PeerFailure on the others.
+///          parameter is not finite (named), the disk is full, the folder cannot be written. PeerFailure on
+///          the others.
 std::filesystem::path save_checkpoint(const std::filesystem::path& run_folder, const model::Decoder& decoder,
                                       const optim::MasterWeights& masters, const TrainingState& state,
                                       const std::vector<std::filesystem::path>& companions,
                                       std::int64_t keep_last, const parallel::Groups& groups);
 
 /// What     The newest committed checkpoint of a run folder; uncommitted and temporary folders are passed
-/// over.
+///          over.
 std::optional<std::filesystem::path> find_latest_checkpoint(const std::filesystem::path& run_folder);
 
 /// What     Removes what killed runs left: temporary folders.
@@ -61,13 +60,12 @@ void verify_checkpoint(const std::filesystem::path& checkpoint);
 /// Throws   ConfigError naming the file: missing, damaged, or without a part.
 Json saved_run_config(const std::filesystem::path& checkpoint);
 
-/// What     Loads masters, moments and buffers, of the experts those held here, into `decoder` and `masters`,
-///          whatever ranks wrote them.
+/// What     Loads masters, moments and buffers, of the experts those held here, into `decoder` and
+///          `masters`, whatever ranks wrote them.
 /// Comm     collective over the world: two barriers. Every rank verifies its share of the files.
 /// Throws   ConfigError on the rank that found it: a file differs from the manifest (verify_checkpoint); a
-/// tensor
-///          is missing or mis-shaped, an expert's is missing or there twice; the weights are not the rounded
-///          masters (someone edited them). The other ranks end in the barrier with PeerFailure.
+///          tensor is missing or mis-shaped, an expert's is missing or there twice; the weights are not the
+///          rounded masters (someone edited them). The other ranks end in the barrier with PeerFailure.
 TrainingState load_checkpoint(const std::filesystem::path& checkpoint, model::Decoder& decoder,
                               optim::MasterWeights& masters, const parallel::Groups& groups);
 

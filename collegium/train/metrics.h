@@ -24,9 +24,8 @@ struct StepSpeed {
 
 class MetricsWriter {
  public:
-  /// What     Opens RUN/metrics.jsonl for appending, without the records after `last_step`: a killed run may
-  /// have written
-  ///          steps that its last checkpoint does not hold, and will write them again.
+  /// What     Opens RUN/metrics.jsonl for appending, without the records after `last_step`: a killed run
+  ///          may have written steps that its last checkpoint does not hold, and will write them again.
   MetricsWriter(const std::filesystem::path& run_folder, std::int64_t last_step);
 
   void write(const StepReport& report, const StepSpeed& speed);

@@ -11,12 +11,11 @@
 
 namespace collegium::train {
 
-/// What     Runs `part`, which must not communicate, on every rank, waits for all and tells each of them what
-///          every rank's returned, in rank order.
+/// What     Runs `part`, which must not communicate, on every rank, waits for all and tells each of them
+///          what every rank's returned, in rank order.
 /// Comm     all_gather of the returned text, and of its length.
 /// Throws   Where `part` threw, its exception; on the other ranks PeerFailure with the first such rank and
-/// its
-///          message. By then no rank is at work any more, so what they made can be removed.
+///          its message. By then no rank is at work any more, so what they made can be removed.
 std::vector<Json> on_all_ranks(comm::Communicator& world, const std::function<Json()>& part);
 
 }  // namespace collegium::train

@@ -17,7 +17,7 @@ namespace fs = std::filesystem;
 // Everything but [model], whose keys depend on where the model comes from.
 template <class Fields>
 void describe_sections(Fields& fields, RunConfig& c) {
-  fields("run_folder", c.run_folder, "checkpoints, metrics.jsonl and the report's inputs go here");
+  fields("run_folder", c.run_folder, "checkpoints and metrics.jsonl go here");
   fields("data", c.data, "the prepared corpus");
   fields("batch", c.batch, "an optimizer step and its micro-steps");
   fields("train", c.train, "the loop");
@@ -150,7 +150,7 @@ void validate(const RunConfig& c) {
                  c.train.max_minutes);
   constexpr int kMaxThreadsPerCore = 8;
   const int most_threads = kMaxThreadsPerCore * machine_cores();
-  require_config(c.train.threads >= 0, "train.threads = {}: must not be negative (0 = all cores)",
+  require_config(c.train.threads >= 0, "train.threads = {}: must not be negative (0 = a share of the cores)",
                  c.train.threads);
   require_config(c.train.threads <= most_threads,
                  "train.threads = {}: must be at most {}, {} for each of this machine's {} cores",

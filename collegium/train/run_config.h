@@ -67,7 +67,7 @@ void describe(Fields& fields, LoopOptions& o) {
   fields("dtype", o.dtype, "compute dtype: bfloat16 (fp32 masters), float32 or float64");
   fields("seed", o.seed, "of weights, noise and data order");
   fields("recompute", o.recompute, "recompute every block's activations in the backward pass");
-  fields("threads", o.threads, "OpenMP threads; 0 = all cores");
+  fields("threads", o.threads, "OpenMP threads of a rank; 0 = OMP_NUM_THREADS, else its share of the cores");
 }
 
 struct CheckpointOptions {
@@ -128,18 +128,17 @@ struct RunConfig {
   PlannerOptions planner;
 };
 
-/// What     Reads a TOML file, applies `--set a.b=value` overrides, resolves the model and checks every rule,
-/// before anything
-///          is allocated or written.
+/// What     Reads a TOML file, applies `--set a.b=value` overrides, resolves the model and checks every
+///          rule, before anything is allocated or written.
 /// Throws   ConfigError: TOML syntax (file:line:column), unknown keys (with the nearest), and every rule
-/// (field, value, rule).
+///          (field, value, rule).
 RunConfig read_run_config(const std::filesystem::path& file, const std::vector<std::string>& overrides);
 
 /// Path, default and documentation of every key, in the order of the file.
 std::vector<FieldDoc> document_run_config();
 
-/// What     The whole configuration as JSON, every key present: what a checkpoint keeps and a resumed run is
-/// compared with.
+/// What     The whole configuration as JSON, every key present: what a checkpoint keeps and a resumed run
+///          is compared with.
 Json run_config_json(const RunConfig& config);
 
 /// What     The first key in which two configurations (run_config_json) differ, as "train.seed = 3, not 4";

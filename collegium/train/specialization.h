@@ -33,8 +33,8 @@ void describe(Fields& fields, LayerSpecialization& s) {
   fields("nmi_shuffled_max", s.nmi_shuffled_max, "its largest value under shuffled labels");
 }
 
-/// What     I(expert; domain) / H(domain) of a table of counts [domain][expert], natural logarithms; 0 when H
-/// is 0.
+/// What     I(expert; domain) / H(domain) of a table of counts [domain][expert], natural logarithms; 0 when
+///          H is 0.
 double normalized_mutual_information(const std::vector<std::vector<std::int64_t>>& counts);
 
 /// What     The table of one layer and its null: labels permuted among sequences `num_shuffles` times.

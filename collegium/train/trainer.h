@@ -54,8 +54,9 @@ struct StepReport {
 class Trainer {
  public:
   /// What     Allocates this rank's part of model and optimizer state from the run's seed, or from
-  /// model.init. Comm     collective over `world`: makes the groups of config.parallel. Throws   ConfigError
-  /// for data, model, layout or freeze patterns that do not fit; nothing is written.
+  ///          model.init.
+  /// Comm     collective over `world`: makes the groups of config.parallel.
+  /// Throws   ConfigError for data, model, layout or freeze patterns that do not fit; nothing is written.
   Trainer(const RunConfig& config, const std::shared_ptr<comm::Communicator>& world);
   /// Of a run on one rank.
   explicit Trainer(const RunConfig& config);
@@ -67,8 +68,7 @@ class Trainer {
   ///          totals over dp; per step the gradients, and a few numbers.
   /// Order    Bit-identical for the same state, layout, threads and dtype.
   /// Throws   Error when a loss or gradient is not finite, naming step, layer and tensor; the weights are
-  /// then
-  ///          unchanged.
+  ///          then unchanged.
   StepReport step();
   /// The first part of step(): gradients are summed and left in masters(), weights unchanged. For
   /// comparisons.

@@ -9,6 +9,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "collegium/base/error.h"
 #include "collegium/moe/balance.h"
@@ -111,7 +112,7 @@ class Validation {
       const double targets = domain_sums[1][domain].item<double>();
       loss += sum;
       result.num_targets += static_cast<std::int64_t>(targets);
-      result.domain_loss.push_back(targets > 0.0 ? sum / targets : 0.0);
+      result.domain_loss.push_back(targets > 0.0 ? sum / targets : std::numeric_limits<double>::quiet_NaN());
     }
     if (result.num_targets > 0) result.loss = loss / static_cast<double>(result.num_targets);
   }
@@ -124,7 +125,32 @@ class Validation {
   std::vector<moe::MonitorSums> sums_;
 };
 
+data::Sampler sampler_of(const data::Dataset& dataset, const ValidationShape& shape) {
+  return {dataset, data::Split::kValidation, shape.sequence_length, 0};
+}
+
+// Sequences that are routed together.
+std::int64_t sequences_of_a_group(const moe::MoeOptions& options) {
+  return moe::tokens_interact_in_groups(options) ? options.capacity.group_sequences : 1;
+}
+
+// The windows that are evaluated: whole groups.
+std::int64_t count_windows(const data::Dataset& dataset, const data::Sampler& sampler,
+                           const ValidationShape& shape, std::int64_t unit) {
+  const std::int64_t wanted = std::min(shape.max_sequences, sampler.num_windows());
+  require_config(wanted >= unit,
+                 "{}: the validation split has {} sequences of {} tokens, fewer than one group of "
+                 "model.moe.capacity.group_sequences = {}",
+                 dataset.folder().string(), wanted, shape.sequence_length, unit);
+  return wanted - wanted % unit;
+}
+
 }  // namespace
+
+void require_validation(const data::Dataset& dataset, const ValidationShape& shape,
+                        const moe::MoeOptions& options) {
+  count_windows(dataset, sampler_of(dataset, shape), shape, sequences_of_a_group(options));
+}
 
 void check_vocabulary(const data::Dataset& dataset, const model::ModelConfig& config) {
   require_config(dataset.index().vocab_size <= config.vocab_size,
@@ -136,15 +162,9 @@ ValidationResult validate_model(const model::Decoder& decoder, const data::Datas
                                 const ValidationShape& shape, const parallel::Groups& groups) {
   const at::NoGradGuard no_grad;
   const comm::WhereScope scope(groups.world->where(), {.step = -1, .layer = -1, .phase = "validation"});
-  const data::Sampler sampler(dataset, data::Split::kValidation, shape.sequence_length, 0);
-  const moe::MoeOptions& moe = decoder.config().moe;
-  const std::int64_t unit = moe::tokens_interact_in_groups(moe) ? moe.capacity.group_sequences : 1;
-  const std::int64_t wanted = std::min(shape.max_sequences, sampler.num_windows());
-  const std::int64_t count = wanted - wanted % unit;
-  require_config(count > 0,
-                 "{}: the validation split has {} sequences of {} tokens, fewer than one group of "
-                 "model.moe.capacity.group_sequences = {}",
-                 dataset.folder().string(), wanted, shape.sequence_length, unit);
+  const data::Sampler sampler = sampler_of(dataset, shape);
+  const std::int64_t unit = sequences_of_a_group(decoder.config().moe);
+  const std::int64_t count = count_windows(dataset, sampler, shape, unit);
   const std::int64_t per_rank = std::max(unit, kSequencesPerRank - kSequencesPerRank % unit);
   const std::int64_t per_batch = per_rank * groups.dp->size();
   Validation validation(decoder, dataset, groups);

@@ -19,7 +19,7 @@ struct ValidationResult {
   double loss = 0.0;  ///< nats per target token
   std::int64_t num_targets = 0;
   double hf_pooled = 0.0;                    ///< Hugging Face's pooled balance loss over all tokens
-  std::vector<double> domain_loss;           ///< per domain; 0 without targets
+  std::vector<double> domain_loss;           ///< per domain; NaN (JSON: null) for one without a window
   std::vector<moe::LayerMonitors> monitors;  ///< per MoE layer
   std::vector<LayerSpecialization> specialization;
 };
@@ -29,6 +29,12 @@ struct ValidationShape {
   std::int64_t max_sequences = 64;
   bool mask_documents = false;
 };
+
+/// What     Refuses, before anything is trained, what validate_model() would refuse.
+/// Throws   ConfigError: the validation split has no window of sequence_length tokens, or fewer than one
+///          group of model.moe.capacity.group_sequences.
+void require_validation(const data::Dataset& dataset, const ValidationShape& shape,
+                        const moe::MoeOptions& options);
 
 /// What     Mean cross-entropy over at most `max_sequences` windows spread evenly over the validation split.
 /// Comm     collective: the windows are shared over dp; the result is the same on all ranks.

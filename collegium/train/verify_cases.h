@@ -36,8 +36,7 @@ RunConfig with_layout(RunConfig config, const Layout& layout);
 void write_verification_corpus(const std::filesystem::path& folder);
 
 /// What     Three layers (one dense), 11 experts (a number that few sizes divide), noise, capacity with
-/// drops,
-///          a shared expert, loss-free bias and losses of every scope, float64.
+///          drops, a shared expert, loss-free bias and losses of every scope, float64.
 RunConfig verification_run(const std::filesystem::path& folder);
 
 /// One option set that differs from verification_run().
@@ -46,8 +45,7 @@ struct OptionCase {
   RunConfig config;
 };
 /// What     Option sets, each with a layout of `layouts`, in which every pair of choices of two options
-/// (layout
-///          included) that may stand together does so at least once.
+///          (layout included) that may stand together does so at least once.
 /// Order    Deterministic.
 std::vector<OptionCase> pairwise_cases(const std::filesystem::path& folder,
                                        const std::vector<Layout>& layouts);

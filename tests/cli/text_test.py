@@ -163,6 +163,35 @@ def check_tokenizers(model: str, folder: pathlib.Path, run_file: pathlib.Path) -
     expect(0, "loss", *evaluate, str(folder / "data"))
 
 
+def check_refused_before_training(folder: pathlib.Path, run_file: pathlib.Path) -> None:
+    """What cannot be done at the end is refused at the start, before the run folder changes."""
+    run = folder / "kept"
+    train = ["train", str(run_file), "--set", f"run_folder={run}"]
+    checkpoint = checkpoint_of(collegium(BINARY, *train, "--json"))
+    expect(1, "cannot write /no/such/file", *train, "--fresh", "--record-routing", "/no/such/file")
+    expect(2, "leave --weights-only out to continue", *train, "--weights-only", str(checkpoint))
+    sample = "logging.sample_tokens = 60: with the "
+    expect(2, sample, *train, "--fresh", "--set", "logging.sample_tokens=60")
+    group = ["--set", "model.moe.capacity.drop_policy=position", "--set", "model.moe.capacity.group_sequences=4"]
+    few = "the validation split has 2 sequences of 32 tokens, fewer than one group of"
+    expect(2, few, *train, "--fresh", "--set", "validation.sequences=2", *group)
+    assert checkpoint.is_dir(), "a refused run has removed checkpoints"
+    assert len((run / "metrics.jsonl").read_text().splitlines()) > 6, "a refused run has changed the metrics"
+
+
+def check_evaluation_equals_validation(folder: pathlib.Path, run_file: pathlib.Path) -> None:
+    run = folder / "masked"
+    train = ["train", str(run_file), "--set", f"run_folder={run}", "--set", "data.mask_documents=true", "--json"]
+    validation = json.loads(expect(0, "checkpoint", *train))["validation_loss"]
+    # The run folder stands for its newest checkpoint.
+    evaluate = ["eval", "--model", str(run), "--data", str(folder / "data"), "--sequence-length", "32", "--json"]
+    losses = [
+        json.loads(expect(0, "loss", *evaluate, "--dtype", "bfloat16", *mask))["loss"]
+        for mask in (["--mask-documents"], [])
+    ]
+    assert losses[0] == validation != losses[1], (validation, losses)
+
+
 def check_time_limit(folder: pathlib.Path, run_file: pathlib.Path) -> None:
     limited = [str(run_file), "--set", f"run_folder={folder}/limited", "--set", "train.max_minutes=0.0000001"]
     text = expect(0, "the time of train.max_minutes = 1e-07 is up after step 1 of 6", "train", *limited)
@@ -205,6 +234,8 @@ def main() -> None:
         check_messages(model, folder, run_file)
         check_full_disk(folder, run_file)
         check_tokenizers(model, folder, run_file)
+        check_refused_before_training(folder, run_file)
+        check_evaluation_equals_validation(folder, run_file)
         check_time_limit(folder, run_file)
         check_damaged_run(folder, run_file)
     print(f"{CHECKS} passed, 0 failed")

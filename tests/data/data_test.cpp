@@ -126,7 +126,12 @@ TEST_F(Corpus, wrong_options_are_named) {
   options_.texts = {};
   EXPECT_THAT(refusal(), testing::StartsWith("give either --domain"));
   EXPECT_FALSE(fs::exists(folder_ / "new"));
-  EXPECT_THROW(data::parse_domain_path("nopath"), ConfigError);
+  try {
+    data::parse_domain_path("--tokens", "nopath");
+    FAIL() << "not refused";
+  } catch (const ConfigError& error) {
+    EXPECT_EQ(std::string(error.what()), "--tokens nopath: must be NAME=PATH, such as code=src");
+  }
 }
 
 TEST_F(Corpus, binary_and_invalid_files_are_skipped_and_counted) {

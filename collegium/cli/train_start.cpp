@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collegium/cli/train_start.h"
+
+#include <fmt/format.h>
+
+#include <filesystem>
+
+#include "collegium/base/error.h"
+#include "collegium/base/log.h"
+
+namespace collegium::cli {
+
+namespace {
+
+// What a resumed run may not change: its losses would no longer be those of the uninterrupted one.
+void require_same_run(const Json& saved, const Json& wanted, const std::filesystem::path& checkpoint) {
+  for (const char* section : {"model", "data", "batch", "optimizer", "schedule"}) {
+    require_config(saved.value(section, Json()) == wanted[section],
+                   "{} was made with another [{}] section; continue with the same one, start over with "
+                   "--fresh, or take its "
+                   "weights with --weights-only {}",
+                   checkpoint.string(), section, checkpoint.string());
+  }
+  const Json saved_train = saved.value("train", Json::object());
+  for (const char* key : {"seed", "dtype", "steps"}) {
+    const Json value = saved_train.is_object() ? saved_train.value(key, Json()) : Json();
+    require_config(
+        value == wanted["train"][key],
+        "{} was made with train.{} = {}, this run has {}; continue with the same, or start over with --fresh",
+        checkpoint.string(), key, value.dump(), wanted["train"][key].dump());
+  }
+}
+
+void resume(const std::filesystem::path& folder, const TrainRequest& request, train::Trainer& trainer) {
+  const auto latest = train::find_latest_checkpoint(folder);
+  if (!request.weights_only.empty()) {
+    require_config(!latest || request.fresh,
+                   "{} holds checkpoints; leave --weights-only out to continue from the last one, or pass "
+                   "--fresh to start over",
+                   folder.string());
+    trainer.resume(request.weights_only, /*weights_only=*/true);
+    if (trainer.groups().is_root())
+      log_info(fmt::format("starting from the weights of {}", request.weights_only));
+  } else if (latest && !request.fresh) {
+    require_same_run(train::saved_run_config(*latest), trainer.state().run_config, *latest);
+    trainer.resume(*latest, /*weights_only=*/false);
+    if (trainer.groups().is_root()) log_info(fmt::format("continuing from {}", latest->string()));
+  }
+}
+
+void make_run_folder(const std::filesystem::path& folder) {
+  std::error_code code;
+  std::filesystem::create_directories(folder, code);
+  if (code) throw Error(fmt::format("cannot create {}: {}", folder.string(), code.message()));
+  train::remove_temporary_folders(folder);
+}
+
+void remove_checkpoints(const std::filesystem::path& folder) {
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    if (entry.path().filename().string().starts_with("step-")) std::filesystem::remove_all(entry.path());
+  }
+}
+
+}  // namespace
+
+void start_or_resume(const train::RunConfig& config, const TrainRequest& request, train::Trainer& trainer) {
+  const std::filesystem::path folder = config.run_folder;
+  const bool root = trainer.groups().is_root();
+  if (!request.replay_routing.empty()) trainer.replay_routing(request.replay_routing);
+  resume(folder, request, trainer);
+  trainer.groups().world->barrier();
+  if (root) make_run_folder(folder);
+  if (!request.record_routing.empty()) trainer.record_routing(request.record_routing);
+  if (root && request.fresh) remove_checkpoints(folder);
+}
+
+}  // namespace collegium::cli
