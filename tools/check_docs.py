@@ -11,6 +11,24 @@ REFERENCE = re.compile(r"\[([A-Z][A-Za-z]+\d{0,4}[a-z]?), (?:Sec|Eq|Eqs|Alg|Tabl
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
+SECTION = r"(?:What|Math|Shape|Dtype|Comm|Order|Throws|Ref|Returns) {2,}"
+
+
+def broken_sections(path: pathlib.Path) -> list[str]:
+    """A comment of sections: each begins a line of its own, and its other lines are indented below its text."""
+    errors = []
+    inside = False
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        comment = re.match(r"^ *///(?!<) ?(.*)$", line)
+        begins = bool(comment and re.match(SECTION, comment[1]))
+        if comment and re.search(r"\S " + SECTION + r"\S", comment[1]):
+            errors.append(f"{path.relative_to(ROOT)}:{number}: a section begins in the middle of a line")
+        elif comment and inside and not begins and not comment[1].startswith("  "):
+            errors.append(f"{path.relative_to(ROOT)}:{number}: a section's line is not indented below its text")
+        inside = bool(comment) and (inside or begins)
+    return errors
+
+
 def undocumented(path: pathlib.Path) -> list[str]:
     text = path.read_text()
     errors = []
@@ -38,6 +56,7 @@ def main() -> int:
     headers = [*ROOT.glob("collegium/**/*.h")]
     known = (ROOT / "docs/references.md").read_text()
     for path in headers:
+        errors += broken_sections(path)
         if "cli" not in path.parts:
             errors += undocumented(path)
     for path in [*headers, *ROOT.glob("collegium/**/*.cpp")]:

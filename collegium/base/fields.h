@@ -31,7 +31,7 @@ namespace collegium {
 using Json = nlohmann::ordered_json;
 
 /// What     Specialise with `static constexpr std::pair<std::string_view, E> names[]` to let an enum appear
-/// in fields.
+///          in fields.
 template <typename E>
 struct EnumNames;
 
@@ -252,7 +252,7 @@ Json write_value(T& value) {
 
 /// What     Reads every key of `json` into `value`; keys that are absent keep the value's defaults.
 /// Throws   ConfigError: a wrong type (path, value, what was expected), an unknown key (with the nearest
-/// known one).
+///          known one).
 template <typename T>
 void read_fields(const Json& json, const std::string& path, T& value) {
   internal::read_value(json, path, value);

@@ -43,7 +43,7 @@ class AtomicFile {
 void write_file_atomically(const std::filesystem::path& path, std::string_view text);
 
 /// What     Makes a folder's entries durable (fsync of the folder): call after creating or renaming inside
-/// it.
+///          it.
 void sync_folder(const std::filesystem::path& folder);
 
 /// What     A read-only memory map of a whole file; an empty file maps to an empty span.

@@ -14,7 +14,7 @@ enum class LogLevel { kInfo, kWarning };
 using LogSink = std::function<void(LogLevel, std::string_view)>;
 
 /// What     Installs where messages go; an empty sink (the default) drops them. Not thread-safe: call at
-/// start-up.
+///          start-up.
 void set_log_sink(LogSink sink);
 void log_info(std::string_view message);
 void log_warning(std::string_view message);

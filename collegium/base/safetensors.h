@@ -29,9 +29,8 @@ struct TensorInfo {
 std::size_t safetensors_element_bytes(const std::string& dtype);
 
 /// What     A memory-mapped file with a verified header.
-/// Throws   ConfigError naming file, tensor and rule: truncated, header too long or not JSON, unknown dtype,
-/// size that does
-///          not match the shape, offsets out of range, overlapping or leaving holes.
+/// Throws   ConfigError naming file, tensor and rule: truncated, header too long or not JSON, unknown
+///          dtype, size that does not match the shape, offsets out of range, overlapping or leaving holes.
 class SafetensorsFile {
  public:
   explicit SafetensorsFile(const std::filesystem::path& path);

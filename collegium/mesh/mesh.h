@@ -67,10 +67,9 @@ class Mesh {
   int expert_rank(int pp, int edp, int ep, int etp) const;
 
   /// What     The ranks that differ from `world_rank` on no axis but those given, in ascending order:
-  /// group({kEp},
-  ///          r) is r's expert-parallel group, group({kDp, kCp}, r) the ranks over which a dense gradient is
-  ///          summed, group({kEdp}, r) those of an expert's. A rank's index in the group is its coordinate on
-  ///          the axes, the first axis of the world order being the slowest.
+  ///          group({kEp}, r) is r's expert-parallel group, group({kDp, kCp}, r) the ranks over which a
+  ///          dense gradient is summed, group({kEdp}, r) those of an expert's. A rank's index in the group
+  ///          is its coordinate on the axes, the first axis of the world order being the slowest.
   /// Throws   ConfigError for a set that mixes dense axes (dp, cp, tp) with expert axes (edp, ep, etp).
   std::vector<int> group(std::initializer_list<Axis> axes, int world_rank) const;
 

@@ -31,14 +31,15 @@ struct AttentionContext {
 };
 
 /// What     Which keys each query sees: earlier positions, within the sliding window, of the same document.
-/// Shape    S queries at positions [past, past + S), keys at [0, past + S). document_ids_BS only with past =
-/// 0.
+/// Shape    S queries at positions [past, past + S), keys at [0, past + S). document_ids_BS only with past
+///          = 0.
 /// Dtype    and device of the model's values: `options`.
 AttentionContext attention_context(const ModelConfig& config, std::int64_t past, std::int64_t num_queries,
                                    const at::Tensor& document_ids_BS, const at::TensorOptions& options);
 
 /// What     Causal self-attention with grouped key/value heads, rotary embedding and optional normalisation
-/// of q and k. Shape    x_BSD -> [B, S, D]; `cache` (optional) is extended by the new keys and values.
+///          of q and k.
+/// Shape    x_BSD -> [B, S, D]; `cache` (optional) is extended by the new keys and values.
 at::Tensor attention(const ModelConfig& config, const AttentionWeights& weights, const at::Tensor& x_BSD,
                      const AttentionContext& context, LayerCache* cache);
 

@@ -48,7 +48,7 @@ struct ModelConfig {
 };
 
 /// What     The keys of a model that is described inline in a run file, and of the "collegium_moe" family's
-/// config.json.
+///          config.json.
 template <class Fields>
 void describe(Fields& fields, ModelConfig& c) {
   fields("family", c.family, "mixtral, olmoe, qwen3_moe (their checkpoint formats) or collegium_moe");
@@ -82,9 +82,8 @@ ModelConfig read_model_config(const std::filesystem::path& path);
 /// The same from JSON at hand; `origin` names it in messages.
 ModelConfig parse_model_config(const Json& json, const std::string& origin);
 /// What     The config.json of this model: its family's where the family can express it, else model_type
-/// "collegium_moe".
-///          Options the family has no key for, and that do not change what the model computes in evaluation
-///          (noise, balance losses, capacity in training), go under "collegium".
+///          "collegium_moe". Options the family has no key for, and that do not change what the model
+///          computes in evaluation (noise, balance losses, capacity in training), go under "collegium".
 Json write_model_config(const ModelConfig& config, const std::string& dtype_name);
 /// Throws ConfigError for contradictory sizes, before anything is allocated.
 void validate(const ModelConfig& config, bool training);

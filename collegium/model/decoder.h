@@ -75,10 +75,11 @@ class Decoder {
   moe::ExpertTransport transport_;
 };
 
-/// What     Sum over targets of cross-entropy: -sum log softmax(hidden W^T)[target]. [T, V] never exists as a
-/// whole. Shape    hidden_BSD [B, S, D], targets_BS int64 with -100 = not a target. Returns a scalar with
-/// autograd. Dtype    logits in the compute dtype, softmax in fp32 (fp64 for fp64), summed over chunks in
-/// fp64.
+/// What     Sum over targets of cross-entropy: -sum log softmax(hidden W^T)[target]. [T, V] never exists as
+///          a whole.
+/// Shape    hidden_BSD [B, S, D], targets_BS int64 with -100 = not a target. Returns a scalar with
+///          autograd.
+/// Dtype    logits in the compute dtype, softmax in fp32 (fp64 for fp64), summed over chunks in fp64.
 at::Tensor cross_entropy_sum(const Decoder& decoder, const at::Tensor& hidden_BSD,
                              const at::Tensor& targets_BS);
 

@@ -22,7 +22,8 @@ struct SamplingOptions {
 void validate(const SamplingOptions& options);
 
 /// What     The next token from a row of logits [V]: temperature, then top-k, then top-p; ties to the lower
-/// id. Order    A function of logits, options and `index` (how many tokens were sampled before).
+///          id.
+/// Order    A function of logits, options and `index` (how many tokens were sampled before).
 std::int64_t sample_token(const at::Tensor& logits_V, const SamplingOptions& options, std::int64_t index);
 
 /// What     Continues the prompt, one token at a time, with a key/value cache; routing is dropless.

@@ -52,12 +52,12 @@ std::vector<Parameter> list_parameters(const ModelConfig& config, const ExpertRa
 std::vector<DiskTensor> list_disk_tensors(const ModelConfig& config,
                                           const std::vector<Parameter>& parameters);
 /// What     The view of `source` (a parameter's value, gradient or moment, of the parameter's shape) that a
-/// disk tensor names.
+///          disk tensor names.
 at::Tensor disk_view(const DiskTensor& disk, const at::Tensor& source);
 
-/// What     Allocates and fills every parameter from (seed, name, global expert id): the same on any layout.
-/// Normal with
-///          standard deviation initializer_range, norms 1, buffers and noise matrices 0.
+/// What     Allocates and fills every parameter from (seed, name, global expert id): the same on any
+///          layout. Normal with standard deviation initializer_range, norms 1, buffers and noise matrices
+///          0.
 /// Dtype    drawn in float64, rounded to fp32 (the master) and from there to `dtype`.
 void initialize_parameters(const ModelConfig& config, std::uint64_t seed, at::ScalarType dtype,
                            std::vector<Parameter>& parameters);

@@ -8,10 +8,10 @@
 namespace collegium::model {
 
 /// What     block(x), keeping only x for the backward pass, which runs the block again [Chen2016] arXiv
-/// 1604.06174.
-///          Gradients are bit-identical to those without recomputation when the block is deterministic.
+///          1604.06174. Gradients are bit-identical to those without recomputation when the block is
+///          deterministic.
 /// Shape    x must require grad (the gradients of the block's parameters hang on it); they accumulate into
-/// their leaves.
+///          their leaves.
 at::Tensor recompute(const std::function<at::Tensor(const at::Tensor&)>& block, const at::Tensor& x);
 
 }  // namespace collegium::model

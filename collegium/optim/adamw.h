@@ -34,10 +34,11 @@ void describe(Fields& fields, AdamWOptions& o) {
 void validate(const AdamWOptions& options, const std::string& path);
 
 /// What     One step of AdamW for every slot, in one pass over master, gradient, moments and value; clears
-/// the gradients. Math     g' = scale g; m = b1 m + (1 - b1) g'; v = b2 v + (1 - b2) g'^2;
-///          w -= rate (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay w); value = round(w).
-///          An expert without tokens has gradient zero: its moments decay and its weights still move and
-///          shrink. What a slot marks as frozen stays as it is, decay included.
+///          the gradients.
+/// Math     g' = scale g; m = b1 m + (1 - b1) g'; v = b2 v + (1 - b2) g'^2; w -= rate (m / (1 - b1^t) /
+///          (sqrt(v / (1 - b2^t)) + eps) + decay w); value = round(w). An expert without tokens has
+///          gradient zero: its moments decay and its weights still move and shrink. What a slot marks as
+///          frozen stays as it is, decay included.
 /// Order    Elementwise, so bit-identical for any number of threads.
 /// Ref      [Loshchilov2019, Alg 2] arXiv 1711.05101
 void adamw_step(const AdamWOptions& options, double rate, double gradient_scale, std::int64_t step,

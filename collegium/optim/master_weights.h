@@ -65,8 +65,7 @@ class NonFiniteGradient : public Error {
 
 /// What     The slots' sums of squares, in a fixed order in float64.
 /// Throws   NonFiniteGradient when a gradient is not finite, naming the parameter (and expert) nearest the
-/// output: the
-///          backward pass spreads what is not finite from there to all before it.
+///          output: the backward pass spreads what is not finite from there to all before it.
 GradientSquares gradient_squares(const std::vector<Slot>& slots);
 
 /// The global norm and what it is made of.

@@ -29,8 +29,8 @@ void validate(const ScheduleOptions& options, std::int64_t num_steps, const std:
 
 /// What     The factor on the peak learning rate at `step` (1 .. num_steps).
 /// Math     warm-up: step / warmup; cosine: r + (1 - r) (1 + cos(pi t)) / 2, t from 0 to 1 after warm-up;
-/// wsd: 1, then
-///          linear to r over the last decay_fraction of the steps [Hu2024, Sec 4] arXiv 2404.06395.
+///          wsd: 1, then linear to r over the last decay_fraction of the steps [Hu2024, Sec 4] arXiv
+///          2404.06395.
 double rate_factor(const ScheduleOptions& options, std::int64_t step, std::int64_t num_steps);
 
 }  // namespace collegium::optim

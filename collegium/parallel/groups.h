@@ -35,8 +35,9 @@ struct Groups {
 };
 
 /// What     Places `world`'s ranks on the mesh dp = all ranks, ep and edp = dp / ep, and splits off the
-/// groups. Comm     collective over `world`. Throws   ConfigError: ep does not divide the ranks, or exceeds
-/// the experts.
+///          groups.
+/// Comm     collective over `world`.
+/// Throws   ConfigError: ep does not divide the ranks, or exceeds the experts.
 Groups make_groups(const std::shared_ptr<comm::Communicator>& world, const ParallelOptions& options,
                    std::int64_t num_experts);
 

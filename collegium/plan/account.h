@@ -31,14 +31,13 @@ struct Account {
   std::int64_t mtp = 0;             ///< multi-token prediction, apart from `total`
 };
 
-/// What     Counts every component. A tied embedding is counted once, as the embedding, and is active as the
-/// head.
+/// What     Counts every component. A tied embedding is counted once, as the embedding, and is active as
+///          the head.
 Account account(const ModelSpec& model);
 
 /// What     FLOPs of the forward pass of one token, by part.
 /// Math     2 x weights of the matrices it passes through, and for attention 2 * H * (d_qk + d_v) * keys,
-/// where
-///          keys = seq/2 on average under a causal mask (at most the window in windowed layers).
+///          where keys = seq/2 on average under a causal mask (at most the window in windowed layers).
 struct TokenFlops {
   double attention_projections = 0.0;
   double attention_scores = 0.0;
@@ -53,11 +52,11 @@ struct TokenFlops {
 TokenFlops forward_flops_per_token(const ModelSpec& model, double seq_len);
 
 /// What     Keys that a query sees on average: causal (seq+1)/2, or less under a window, or `seq` when not
-/// causal.
+///          causal.
 double mean_visible_keys(double seq_len, std::int64_t window);
 
-/// What     The account as lines of text, a figure and its formula each, with what often-quoted figures leave
-/// out.
+/// What     The account as lines of text, a figure and its formula each, with what often-quoted figures
+///          leave out.
 std::string format_account(const ModelSpec& model, const Account& counts, double seq_len);
 /// The same for a program.
 Json account_json(const ModelSpec& model, const Account& counts, double seq_len);

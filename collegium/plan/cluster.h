@@ -123,7 +123,7 @@ void describe(Fields& fields, Cluster& c) {
 
 /// What     A cluster by its name in the catalogue or from a TOML file.
 /// Throws   ConfigError: unknown name (with the nearest), unknown key, or a figure that is not a positive
-/// number.
+///          number.
 Cluster load_cluster(const std::string& name_or_path);
 /// The same from TOML text at hand; `origin` names it in messages.
 Cluster parse_cluster(std::string_view text, const std::string& origin);
@@ -131,7 +131,7 @@ Cluster parse_cluster(std::string_view text, const std::string& origin);
 std::vector<std::string> cluster_names();
 
 /// What     FLOP/s of matrix products in a training precision ("bf16", "fp16", "fp8", "mxfp8", "nvfp4",
-/// "fp32", ...).
+///          "fp32", ...).
 /// Throws   ConfigError when the accelerator has no such format.
 double peak_flops(const Accelerator& accelerator, const std::string& precision);
 /// What     Whether a training precision names a number format that the planner knows.

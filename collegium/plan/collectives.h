@@ -14,13 +14,12 @@ namespace collegium::plan {
 /// Depth that a tile of a product spends filling and draining its pipeline.
 constexpr double kStartDepth = 220.0;
 
-/// What     Share of the tile slots that an m x n product keeps busy: tiles / (waves * units), best of three
-/// tile sizes,
-///          times what each tile size reaches, times the share of the depth k that is not start-up.
+/// What     Share of the tile slots that an m x n product keeps busy: tiles / (waves * units), best of
+///          three tile sizes, times what each tile size reaches, times the share of the depth k that is not
+///          start-up.
 double gemm_utilisation(const Accelerator& accelerator, double m, double n, double k, double groups = 1.0);
 /// What     Seconds of `groups` products m x k by k x n in a number format ("bf16", "fp8", ...): the larger
-/// of computing
-///          and of moving operands, plus a launch.
+///          of computing and of moving operands, plus a launch.
 /// Throws   ConfigError when the accelerator has no such format.
 double gemm_seconds(const Accelerator& accelerator, const std::string& format, double m, double n, double k,
                     double groups = 1.0);
@@ -38,8 +37,7 @@ struct Group {
 Group group_of(const Cluster& cluster, int ranks, int stride);
 
 /// What     Bytes per second that a ring through the group sustains: the fast link inside a domain; across
-/// domains the
-///          members' share of their slow links, if that is less.
+///          domains the members' share of their slow links, if that is less.
 double ring_bandwidth(const Cluster& cluster, const Group& group);
 /// What     Seconds to reduce-scatter or all-gather `bytes` (the whole tensor).
 /// Math     (n-1)/n bytes / bandwidth + hops * latency
@@ -50,8 +48,8 @@ double all_reduce_seconds(const Cluster& cluster, const Group& group, double byt
 double send_seconds(const Cluster& cluster, int stride, double bytes);
 
 /// What     Distinct groups of `groups` equal ones that a token's K of E experts touch, balanced random
-/// choice. Math     D(G) = G (1 - C(E - E/G, K) / C(E, K)); under group-limited routing at most the allowed
-/// groups.
+///          choice.
+/// Math     D(G) = G (1 - C(E - E/G, K) / C(E, K)); under group-limited routing at most the allowed groups.
 double distinct_groups(double experts, double top_k, double groups);
 
 /// What     Bytes per second that a rank sends in an all-to-all over a link, and the microseconds of one.
@@ -65,12 +63,12 @@ struct ExpertTraffic {
 };
 /// What     Rows per token and direction that leave a rank, by dispatcher, the rank's own experts excepted.
 /// Math     a row per (token, expert): K (1 - 1/R); deduplicated: D(R) (1 - 1/R); hierarchical: D(N) (1 -
-/// 1/N) over slow
-///          links, the rest inside a domain; gathered: R - 1; padded: as all-to-all times the imbalance.
+///          1/N) over slow links, the rest inside a domain; gathered: R - 1; padded: as all-to-all times
+///          the imbalance.
 ExpertTraffic expert_traffic(const ModelSpec& model, const Layout& layout, const Cluster& cluster,
                              double imbalance);
 /// What     Seconds of one dispatch or combine of `tokens` tokens of `row_bytes` each; both links work at
-/// once.
+///          once.
 double expert_exchange_seconds(const ModelSpec& model, const Layout& layout, const Cluster& cluster,
                                double tokens, double row_bytes, double imbalance);
 

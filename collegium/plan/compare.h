@@ -35,8 +35,7 @@ struct Comparison {
 };
 
 /// What     Predicts every classical layout and searches its machines for a faster one, under the same
-/// software habits
-///          (full recomputation allowed, scores kept, 16-bit gradient reduction).
+///          software habits (full recomputation allowed, scores kept, 16-bit gradient reduction).
 std::vector<Comparison> compare_classics();
 /// What     The comparison as a table.
 std::string format_comparison(const std::vector<Comparison>& all);

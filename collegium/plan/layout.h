@@ -97,12 +97,11 @@ struct Stack {
 
 /// What     Checks what a user gives.
 /// Throws   ConfigError: positions or sequences that are no whole number from 1 to a billion, an imbalance
-/// below 1 or
-///          not finite. `prefix` is put before the field: "--".
+///          below 1 or not finite. `prefix` is put before the field: "--".
 void check_workload(const Workload& work, const std::string& prefix);
 
 /// What     Micro-batches of one pipeline in an optimizer step: global_batch / (dp * micro_batch), rounded
-/// up.
+///          up.
 double num_micro_batches(const Layout& layout, const Workload& work);
 
 /// What     Why this layout is impossible, or nothing: a rule with both numbers.
@@ -115,7 +114,7 @@ Layout parse_layout(const std::string& text);
 /// What     "none", "full", or the parts: "core_attn+norms".
 std::string recompute_name(const Recompute& recompute);
 /// What     Reads none, full, selective:core_attn+... as published runs write it; `+SP` is not a recompute
-/// and skipped.
+///          and skipped.
 Recompute parse_recompute(const std::string& text);
 
 }  // namespace collegium::plan

@@ -25,14 +25,12 @@ struct StageWeights {
   double moe_layers = 0.0;
 };
 
-/// What     Layers of stage `stage`: [first, last), uniform blocks with the remainder on the first stages, or
-/// equal
-///          work with embedding and head counted as layers when the stack balances stages.
+/// What     Layers of stage `stage`: [first, last), uniform blocks with the remainder on the first stages,
+///          or equal work with embedding and head counted as layers when the stack balances stages.
 std::pair<std::int64_t, std::int64_t> stage_layers(const ModelSpec& model, const Layout& layout,
                                                    const Stack& stack, int stage);
 /// What     Parameters of a rank of that stage. The vocabulary is padded to a multiple of 128 * tp; tied
-/// embeddings
-///          have a copy on the first and on the last stage.
+///          embeddings have a copy on the first and on the last stage.
 StageWeights stage_weights(const ModelSpec& model, const Layout& layout, const Stack& stack, int stage);
 
 /// Bytes of activations that the backward pass needs, per layer and micro-batch, on one rank.
@@ -43,20 +41,18 @@ struct LayerActivations {
 };
 
 /// What     Activations of one micro-batch.
-/// Math     Per token, in bytes, D hidden, q, kv widths of queries and of keys/values, F width: norms' inputs
-/// and
-///          outputs 8 D, q, k, v and attention's output 2 (2 q + 2 kv), SwiGLU 6 F (GELU 4 F), dropout masks
-///          2 D; scores 2..5 bytes * H * S where attention is not fused; experts: per row 2 D in, 6 F, and 2
-///          D out; the router 8 E. Tensor parallelism divides all but the first and the masks, sequence
-///          parallelism those too.
+/// Math     Per token, in bytes, D hidden, q, kv widths of queries and of keys/values, F width: norms'
+///          inputs and outputs 8 D, q, k, v and attention's output 2 (2 q + 2 kv), SwiGLU 6 F (GELU 4 F),
+///          dropout masks 2 D; scores 2..5 bytes * H * S where attention is not fused; experts: per row 2 D
+///          in, 6 F, and 2 D out; the router 8 E. Tensor parallelism divides all but the first and the
+///          masks, sequence parallelism those too.
 /// Ref      [Korthikanti2022, Eq 2]
 LayerActivations layer_activations(const ModelSpec& model, const Layout& layout, const Workload& work,
                                    const Stack& stack);
 
 /// What     Layer-micro-batches whose activations a stage holds at its peak.
 /// Math     1F1B: min(m, pp - stage) * layers; interleaved: min(m * v, 2 (pp - stage - 1) + (v - 1) pp + 1)
-/// chunks of
-///          layers / v; GPipe: m * layers; zero-bubble: pp * layers; DualPipe: (pp + 1) * layers.
+///          chunks of layers / v; GPipe: m * layers; zero-bubble: pp * layers; DualPipe: (pp + 1) * layers.
 double layers_in_flight(const Layout& layout, double micro_batches, int stage, double stage_layers);
 
 struct MemoryLine {

@@ -95,9 +95,8 @@ struct LayerWeights {
 /// What     Weights of decoder layer `layer` (from 0).
 LayerWeights layer_weights(const ModelSpec& model, std::int64_t layer);
 /// What     Weights of one multi-token-prediction layer: a full layer, two norms and the 2D x D projection
-/// that joins
-///          the next token's embedding with the hidden state, and its final norm. Embedding and head are
-///          shared.
+///          that joins the next token's embedding with the hidden state, and its final norm. Embedding and
+///          head are shared.
 std::int64_t mtp_layer_weights(const ModelSpec& model);
 /// What     Weights of one norm: D (RMS) or 2 D (layer norm).
 std::int64_t norm_weights(const ModelSpec& model);

@@ -60,14 +60,14 @@ struct SentBytes {
 /// Dispatch, combine, combine backward, dispatch backward: the four phases of the ledger.
 using ArrowBytes = std::array<SentBytes, 4>;
 
-/// What     What each rank of one expert-parallel group sends for one layer and micro-step, nothing dropped.
+/// What     What each rank of one expert-parallel group sends for one layer and micro-step, nothing
+///          dropped.
 /// Math     uneven: the rows of experts elsewhere, and their weights (dispatch and its backward). padded:
-/// blocks of
-///          the largest count of any (rank, expert), per chunk. allgather: every token to every rank.
-///          two_level: a copy per (token, other node), then one per (token, rank with any of its experts)
-///          inside, with the weights of its (token, expert) pairs. shared_memory: nothing but 8 bytes per
-///          chunk and kind of rows or weights that ranks meet over. Weights and, on demand, sums are fp32
-///          (float64 for float64).
+///          blocks of the largest count of any (rank, expert), per chunk. allgather: every token to every
+///          rank. two_level: a copy per (token, other node), then one per (token, rank with any of its
+///          experts) inside, with the weights of its (token, expert) pairs. shared_memory: nothing but 8
+///          bytes per chunk and kind of rows or weights that ranks meet over. Weights and, on demand, sums
+///          are fp32 (float64 for float64).
 /// Throws   ConfigError when there are not `ep` ranks, or an expert does not exist.
 std::vector<ArrowBytes> layer_bytes(const OwnRun& run,
                                     const std::vector<std::span<const std::int32_t>>& ids_TK,
@@ -78,8 +78,7 @@ std::vector<ArrowBytes> layer_bytes(const OwnRun& run,
 std::vector<ArrowBytes> recorded_step_bytes(const OwnRun& run, const RoutingCounts& recorded,
                                             std::int64_t step);
 /// What     The expectation of a step's bytes when every token chooses its experts uniformly; padded blocks
-/// hold the
-///          mean count. Exact for allgather.
+///          hold the mean count. Exact for allgather.
 std::vector<ArrowBytes> expected_step_bytes(const OwnRun& run);
 
 /// Bytes that a rank's forward pass keeps, per token.
@@ -105,8 +104,8 @@ struct OwnTensors {
 /// What     Tensors of the fullest rank.
 OwnTensors own_tensors(const OwnRun& run, double imbalance = 1.0);
 
-/// What     Memory of the fullest rank: own_tensors() and the program. `imbalance` is the fullest rank's rows
-/// over the mean.
+/// What     Memory of the fullest rank: own_tensors() and the program. `imbalance` is the fullest rank's
+///          rows over the mean.
 MemoryReport own_memory(const OwnRun& run, const Cluster& cluster, double imbalance = 1.0);
 /// What     Seconds of an optimizer step on a cluster whose ranks are the run's.
 StepTime own_step(const OwnRun& run, const Cluster& cluster, double imbalance = 1.0);

@@ -66,16 +66,14 @@ struct PublishedRun {
 
 /// What     A row as a run.
 /// Throws   ConfigError with the reason why the row cannot be predicted: unknown metric, accelerator or
-/// architecture,
-///          missing or contradictory columns.
+///          architecture, missing or contradictory columns.
 PublishedRun published_run(const CsvRow& row);
 
 /// What     A column's positive number.
 /// Throws   ConfigError: missing, no number, or not positive.
 double required(const CsvRow& row, const std::string& column);
 /// What     Reads metric, value and unit; the precision; the cluster of the catalogue that an accelerator's
-/// name
-///          means.
+///          name means.
 /// Throws   ConfigError with the reason why the row cannot be predicted.
 void read_figure(const CsvRow& row, PublishedRun& run);
 void read_precision(const CsvRow& row, PublishedRun& run);

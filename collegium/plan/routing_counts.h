@@ -31,8 +31,7 @@ struct RoutingCounts {
 RoutingCounts read_routing(const std::filesystem::path& path);
 
 /// What     Rows of the fullest of `ranks` ranks over the mean; experts lie on ranks in consecutive blocks,
-/// the first
-///          ranks holding one more where they do not divide. 1 when no row was routed.
+///          the first ranks holding one more where they do not divide. 1 when no row was routed.
 double rank_imbalance(const std::vector<std::int64_t>& counts_E, int ranks);
 
 }  // namespace collegium::plan

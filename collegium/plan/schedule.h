@@ -44,7 +44,7 @@ struct Pipeline {
 
 /// What     Per rank the fixed order of its tasks; empty for rule-based schedules (zero-bubble, DualPipe).
 /// Throws   ConfigError when interleaving does not divide the micro-batches by the ranks, or DualPipe meets
-/// odd numbers.
+///          odd numbers.
 std::vector<std::vector<Task>> fixed_order(const Pipeline& pipeline);
 
 }  // namespace collegium::plan

@@ -45,14 +45,13 @@ struct SearchResult {
 };
 
 /// What     Examines (tp, cp, pp, virtual stages, dp, ep, expert tp, ZeRO, micro-batch, recomputation,
-/// dispatcher), the
-///          dense and the expert mesh folded independently.
+///          dispatcher), the dense and the expert mesh folded independently.
 /// Throws   ConfigError when no accelerator count or batch is given.
 SearchResult search(const ModelSpec& model, const Workload& work, const Cluster& cluster, const Stack& stack,
                     const SearchOptions& options);
 
-/// What     The ranking as a table: time, FLOP/s, memory, the part that makes a layout slower, the impossible
-/// and why.
+/// What     The ranking as a table: time, FLOP/s, memory, the part that makes a layout slower, the
+///          impossible and why.
 std::string format_search(const SearchResult& result, const ModelSpec& model, const Workload& work,
                           const Cluster& cluster, std::size_t rows);
 /// The same for a program.

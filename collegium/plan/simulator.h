@@ -39,8 +39,8 @@ struct Simulation {
 };
 
 /// What     Runs the pipeline. Fixed orders wait for their next task; rule-based ranks take, of what is
-/// ready, backward
-///          before forward before weight gradients, and hold at most the chunks that the schedule allows.
+///          ready, backward before forward before weight gradients, and hold at most the chunks that the
+///          schedule allows.
 /// Throws   InternalError if no task can start although some are left.
 Simulation simulate(const Pipeline& pipeline, const Durations& durations);
 
@@ -51,18 +51,18 @@ struct RoutingSkew {
   std::shared_ptr<const RoutingCounts> recorded;  ///< taken in turn, record by record, where given
 };
 /// What     The durations of a layout's stages: each micro-batch's expert work is multiplied by the fullest
-/// rank's tokens over the mean.
+///          rank's tokens over the mean.
 /// Throws   ConfigError when the recorded experts are not the model's.
 Durations layout_durations(const ModelSpec& model, const Layout& layout, const Workload& work,
                            const Cluster& cluster, const Stack& stack, const RoutingSkew& skew);
 /// What     The fullest of `ranks` ranks' tokens over the mean, when expert e is chosen in proportion to
-/// exp(skew * n_e).
+///          exp(skew * n_e).
 double skewed_imbalance(int experts, int ranks, double skew, std::uint64_t seed, std::uint64_t draw);
 
 /// What     The spans as a Chrome/Perfetto trace: one process per rank, microseconds.
 std::string trace_json(const Simulation& simulation);
 /// What     Ranks as lines, time to the right: digits are forward passes, letters backward, + weight
-/// gradients.
+///          gradients.
 std::string timeline_picture(const Simulation& simulation, std::size_t width);
 
 }  // namespace collegium::plan

@@ -36,8 +36,8 @@ struct LayerCost {
   Cost backward;
   Cost recompute;
 };
-/// What     Cost of a layer with experts or with a dense network; `windowed` layers see at most the window's
-/// keys.
+/// What     Cost of a layer with experts or with a dense network; `windowed` layers see at most the
+///          window's keys.
 LayerCost layer_cost(const ModelSpec& model, const Layout& layout, const Workload& work,
                      const Cluster& cluster, const Stack& stack, bool moe, bool windowed);
 /// What     Cost of the output head and loss of one micro-batch.
@@ -46,8 +46,7 @@ LayerCost head_cost(const ModelSpec& model, const Layout& layout, const Workload
 
 /// What     Seconds of an optimizer step.
 /// Math     step = m * slowest stage + (pp - 1)/v * mean stage + sends + exposed reduction + optimizer; the
-/// slowest
-///          stage's share that does not fit the mean is its imbalance.
+///          slowest stage's share that does not fit the mean is its imbalance.
 struct StepTime {
   Cost busy;  ///< the mean stage's work of all micro-batches, by part
   double micro_batches = 0.0;
@@ -71,8 +70,8 @@ double model_flops_per_s(const ModelSpec& model, const Layout& layout, const Wor
 
 /// What     Share of a pipeline's time that its schedule leaves idle, in units of one micro-batch's work.
 /// Math     GPipe, 1F1B: pp - 1; interleaved: (pp - 1)/v; zero-bubble: (pp - 1)(F + B - 2W)/(F + B);
-/// DualPipe:
-///          (pp/2 - 1)(F + 2B - 3W)/(F + B); F forward, B the whole backward pass, W its half for weights.
+///          DualPipe: (pp/2 - 1)(F + 2B - 3W)/(F + B); F forward, B the whole backward pass, W its half for
+///          weights.
 /// Ref      [DeepSeekV3, Table 2]
 double bubble_micro_batches(const Layout& layout, double forward_s, double backward_s);
 

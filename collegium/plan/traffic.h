@@ -25,15 +25,15 @@ struct TrafficLine {
 
 /// What     Everything that a rank of the first stage sends in an optimizer step.
 /// Math     ring all-reduce of n bytes over g ranks: 2 n (g-1)/g; reduce-scatter or all-gather: n (g-1)/g;
-/// dispatch or
-///          combine: rows of expert_traffic() x (D x 2 bytes, and 4 for the row's weight on the way out).
+///          dispatch or combine: rows of expert_traffic() x (D x 2 bytes, and 4 for the row's weight on the
+///          way out).
 std::vector<TrafficLine> step_traffic(const ModelSpec& model, const Layout& layout, const Workload& work,
                                       const Cluster& cluster, const Stack& stack);
 /// What     The lines as a table with sums per link.
 std::string format_traffic(const std::vector<TrafficLine>& lines);
 
 /// What     A layout drawn: ranks on their machines with both foldings' coordinates, a group of every axis,
-/// the traffic.
+///          the traffic.
 std::string explain_layout(const ModelSpec& model, const Layout& layout, const Workload& work,
                            const Cluster& cluster, const Stack& stack);
 
@@ -45,15 +45,13 @@ struct ExchangeShare {
   double step_s = 0.0;
 };
 /// What     The expert exchange's share of a step on few and on many ranks, and what each remedy would give
-/// back:
-///          deduplication, two levels, node-limited routing, placement that keeps a token's experts together,
-///          overlap.
+///          back: deduplication, two levels, node-limited routing, placement that keeps a token's experts
+///          together, overlap.
 std::vector<ExchangeShare> exchange_shares(const ModelSpec& model, const Layout& layout, const Workload& work,
                                            const Cluster& cluster, const Stack& stack);
 
-/// What     The shares of a coarse and of a fine-grained model on 2 and on 32 ranks of one cluster, as text,
-/// beside the
-///          44.4 to 68.4 % that were published for 32 accelerators.
+/// What     The shares of a coarse and of a fine-grained model on 2 and on 32 ranks of one cluster, as
+///          text, beside the 44.4 to 68.4 % that were published for 32 accelerators.
 std::string format_exchange_shares(const Cluster& cluster, double seq_len);
 /// The same as JSON.
 Json exchange_shares_json(const Cluster& cluster, double seq_len);

@@ -92,7 +92,7 @@ std::string format_validation(const Validation& validation, bool every_row);
 Json validation_json(const Validation& validation);
 
 /// What     FLOPs of an optimizer step as hardware counts them: recomputation included, scores above the
-/// diagonal too.
+///          diagonal too.
 double hardware_flops(const ModelSpec& model, const Layout& layout, const Workload& work);
 
 }  // namespace collegium::plan

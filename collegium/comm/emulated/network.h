@@ -43,13 +43,14 @@ struct PortState {
   std::array<double, 2> receives_until{};  ///< ... receiving
 };
 
-/// What     When each rank has sent and received everything of one round in which rank i sends bytes[i][j] to
-/// j. Math     A sending port serves its messages in turns: the one of b bytes is sent at start + (sum over
-/// the
-///          port's messages of min(b', b)) / bandwidth, start = max(posted, port free), and arrives `latency`
-///          later. A receiving port is through when the bytes of all messages have passed since their heads
-///          came. Alone, a message takes latency + bytes / bandwidth; an even exchange takes latency + (bytes
-///          of the busiest port) / bandwidth. Messages of no bytes are not sent, unless `even_empty`.
+/// What     When each rank has sent and received everything of one round in which rank i sends bytes[i][j]
+///          to j.
+/// Math     A sending port serves its messages in turns: the one of b bytes is sent at start + (sum over
+///          the port's messages of min(b', b)) / bandwidth, start = max(posted, port free), and arrives
+///          `latency` later. A receiving port is through when the bytes of all messages have passed since
+///          their heads came. Alone, a message takes latency + bytes / bandwidth; an even exchange takes
+///          latency + (bytes of the busiest port) / bandwidth. Messages of no bytes are not sent, unless
+///          `even_empty`.
 /// Order    ports are those before the round on entry, after it on return.
 std::vector<double> simulate_round(const Network& network, std::span<const Member> members,
                                    std::span<const std::vector<std::int64_t>> bytes,
