@@ -42,7 +42,7 @@ TEST_F(RunConfig, every_mistake_has_its_message) {
       {"train.steps=0", "train.steps = 0: must be at least 1"},
       {"train.dtype=float16", "train.dtype = \"float16\": must be float64, float32 or bfloat16"},
       {"train.seed=-1", "train.seed = -1: expected a whole number that is not negative"},
-      {"train.threads=-2", "train.threads = -2: must not be negative (0 = all cores)"},
+      {"train.threads=-2", "train.threads = -2: must not be negative (0 = a share of the cores)"},
       {"run_folder=\"\"", "run_folder: name the folder of the run"},
       {"data.path=\"\"", "data.path: name a folder made by 'collegium prepare'"},
       {"data.sequence_length=1", "data.sequence_length = 1: must be at least 2"},
