@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The planner's verbs alone, without libtorch: builds in seconds and runs where nothing else of the project
-// does.
+// The planner's verbs alone, without libtorch: builds in minutes (COLLEGIUM_PLANNER_ONLY) and runs where
+// nothing else of the project does.
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <exception>
