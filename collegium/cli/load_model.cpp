@@ -3,8 +3,10 @@
 
 #include <filesystem>
 
+#include "collegium/base/error.h"
 #include "collegium/model/checkpoint_io.h"
 #include "collegium/train/checkpoint.h"
+#include "collegium/train/on_all_ranks.h"
 
 namespace collegium::cli {
 
@@ -16,6 +18,12 @@ std::string find_model(const std::string& directory) {
 
 LoadedModel load_model(const std::string& directory, const model::ModelConfig& config, at::ScalarType dtype,
                        const std::shared_ptr<comm::Communicator>& world) {
+  // A run that goes on may have written another checkpoint while the ranks looked for the newest one.
+  const std::vector<Json> found = train::on_all_ranks(*world, [&] { return Json(directory); });
+  for (std::size_t rank = 1; rank < found.size(); ++rank) {
+    require_config(found[rank] == found[0], "rank {} found {}, rank 0 {}: name a checkpoint", rank,
+                   found[rank].dump(), found[0].dump());
+  }
   const parallel::ParallelOptions options;
   parallel::Groups groups = parallel::make_groups(world, options, config.moe.num_experts);
   model::Decoder decoder(config, model::load_parameters(directory, config, dtype, groups.held_experts()),

@@ -22,7 +22,7 @@ std::string find_model(const std::string& directory);
 /// What     Reads `config`'s weights from a model directory; of the experts every rank reads and holds its
 ///          share, as the default of parallel.ep gives it.
 /// Comm     collective over `world`.
-/// Throws   as model::load_parameters.
+/// Throws   as model::load_parameters; ConfigError where the ranks were given different directories.
 LoadedModel load_model(const std::string& directory, const model::ModelConfig& config, at::ScalarType dtype,
                        const std::shared_ptr<comm::Communicator>& world);
 

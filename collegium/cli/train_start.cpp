@@ -55,12 +55,6 @@ void make_run_folder(const std::filesystem::path& folder) {
   train::remove_temporary_folders(folder);
 }
 
-void remove_checkpoints(const std::filesystem::path& folder) {
-  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-    if (entry.path().filename().string().starts_with("step-")) std::filesystem::remove_all(entry.path());
-  }
-}
-
 }  // namespace
 
 void start_or_resume(const train::RunConfig& config, const TrainRequest& request, train::Trainer& trainer) {
@@ -71,7 +65,12 @@ void start_or_resume(const train::RunConfig& config, const TrainRequest& request
   trainer.groups().world->barrier();
   if (root) make_run_folder(folder);
   if (!request.record_routing.empty()) trainer.record_routing(request.record_routing);
-  if (root && request.fresh) remove_checkpoints(folder);
+}
+
+void remove_checkpoints(const std::filesystem::path& folder) {
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    if (entry.path().filename().string().starts_with("step-")) std::filesystem::remove_all(entry.path());
+  }
 }
 
 }  // namespace collegium::cli

@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <filesystem>
+
 #include "collegium/cli/train_loop.h"
 #include "collegium/train/trainer.h"
 
 namespace collegium::cli {
 
 /// What     Where a run begins: at the run folder's newest checkpoint, at the weights that --weights-only
-///          names, or at initial weights; with the routing to replay and to record. The folder is made, and
-///          --fresh removes its checkpoints, when nothing can be refused any more.
+///          names, or at initial weights; with the routing to replay and to record, and a folder to write to.
 /// Comm     collective over the world: every rank has read its checkpoint before the folder changes.
 /// Throws   ConfigError: a checkpoint of another run, checkpoints that --weights-only would pass over;
 ///          Error: a folder or file that cannot be written.
 void start_or_resume(const train::RunConfig& config, const TrainRequest& request, train::Trainer& trainer);
+
+/// What     Those that --fresh starts over from.
+void remove_checkpoints(const std::filesystem::path& folder);
 
 }  // namespace collegium::cli

@@ -29,7 +29,7 @@ enum class Skew {
   /// the first rank gets 3/4 + 1/(4 ranks).
   kHotRank,
   /// W3. Every second token chooses the first experts of min(K, ranks) ranks, in turns; the other slots are
-  /// balanced over the other experts. Experts differ in load (unless half of them are hot), ranks do not.
+  /// balanced over the other experts. Experts differ in load (unless E = 2 max(K, ranks)), ranks do not.
   kSpreadHot,
   /// W4. Balanced over the experts, but the ranks bring unequal numbers of tokens: rank r of R brings
   /// (2 r + 1) / R^2 of them.

@@ -175,6 +175,12 @@ def check_refused_before_training(folder: pathlib.Path, run_file: pathlib.Path) 
     group = ["--set", "model.moe.capacity.drop_policy=position", "--set", "model.moe.capacity.group_sequences=4"]
     few = "the validation split has 2 sequences of 32 tokens, fewer than one group of"
     expect(2, few, *train, "--fresh", "--set", "validation.sequences=2", *group)
+    metrics = run / "metrics.jsonl"
+    metrics.rename(run / "kept.jsonl")
+    metrics.mkdir()
+    expect(2, "metrics.jsonl: not a regular file", *train, "--fresh")
+    metrics.rmdir()
+    (run / "kept.jsonl").rename(metrics)
     assert checkpoint.is_dir(), "a refused run has removed checkpoints"
     assert len((run / "metrics.jsonl").read_text().splitlines()) > 6, "a refused run has changed the metrics"
 

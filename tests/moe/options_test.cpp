@@ -211,7 +211,6 @@ TEST(ExpertBias, follows_the_sign_of_the_exact_excess) {
   EXPECT_TRUE(at::equal(bias, at::tensor({0.0F, -0.25F, 0.25F, 0.0F})));
 }
 
-// The values of a balanced and of a collapsed router, worked out by hand for E = 16, K = 4 (one layer).
 // Experts that choose half a choice per token each time are balanced all the same.
 TEST(BalanceLoss, normalised_balance_is_one_whatever_the_number_of_choices) {
   moe::MoeOptions options = test::base_options();
@@ -226,6 +225,7 @@ TEST(BalanceLoss, normalised_balance_is_one_whatever_the_number_of_choices) {
   EXPECT_DOUBLE_EQ(test::balance_of(options, statistics).normalized_balance, 1.0);
 }
 
+// The values of a balanced and of a collapsed router, worked out by hand for E = 16, K = 4 (one layer).
 TEST(BalanceLoss, known_values_when_balanced_and_collapsed) {
   moe::MoeOptions options = test::base_options();
   options.num_experts = 16;

@@ -80,7 +80,8 @@ TEST_P(PaddedVariant, real_tokens_do_not_notice_it) {
   EXPECT_EQ(statistics.num_tokens_B[kReal].item<std::int64_t>(), 0);
   EXPECT_EQ(statistics.choice_counts_BE[kReal].sum().item<std::int64_t>(), 0);
   EXPECT_EQ(statistics.prob_sums_BE[kReal].abs().sum().item<double>(), 0.0);
-  EXPECT_EQ(statistics.max_abs_logit, alone.output.statistics.max_abs_logit);
+  const double largest = alone.output.statistics.max_abs_logit;
+  EXPECT_NEAR(statistics.max_abs_logit, largest, tolerance * largest);
 }
 
 INSTANTIATE_TEST_SUITE_P(All, PaddedVariant, testing::ValuesIn(test::moe_cases()),
