@@ -282,7 +282,7 @@ TrainSummary run_training(const train::RunConfig& config, const TrainRequest& re
   install_stop_signals();
   Loop loop(config, trainer);
   // Only now can nothing be refused any more.
-  if (request.fresh && trainer.groups().is_root()) remove_checkpoints(config.run_folder);
+  if (request.fresh && trainer.groups().is_root()) train::remove_checkpoints(config.run_folder);
   TrainSummary summary = loop.run();
   summary.metrics = std::filesystem::path(config.run_folder) / "metrics.jsonl";
   summary.unigram_entropy = trainer.dataset().index().unigram_entropy;

@@ -67,10 +67,4 @@ void start_or_resume(const train::RunConfig& config, const TrainRequest& request
   if (!request.record_routing.empty()) trainer.record_routing(request.record_routing);
 }
 
-void remove_checkpoints(const std::filesystem::path& folder) {
-  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-    if (entry.path().filename().string().starts_with("step-")) std::filesystem::remove_all(entry.path());
-  }
-}
-
 }  // namespace collegium::cli

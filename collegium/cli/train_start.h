@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <filesystem>
-
 #include "collegium/cli/train_loop.h"
 #include "collegium/train/trainer.h"
 
@@ -14,8 +12,5 @@ namespace collegium::cli {
 /// Throws   ConfigError: a checkpoint of another run, checkpoints that --weights-only would pass over;
 ///          Error: a folder or file that cannot be written.
 void start_or_resume(const train::RunConfig& config, const TrainRequest& request, train::Trainer& trainer);
-
-/// What     Those that --fresh starts over from.
-void remove_checkpoints(const std::filesystem::path& folder);
 
 }  // namespace collegium::cli

@@ -81,14 +81,10 @@ void add_layer(const MoeOptions& options, const LayerStatistics& layer, std::siz
   const auto num_experts = static_cast<double>(options.num_experts);
   const double per_choice = num_experts / static_cast<double>(options.top_k);
   constexpr auto kProbs = &RouterStatisticsGradient::prob_sums_BE;
-  const Term batch = batch_product(totals, totals.choice_counts_E(), per_choice);
-  // Where experts choose, tokens have not K choices each.
-  const double choices = totals.choice_counts_E().sum().item<double>();
-  const double per_token = static_cast<double>(options.top_k) * totals.num_tokens();
-  if (choices > 0.0) loss.normalized_balance += batch.value * (per_token / choices) / num_layers;
+  loss.normalized_balance += totals.normalized_balance() / num_layers;
   if (balance.load_balance != 0.0) {
     const Term term = balance.load_balance_scope == LossScope::kBatch
-                          ? batch
+                          ? batch_product(totals, totals.choice_counts_E(), per_choice)
                           : sequence_product(layer, layer.local.choice_counts_BE,
                                              totals.sequence_choice_product(), per_choice);
     collector.add("load_balance", balance.load_balance, index, term, kProbs);

@@ -40,11 +40,8 @@ LayerMonitors MonitorSums::monitors(const MoeOptions& options) const {
     if (load == 0.0) ++monitors.dead_experts;
   }
   monitors.load_cv = std::sqrt(square / num_experts);
-  if (wanted > 0.0) {
-    const at::Tensor product_E = totals_.choice_counts_E() * totals_.prob_sums_E();
-    monitors.normalized_balance = num_experts * product_E.sum().item<double>() / (wanted * num_tokens);
-    monitors.drop_rate = totals_.num_dropped() / wanted;
-  }
+  monitors.normalized_balance = totals_.normalized_balance();
+  if (wanted > 0.0) monitors.drop_rate = totals_.num_dropped() / wanted;
   monitors.router_entropy =
       options.num_experts > 1 ? totals_.entropy() / num_tokens / std::log(num_experts) : 0.0;
   monitors.max_abs_logit = max_abs_logit_;

@@ -118,6 +118,10 @@ bool tokens_interact_in_groups(const MoeOptions& options) {
          options.router.selection == Selection::kExpertChoice;
 }
 
+std::int64_t indivisible_sequences(const MoeOptions& options) {
+  return tokens_interact_in_groups(options) ? options.capacity.group_sequences : 1;
+}
+
 void validate(const MoeOptions& options, const std::string& path, bool causal, bool training) {
   validate_sizes(options, path);
   validate_groups(options, path);

@@ -181,6 +181,9 @@ void validate(const MoeOptions& options, const std::string& path, bool causal, b
 /// What     Whether the tokens of a capacity group influence each other's experts: groups must then stay
 ///          whole.
 bool tokens_interact_in_groups(const MoeOptions& options);
+/// What     Consecutive sequences that must stay on one rank: those of a group where its tokens influence
+///          each other, else one.
+std::int64_t indivisible_sequences(const MoeOptions& options);
 
 }  // namespace collegium::moe
 

@@ -46,6 +46,13 @@ RouterTotals& RouterTotals::operator+=(const RouterTotals& other) {
   return *this;
 }
 
+double RouterTotals::normalized_balance() const {
+  const double choices = choice_counts_E().sum().item<double>();
+  if (choices == 0.0) return 0.0;
+  const double product = (choice_counts_E() * prob_sums_E()).sum().item<double>();
+  return static_cast<double>(num_experts()) * product / (choices * num_tokens());
+}
+
 double RouterTotals::scalar(std::int64_t index) const { return values_.const_data_ptr<double>()[index]; }
 
 at::Tensor RouterTotals::vector(std::int64_t index) const {

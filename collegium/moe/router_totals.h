@@ -40,6 +40,9 @@ class RouterTotals {
   at::Tensor prob_sums_E() const { return vector(2); }
   at::Tensor importance_E() const { return vector(3); }
   at::Tensor load_E() const { return vector(4); }  ///< smooth load of noisy top-K, else the counts
+  /// E sum_e f_e P_e with f the shares of all choices, whatever their number: 1 = balanced; 0 without a
+  /// choice.
+  double normalized_balance() const;
   bool load_is_smooth() const { return load_is_smooth_; }
 
  private:

@@ -87,15 +87,18 @@ void require_finite(const optim::MasterWeights& masters) {
   }
 }
 
+void remove_checkpoint(const fs::path& folder) {
+  // Without its manifest a half-removed folder is no checkpoint.
+  std::error_code absent;
+  if (fs::exists(folder / kManifest, absent)) fs::remove(folder / kManifest);
+  fs::remove_all(folder);
+}
+
 void prune(const fs::path& run_folder, std::int64_t keep_last) {
   if (keep_last == 0) return;
   std::vector<fs::path> checkpoints = list_checkpoints(run_folder);
   const auto keep = static_cast<std::size_t>(keep_last);
-  for (std::size_t i = 0; i + keep < checkpoints.size(); ++i) {
-    // Without its manifest a half-removed folder is no checkpoint.
-    fs::remove(checkpoints[i] / kManifest);
-    fs::remove_all(checkpoints[i]);
-  }
+  for (std::size_t i = 0; i + keep < checkpoints.size(); ++i) remove_checkpoint(checkpoints[i]);
 }
 
 // The manifest's entry of a file that was written.
@@ -314,6 +317,12 @@ void remove_temporary_folders(const fs::path& run_folder) {
   for (const fs::path& path : list_folder(run_folder)) {
     const std::string name = path.filename().string();
     if (name.starts_with("step-") && name.find(".tmp-") != std::string::npos) fs::remove_all(path);
+  }
+}
+
+void remove_checkpoints(const fs::path& run_folder) {
+  for (const fs::path& path : list_folder(run_folder)) {
+    if (path.filename().string().starts_with("step-")) remove_checkpoint(path);
   }
 }
 

@@ -51,6 +51,8 @@ std::optional<std::filesystem::path> find_latest_checkpoint(const std::filesyste
 
 /// What     Removes what killed runs left: temporary folders.
 void remove_temporary_folders(const std::filesystem::path& run_folder);
+/// What     Removes every checkpoint of a run, the manifest of each first.
+void remove_checkpoints(const std::filesystem::path& run_folder);
 
 /// What     Checks every file against the manifest.
 /// Throws   ConfigError naming the file: missing, other size, other checksum.

@@ -60,9 +60,7 @@ StepShape step_shape(const RunConfig& config) {
   return {.sequence_length = config.data.sequence_length,
           .global_batch = config.batch.global_batch,
           .micro_sequences = config.batch.micro_sequences,
-          .group_sequences = moe::tokens_interact_in_groups(config.model.moe)
-                                 ? config.model.moe.capacity.group_sequences
-                                 : 1};
+          .group_sequences = moe::indivisible_sequences(config.model.moe)};
 }
 
 }  // namespace

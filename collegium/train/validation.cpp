@@ -129,11 +129,6 @@ data::Sampler sampler_of(const data::Dataset& dataset, const ValidationShape& sh
   return {dataset, data::Split::kValidation, shape.sequence_length, 0};
 }
 
-// Sequences that are routed together.
-std::int64_t sequences_of_a_group(const moe::MoeOptions& options) {
-  return moe::tokens_interact_in_groups(options) ? options.capacity.group_sequences : 1;
-}
-
 // The windows that are evaluated: whole groups.
 std::int64_t count_windows(const data::Dataset& dataset, const data::Sampler& sampler,
                            const ValidationShape& shape, std::int64_t unit) {
@@ -149,7 +144,7 @@ std::int64_t count_windows(const data::Dataset& dataset, const data::Sampler& sa
 
 void require_validation(const data::Dataset& dataset, const ValidationShape& shape,
                         const moe::MoeOptions& options) {
-  count_windows(dataset, sampler_of(dataset, shape), shape, sequences_of_a_group(options));
+  count_windows(dataset, sampler_of(dataset, shape), shape, moe::indivisible_sequences(options));
 }
 
 void check_vocabulary(const data::Dataset& dataset, const model::ModelConfig& config) {
@@ -163,7 +158,7 @@ ValidationResult validate_model(const model::Decoder& decoder, const data::Datas
   const at::NoGradGuard no_grad;
   const comm::WhereScope scope(groups.world->where(), {.step = -1, .layer = -1, .phase = "validation"});
   const data::Sampler sampler = sampler_of(dataset, shape);
-  const std::int64_t unit = sequences_of_a_group(decoder.config().moe);
+  const std::int64_t unit = moe::indivisible_sequences(decoder.config().moe);
   const std::int64_t count = count_windows(dataset, sampler, shape, unit);
   const std::int64_t per_rank = std::max(unit, kSequencesPerRank - kSequencesPerRank % unit);
   const std::int64_t per_batch = per_rank * groups.dp->size();

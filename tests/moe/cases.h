@@ -25,6 +25,12 @@ inline moe::MoeOptions base_options() {
   return o;
 }
 
+inline void drop(moe::MoeOptions& o, moe::DropPolicy policy, const char* factor) {
+  o.capacity.drop_policy = policy;
+  o.capacity.factor = factor;
+  o.capacity.min_capacity = 1;
+}
+
 inline std::vector<MoeCase> moe_cases() {
   using namespace moe;
   return {
@@ -128,45 +134,27 @@ inline std::vector<MoeCase> moe_cases() {
          o.router.bias_balancing = true;
        }},
       {"width_one", [](MoeOptions& o) { o.ffn_size = 1; }},
-      {"drop_position",
-       [](MoeOptions& o) {
-         o.capacity.drop_policy = DropPolicy::kPosition;
-         o.capacity.factor = "0.7";
-         o.capacity.min_capacity = 1;
-       }},
-      {"drop_probability",
-       [](MoeOptions& o) {
-         o.capacity.drop_policy = DropPolicy::kProbability;
-         o.capacity.factor = "0.7";
-         o.capacity.min_capacity = 1;
-       }},
+      {"drop_position", [](MoeOptions& o) { drop(o, DropPolicy::kPosition, "0.7"); }},
+      {"drop_probability", [](MoeOptions& o) { drop(o, DropPolicy::kProbability, "0.7"); }},
       {"drop_probability_groups",
        [](MoeOptions& o) {
          o.router.num_groups = 3;
          o.router.top_groups = 2;
-         o.capacity.drop_policy = DropPolicy::kProbability;
-         o.capacity.factor = "0.5";
-         o.capacity.min_capacity = 1;
+         drop(o, DropPolicy::kProbability, "0.5");
        }},
       {"drop_random_second",
        [](MoeOptions& o) {
          o.router.noise = Noise::kRandomSecondExpert;
-         o.capacity.drop_policy = DropPolicy::kPosition;
-         o.capacity.factor = "0.5";
-         o.capacity.min_capacity = 1;
+         drop(o, DropPolicy::kPosition, "0.5");
        }},
       {"drop_random_groups",
        [](MoeOptions& o) {
-         o.capacity.drop_policy = DropPolicy::kRandom;
-         o.capacity.factor = "0.5";
-         o.capacity.min_capacity = 1;
+         drop(o, DropPolicy::kRandom, "0.5");
          o.capacity.group_sequences = 2;
        }},
       {"drop_then_renormalize",
        [](MoeOptions& o) {
-         o.capacity.drop_policy = DropPolicy::kPosition;
-         o.capacity.factor = "0.5";
-         o.capacity.min_capacity = 1;
+         drop(o, DropPolicy::kPosition, "0.5");
          o.router.renormalize = Renormalize::kAfterDrop;
        }},
       {"nearly_everything_dropped",
@@ -194,9 +182,7 @@ inline std::vector<MoeCase> moe_cases() {
        }},
       {"importance_after_drop",
        [](MoeOptions& o) {
-         o.capacity.drop_policy = DropPolicy::kPosition;
-         o.capacity.factor = "0.7";
-         o.capacity.min_capacity = 1;
+         drop(o, DropPolicy::kPosition, "0.7");
          o.router.renormalize = Renormalize::kAfterDrop;
          o.balance.importance_cv2 = 0.4;
        }},
