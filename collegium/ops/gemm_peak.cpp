@@ -10,10 +10,21 @@
 
 #include <algorithm>
 #include <chrono>
+#include <functional>
 
 #include "collegium/ops/product.h"
 
 namespace collegium::ops {
+
+namespace {
+
+double seconds_of(const std::function<void()>& run) {
+  const auto start = std::chrono::steady_clock::now();
+  run();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
 
 double measure_gemm_peak(at::ScalarType dtype) {
   // 1024: large enough to reach the peak, small enough that the three matrices stay in a shared cache.
@@ -24,17 +35,19 @@ double measure_gemm_peak(at::ScalarType dtype) {
   const at::Tensor a = at::ones({kSize, kSize}, product_dtype(dtype));
   const at::Tensor b = at::ones_like(a);
   at::Tensor c = at::empty_like(a);
-  double best = 0.0;
-  double spent = 0.0;
-  at::mm_out(c, a, b);
+  const auto atens = [&] { at::mm_out(c, a, b); };
+  const auto own = [&] { product_into(a, b, c); };
+  atens();
+  own();
+  double least = seconds_of(atens);
+  double spent = least;
   for (int run = 0; run < 3 || spent < kBudgetSeconds; ++run) {
-    const auto start = std::chrono::steady_clock::now();
-    at::mm_out(c, a, b);
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    spent += seconds;
-    best = std::max(best, kFlops / seconds);
+    const double first = seconds_of(own);
+    const double second = seconds_of(atens);
+    spent += first + second;
+    least = std::min({least, first, second});
   }
-  return best;
+  return kFlops / least;
 }
 
 }  // namespace collegium::ops

@@ -5,9 +5,9 @@
 
 namespace collegium::ops {
 
-/// What     The best rate of a square GEMM on all threads, FLOP/s (a multiply-add counts two), in the dtype
-///          that products of `dtype` are computed in: the bound that training speeds are compared with.
-///          Takes about 0.3 s.
+/// What     The best rate of a square GEMM on all threads, ATen's or our own (ops/product.h), FLOP/s (a
+///          multiply-add counts two), in the dtype that products of `dtype` are computed in: the bound that
+///          training speeds are compared with. Takes about 0.3 s.
 double measure_gemm_peak(at::ScalarType dtype);
 
 }  // namespace collegium::ops
