@@ -78,8 +78,8 @@ MODELS = [
     Model("fine, 64 experts", "OLMoE's widths; ep 32", 2048, 1024, 64, 8, 16, 2),
 ]
 VARIANTS = {
-    "uneven": [],
-    "uneven, overlap": ["--overlap"],
+    "uneven": ["--dispatcher", "uneven"],
+    "uneven, overlap": ["--dispatcher", "uneven", "--overlap"],
     "two_level": ["--dispatcher", "two_level"],
     "two_level, overlap": ["--dispatcher", "two_level", "--overlap"],
 }

@@ -9,8 +9,8 @@
 //   }
 //
 // `describe` is found by argument-dependent lookup. Values may be bool, integers, floating point,
-// std::string, DecimalText, enums with EnumNames, std::optional and std::vector of those, std::map from
-// string, and nested structs with their own `describe`.
+// std::string, DecimalText, enums with EnumNames, std::optional ("auto" = not set) and std::vector of
+// those, std::map from string, and nested structs with their own `describe`.
 
 #include <cmath>
 #include <concepts>
@@ -96,6 +96,9 @@ class AnyFields {
 template <typename T>
 concept Described = requires(AnyFields& fields, T& value) { describe(fields, value); };
 
+/// How users write an optional value that is not set.
+constexpr const char* kNotSet = "auto";
+
 template <typename T>
 void read_value(const Json& json, const std::string& path, T& value);
 template <typename T>
@@ -154,10 +157,9 @@ class FieldDocs {
 };
 
 template <NamedEnum E>
-void read_enum(const Json& json, const std::string& path, E& value) {
+void read_enum(const Json& json, const std::string& path, E& value, std::vector<std::string> known = {}) {
   if (!json.is_string()) throw_wrong_type(path, json, "a name in quotes");
   const auto text = json.get<std::string>();
-  std::vector<std::string> known;
   for (const auto& [name, candidate] : EnumNames<E>::names) {
     if (name == text) {
       value = candidate;
@@ -195,8 +197,10 @@ void read_value(const Json& json, const std::string& path, T& value) {
   } else if constexpr (NamedEnum<T>) {
     read_enum(json, path, value);
   } else if constexpr (IsOptional<T>::value) {
-    if (json.is_null()) {
+    if (json == kNotSet) {
       value.reset();
+    } else if constexpr (NamedEnum<typename T::value_type>) {
+      read_enum(json, path, value.emplace(), {kNotSet});
     } else {
       read_value(json, path, value.emplace());
     }
@@ -227,7 +231,7 @@ Json write_value(T& value) {
   } else if constexpr (std::same_as<T, DecimalText>) {
     return Json(value.text);
   } else if constexpr (IsOptional<T>::value) {
-    return value ? write_value(*value) : Json();
+    return value ? write_value(*value) : Json(kNotSet);
   } else if constexpr (IsVector<T>::value) {
     Json list = Json::array();
     for (auto&& element : value) {

@@ -149,8 +149,10 @@ void add_layout_options(CLI::App& verb, LayoutFlags& flags) {
   group(verb.add_option("--ep", flags.ep,
                         "ranks that share the experts; 0 = the largest divisor of the ranks that does not "
                         "exceed the experts"));
-  group(verb.add_option("--dispatcher", flags.dispatcher,
-                        "uneven (default), padded, allgather, two_level or shared_memory"));
+  group(verb.add_option(
+      "--dispatcher", flags.dispatcher,
+      "auto (default: two_level where that is expected to halve what travels, else uneven), uneven, "
+      "padded, allgather, two_level or shared_memory"));
   group(verb.add_flag("--combine-fp32", flags.combine_fp32,
                       "two_level, allgather: partial sums travel in fp32"));
   group(verb.add_option("--chunks", flags.chunks,
@@ -174,11 +176,11 @@ void apply_layout(const LayoutFlags& flags, parallel::ParallelOptions& options) 
   if (flags.chunks > 0) options.overlap.chunks = flags.chunks;
 }
 
-std::string describe_layout(const parallel::ParallelOptions& options) {
-  std::string text = enum_name(options.dispatcher.kind);
-  if (options.dispatcher.combine_fp32) text += ", partial sums in fp32";
-  if (options.overlap.chunks > 1) text += fmt::format(", {} chunks", options.overlap.chunks);
-  if (options.overlap.weight_gradients) text += ", overlapped";
+std::string describe_layout(const moe::DispatcherOptions& dispatcher, const moe::OverlapOptions& overlap) {
+  std::string text = enum_name(dispatcher.kind);
+  if (dispatcher.combine_fp32) text += ", partial sums in fp32";
+  if (overlap.chunks > 1) text += fmt::format(", {} chunks", overlap.chunks);
+  if (overlap.weight_gradients) text += ", overlapped";
   return text;
 }
 

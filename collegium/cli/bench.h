@@ -80,7 +80,7 @@ void add_layout_options(CLI::App& verb, LayoutFlags& flags);
 /// Throws   ConfigError naming the flag.
 void apply_layout(const LayoutFlags& flags, parallel::ParallelOptions& options);
 /// What     "uneven, 2 chunks, overlapped".
-std::string describe_layout(const parallel::ParallelOptions& options);
+std::string describe_layout(const moe::DispatcherOptions& dispatcher, const moe::OverlapOptions& overlap);
 
 /// What     "81.3 ms", with three digits from microseconds to seconds.
 std::string format_seconds(double seconds);

@@ -27,7 +27,7 @@ Json setting_json(const LayerBenchOptions& o, const LayerBenchResult& r) {
           {"dtype", o.dtype},
           {"routing", enum_name(o.routing)},
           {"skew", o.routing == BenchRouting::kForced ? Json(enum_name(o.skew)) : Json()},
-          {"dispatcher", enum_name(o.parallel.dispatcher.kind)},
+          {"dispatcher", enum_name(r.dispatcher.kind)},
           {"chunks", o.parallel.overlap.chunks},
           {"overlap", o.parallel.overlap.weight_gradients},
           {"ranks", r.ranks},
@@ -120,7 +120,7 @@ void print_result(const LayerBenchOptions& o, const LayerBenchResult& r) {
              o.hidden, o.experts, o.ffn, o.top_k, o.dtype,
              o.routing == BenchRouting::kForced ? enum_name(o.skew) : enum_name(o.routing));
   fmt::print("ranks          {} of {} threads, ep = {}, dispatcher {}\n", r.ranks, r.threads_per_rank, r.ep,
-             describe_layout(o.parallel));
+             describe_layout(r.dispatcher, o.parallel.overlap));
   print_speed(r);
   print_stages(r);
   if (r.ep > 1) print_communication(r);

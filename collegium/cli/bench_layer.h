@@ -51,7 +51,8 @@ void validate(LayerBenchOptions& options);
 struct LayerBenchResult {
   int ranks = 1;
   int ep = 1;
-  int nodes = 1;  ///< of an expert-parallel group
+  moe::DispatcherOptions dispatcher;  ///< that was used
+  int nodes = 1;                      ///< of an expert-parallel group
   int threads_per_rank = 1;
   std::int64_t runs = 0;
   Spread seconds;

@@ -22,8 +22,8 @@ namespace collegium::cli {
 
 namespace {
 
-constexpr std::int64_t kWarmUps = 2;
-constexpr std::int64_t kLeastRuns = 3;
+constexpr std::int64_t kLayerWarmUps = 2;
+constexpr std::int64_t kLeastLayerRuns = 3;
 
 moe::MoeOptions moe_options(const LayerBenchOptions& o) {
   moe::MoeOptions moe;
@@ -50,7 +50,7 @@ class LayerBench {
       : options_(options),
         world_(world),
         moe_(moe_options(options)),
-        groups_(parallel::make_groups(world, options.parallel, options.experts)),
+        groups_(parallel::make_groups(world, options.parallel, options.experts, options.top_k)),
         transport_(parallel::make_transport(groups_, options.parallel)),
         dtype_(model::parse_dtype(options.dtype, "--dtype")) {
     place_tokens();
@@ -60,14 +60,15 @@ class LayerBench {
   LayerBenchResult measure() {
     result_.ranks = world_->size();
     result_.ep = groups_.ep->size();
+    result_.dispatcher = groups_.dispatcher;
     result_.threads_per_rank = at::get_num_threads();
     result_.gemm_peak_flops_per_s = gemm_peak_of_all_ranks(*world_, dtype_);
     const double once_s = warm_up();
-    result_.runs = agree_on_runs(*world_, once_s, options_.seconds, kLeastRuns);
+    result_.runs = agree_on_runs(*world_, once_s, options_.seconds, kLeastLayerRuns);
     Progress progress;
     for (std::int64_t run = 0; run < result_.runs; ++run) {
       if (world_->rank() == 0) progress.show(fmt::format("run {} of {}", run + 1, result_.runs));
-      one_run(kWarmUps + run);
+      one_run(kLayerWarmUps + run);
     }
     progress.finish();
     summarize();
@@ -131,8 +132,8 @@ class LayerBench {
 
   double warm_up() {
     const auto start = BenchClock::now();
-    for (std::int64_t step = 0; step < kWarmUps; ++step) one_run(step);
-    const double once_s = seconds_since(start) / static_cast<double>(kWarmUps);
+    for (std::int64_t step = 0; step < kLayerWarmUps; ++step) one_run(step);
+    const double once_s = seconds_since(start) / static_cast<double>(kLayerWarmUps);
     seconds_.clear();
     inside_.clear();
     across_.clear();
@@ -193,7 +194,7 @@ class LayerBench {
   TrafficShape traffic_shape() const {
     const auto width = static_cast<std::int64_t>(c10::elementSize(dtype_));
     const auto wide = static_cast<std::int64_t>(c10::elementSize(at::toOpMathType(dtype_)));
-    const moe::DispatcherOptions& dispatcher = options_.parallel.dispatcher;
+    const moe::DispatcherOptions& dispatcher = groups_.dispatcher;
     const bool sums_are_wide =
         dispatcher.combine_fp32 && (dispatcher.kind == moe::DispatcherKind::kTwoLevel ||
                                     dispatcher.kind == moe::DispatcherKind::kAllgather);

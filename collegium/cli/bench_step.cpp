@@ -98,7 +98,7 @@ Json result_json(const train::RunConfig& c, const StepBenchResult& r) {
           {"length", c.data.sequence_length},
           {"dtype", c.train.dtype},
           {"parameters", r.parameters},
-          {"dispatcher", enum_name(c.parallel.dispatcher.kind)},
+          {"dispatcher", enum_name(r.dispatcher.kind)},
           {"chunks", c.parallel.overlap.chunks},
           {"overlap", c.parallel.overlap.weight_gradients},
           {"ranks", r.ranks},
@@ -163,7 +163,7 @@ void print_result(const train::RunConfig& c, const StepBenchResult& r) {
       format_count(static_cast<double>(r.parameters)), c.model.num_layers, c.model.hidden_size,
       c.model.moe.num_experts, c.model.moe.ffn_size, c.model.moe.top_k, c.model.vocab_size, c.train.dtype);
   fmt::print("ranks          {} of {} threads, ep = {}, dispatcher {}\n", r.ranks, r.threads_per_rank, r.ep,
-             describe_layout(c.parallel));
+             describe_layout(r.dispatcher, c.parallel.overlap));
   fmt::print("step           {} sequences x {} tokens: {} least, {} median, {} most of {} steps\n",
              c.batch.global_batch, c.data.sequence_length, format_seconds(r.seconds.min),
              format_seconds(r.seconds.median), format_seconds(r.seconds.max), r.runs);

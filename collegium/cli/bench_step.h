@@ -66,6 +66,7 @@ struct StepBenchResult {
   plan::OwnRun run;  ///< what was measured, as the planner describes it
   int ranks = 1;
   int ep = 1;
+  moe::DispatcherOptions dispatcher;  ///< that was used
   int threads_per_rank = 1;
   std::int64_t parameters = 0;
   std::int64_t runs = 0;

@@ -24,8 +24,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::int64_t kWarmUps = 1;
-constexpr std::int64_t kLeastRuns = 3;
+constexpr std::int64_t kStepWarmUps = 1;
+constexpr std::int64_t kLeastStepRuns = 3;
 constexpr std::array kPhases = {"plan",   "dispatch", "combine", "combine backward", "dispatch backward",
                                 "losses", "gradients"};
 
@@ -91,6 +91,7 @@ class StepBench {
     r.run = trainer_.own_run();
     r.ranks = world_->size();
     r.ep = trainer_.groups().ep->size();
+    r.dispatcher = trainer_.groups().dispatcher;
     r.threads_per_rank = at::get_num_threads();
     r.parameters = model::count_parameters(model).total;
     r.tokens = static_cast<double>(config_.batch.global_batch * config_.data.sequence_length);
@@ -98,10 +99,10 @@ class StepBench {
     r.gemm_peak_flops_per_s =
         gemm_peak_of_all_ranks(*world_, model::parse_dtype(config_.train.dtype, "train.dtype"));
     const auto start = BenchClock::now();
-    for (std::int64_t i = 0; i < kWarmUps; ++i) one_step();
+    for (std::int64_t i = 0; i < kStepWarmUps; ++i) one_step();
     count_memory(r);
-    r.runs =
-        agree_on_runs(*world_, seconds_since(start) / static_cast<double>(kWarmUps), seconds, kLeastRuns);
+    r.runs = agree_on_runs(*world_, seconds_since(start) / static_cast<double>(kStepWarmUps), seconds,
+                           kLeastStepRuns);
     seconds_.clear();
     sums_.fill(0.0);
     phase_sums_.clear();

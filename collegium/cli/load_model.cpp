@@ -25,7 +25,7 @@ LoadedModel load_model(const std::string& directory, const model::ModelConfig& c
                    found[rank].dump(), found[0].dump());
   }
   const parallel::ParallelOptions options;
-  parallel::Groups groups = parallel::make_groups(world, options, config.moe.num_experts);
+  parallel::Groups groups = parallel::make_groups(world, options, config.moe.num_experts, config.moe.top_k);
   model::Decoder decoder(config, model::load_parameters(directory, config, dtype, groups.held_experts()),
                          parallel::make_transport(groups, options));
   return {.groups = std::move(groups), .decoder = std::move(decoder)};

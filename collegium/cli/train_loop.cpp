@@ -264,6 +264,7 @@ std::string describe_run(const train::Trainer& trainer) {
   if (groups.world->size() > 1) {
     text += fmt::format(" on each of {} ranks (dp = {}, ep = {}, edp = {})", groups.world->size(),
                         groups.dp->size(), groups.ep->size(), groups.edp->size());
+    if (groups.ep->size() > 1) text += fmt::format(", dispatcher {}", enum_name(groups.dispatcher.kind));
   }
   return text;
 }

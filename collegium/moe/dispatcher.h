@@ -106,16 +106,8 @@ enum class DispatcherKind {
 
 struct DispatcherOptions {
   DispatcherKind kind = DispatcherKind::kUneven;
-  bool combine_fp32 = false;
+  bool combine_fp32 = false;  ///< two_level, allgather: partial sums travel in fp32
 };
-template <class Fields>
-void describe(Fields& fields, DispatcherOptions& o) {
-  fields("kind", o.kind,
-         "uneven (exactly the routed rows), padded (zeros up to the capacity or the largest count), "
-         "allgather, two_level (a token crosses to a node once), or shared_memory (ranks of one node read "
-         "each other's rows where they lie)");
-  fields("combine_fp32", o.combine_fp32, "two_level, allgather: partial sums travel in fp32");
-}
 
 /// What runs while rows travel.
 struct OverlapOptions {
@@ -136,6 +128,18 @@ struct ExpertTransport {
   std::shared_ptr<Dispatcher> dispatcher;
   OverlapOptions overlap;
 };
+
+/// What     The kind that suits a group of ranks on these nodes where the user names none: two_level where a
+///          token's experts, chosen at random, are expected on at most half as many nodes (ranks, if there is
+///          one node) as there are of them, and every node holds as many ranks; else uneven, which copies
+///          less on the way. A rule of sizes alone, so that reruns take the same way.
+/// Math     N (1 - C(E - E/N, K) / C(E, K)) <= K / 2 for N nodes
+/// Shape    nodes: of every rank of the group.
+DispatcherKind chosen_dispatcher(std::span<const int> nodes, std::int64_t num_experts, std::int64_t top_k);
+
+/// What     Whether every node holds as many of the ranks.
+/// Shape    nodes: of every rank.
+bool nodes_are_even(std::span<const int> nodes);
 
 /// What     The dispatcher of one rank that holds every expert: rows are read where the tokens are, no
 ///          communication.

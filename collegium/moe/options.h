@@ -6,7 +6,6 @@
 // read_fields().
 
 #include <cstdint>
-#include <optional>
 #include <string>
 
 #include "collegium/base/fields.h"

@@ -27,11 +27,12 @@ void validate(const ParallelOptions& o) {
 }
 
 Groups make_groups(const std::shared_ptr<comm::Communicator>& world, const ParallelOptions& options,
-                   std::int64_t num_experts) {
+                   std::int64_t num_experts, std::int64_t top_k) {
   const int ep = resolve_ep(options, world->size(), num_experts);
   Groups groups{.mesh = mesh::Mesh({.pp = 1, .dp = world->size(), .cp = 1, .tp = 1, .ep = ep, .etp = 1}),
                 .place = {},
                 .placement = {.num_experts = num_experts, .num_ranks = ep},
+                .dispatcher = {.kind = {}, .combine_fp32 = options.dispatcher.combine_fp32},
                 .ledger = std::make_shared<comm::Ledger>(),
                 .world = {},
                 .dp = {},
@@ -42,11 +43,15 @@ Groups make_groups(const std::shared_ptr<comm::Communicator>& world, const Paral
   groups.dp = groups.world->split(0, groups.place.dp, "dp");
   groups.ep = groups.world->split(groups.place.edp, groups.place.ep, "ep");
   groups.edp = groups.world->split(groups.place.ep, groups.place.edp, "edp");
+  std::vector<int> nodes;
+  for (int rank = 0; rank < ep; ++rank) nodes.push_back(groups.ep->node(rank));
+  groups.dispatcher.kind =
+      options.dispatcher.kind.value_or(moe::chosen_dispatcher(nodes, num_experts, top_k));
   return groups;
 }
 
 moe::ExpertTransport make_transport(const Groups& groups, const ParallelOptions& options) {
-  return {.dispatcher = moe::make_dispatcher(options.dispatcher, groups.placement.num_experts, groups.ep),
+  return {.dispatcher = moe::make_dispatcher(groups.dispatcher, groups.placement.num_experts, groups.ep),
           .overlap = options.overlap};
 }
 

@@ -20,6 +20,7 @@ struct Groups {
   mesh::Mesh mesh;
   mesh::Coordinates place;
   moe::ExpertPlacement placement;
+  moe::DispatcherOptions dispatcher;
   std::shared_ptr<comm::Ledger> ledger;
   std::shared_ptr<comm::Communicator> world;
   std::shared_ptr<comm::Communicator> dp;   ///< sums of dense gradients, losses and monitors
@@ -39,7 +40,7 @@ struct Groups {
 /// Comm     collective over `world`.
 /// Throws   ConfigError: ep does not divide the ranks, or exceeds the experts.
 Groups make_groups(const std::shared_ptr<comm::Communicator>& world, const ParallelOptions& options,
-                   std::int64_t num_experts);
+                   std::int64_t num_experts, std::int64_t top_k);
 
 /// What     How this rank's layers reach their experts.
 /// Comm     may split ep (collective over it).

@@ -4,15 +4,31 @@
 // How a run is laid out over ranks: the [parallel] table of a run file.
 
 #include <cstdint>
+#include <optional>
 
 #include "collegium/base/fields.h"
 #include "collegium/moe/dispatcher.h"
 
 namespace collegium::parallel {
 
+struct DispatcherChoice {
+  std::optional<moe::DispatcherKind> kind;  ///< not set: moe::chosen_dispatcher()
+  bool combine_fp32 = false;
+};
+template <class Fields>
+void describe(Fields& fields, DispatcherChoice& c) {
+  fields(
+      "kind", c.kind,
+      "uneven (exactly the routed rows), padded (zeros up to the capacity or the largest count), "
+      "allgather, two_level (a token crosses to a node once), shared_memory (ranks of one node read "
+      "each other's rows where they lie), or auto (two_level where that is expected to halve what travels, "
+      "else uneven)");
+  fields("combine_fp32", c.combine_fp32, "two_level, allgather: partial sums travel in fp32");
+}
+
 struct ParallelOptions {
   std::int64_t ep = 0;
-  moe::DispatcherOptions dispatcher;
+  DispatcherChoice dispatcher;
   moe::OverlapOptions overlap;
   bool overlap_gradients = false;
   double bucket_mib = 16.0;

@@ -90,8 +90,8 @@ plan::OwnRun own_run(const RunConfig& config, const model::ModelConfig& model,
   run.ranks = groups.dp->size();
   run.ep = groups.ep->size();
   for (int rank = 0; rank < run.ranks; ++rank) run.node_of_rank.push_back(groups.dp->node(rank));
-  run.exchange = exchange_of(config.parallel.dispatcher.kind);
-  run.combine_fp32 = config.parallel.dispatcher.combine_fp32;
+  run.exchange = exchange_of(groups.dispatcher.kind);
+  run.combine_fp32 = groups.dispatcher.combine_fp32;
   run.chunks = overlap.chunks;
   run.recompute = config.train.recompute;
   run.clipped_qkv = model.clip_qkv > 0.0;

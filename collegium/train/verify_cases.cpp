@@ -18,17 +18,10 @@ using moe::DispatcherKind;
 
 constexpr std::int64_t kVocabulary = 24;
 
-// Every ep group (consecutive ranks) has as many ranks on each of its nodes, one node's after the other's.
-bool nodes_are_even(const std::vector<int>& nodes, int ep) {
-  for (std::size_t begin = 0; begin < nodes.size(); begin += static_cast<std::size_t>(ep)) {
-    const std::span group(nodes.data() + begin, static_cast<std::size_t>(ep));
-    std::vector<std::size_t> sizes;
-    for (std::size_t i = 0; i < group.size(); ++i) {
-      if (i == 0 || group[i] != group[i - 1]) sizes.push_back(0);
-      ++sizes.back();
-    }
-    if (std::any_of(sizes.begin(), sizes.end(), [&](std::size_t size) { return size != sizes[0]; }))
-      return false;
+bool groups_have_even_nodes(const std::vector<int>& nodes, int ep) {
+  const auto size = static_cast<std::size_t>(ep);
+  for (std::size_t begin = 0; begin < nodes.size(); begin += size) {
+    if (!moe::nodes_are_even(std::span(nodes).subspan(begin, size))) return false;
   }
   return true;
 }
@@ -191,7 +184,7 @@ std::vector<Layout> list_layouts(const std::vector<int>& nodes, std::int64_t num
     if (num_ranks % ep != 0) continue;
     for (const auto& [name, kind] : EnumNames<DispatcherKind>::names) {
       if (ep == 1 && kind != DispatcherKind::kUneven) continue;  // nothing travels
-      if (kind == DispatcherKind::kTwoLevel && !nodes_are_even(nodes, ep)) continue;
+      if (kind == DispatcherKind::kTwoLevel && !groups_have_even_nodes(nodes, ep)) continue;
       if (kind == DispatcherKind::kSharedMemory && !groups_have_one_node(nodes, ep)) continue;
       for (const bool overlap : {false, true})
         layouts.push_back({.ep = ep, .dispatcher = kind, .overlap = overlap});

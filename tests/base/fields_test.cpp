@@ -25,7 +25,7 @@ void describe(Fields& fields, Inner& inner) {
 struct Outer {
   double rate = 0.5;
   Colour colour = Colour::kRed;
-  std::optional<std::string> name;
+  std::optional<Colour> shade;
   std::vector<std::int64_t> sizes;
   Inner inner;
 };
@@ -33,7 +33,7 @@ template <class Fields>
 void describe(Fields& fields, Outer& outer) {
   fields("rate", outer.rate, "learning rate");
   fields("colour", outer.colour, "a colour");
-  fields("name", outer.name, "optional name");
+  fields("shade", outer.shade, "an optional colour");
   fields("sizes", outer.sizes, "some sizes");
   fields("inner", outer.inner, "nested");
 }
@@ -56,11 +56,16 @@ TEST(Fields, reads_what_is_given_and_keeps_defaults) {
   EXPECT_EQ(outer.colour, Colour::kGreen);
   EXPECT_THAT(outer.sizes, testing::ElementsAre(1, 2));
   EXPECT_EQ(outer.inner.steps, 9);
-  EXPECT_FALSE(outer.name.has_value());
+  EXPECT_FALSE(outer.shade.has_value());
+  read_fields(Json::parse(R"({"shade": "red"})"), "", outer);
+  EXPECT_EQ(outer.shade, Colour::kRed);
+  read_fields(Json::parse(R"({"shade": "auto"})"), "", outer);
+  EXPECT_FALSE(outer.shade.has_value());
 }
 
 TEST(Fields, written_struct_reads_back_equal) {
-  Outer outer{.rate = 0.25, .colour = Colour::kGreen, .name = "n", .sizes = {4}, .inner = {.steps = 1}};
+  Outer outer{
+      .rate = 0.25, .colour = Colour::kGreen, .shade = Colour::kRed, .sizes = {4}, .inner = {.steps = 1}};
   const Json json = write_fields(outer);
   Outer copy;
   read_fields(json, "", copy);
@@ -77,6 +82,8 @@ TEST(Fields, wrong_types_name_field_value_and_rule) {
   EXPECT_EQ(message_of(R"({"sizes": [1, "x"]})"), "sizes[1] = \"x\": expected a whole number");
   EXPECT_EQ(message_of(R"({"colour": "gren"})"),
             "colour = \"gren\": must be one of red, green (did you mean 'green'?)");
+  EXPECT_EQ(message_of(R"({"shade": "autos"})"),
+            "shade = \"autos\": must be one of auto, red, green (did you mean 'auto'?)");
 }
 
 TEST(Fields, numbers_are_finite) {

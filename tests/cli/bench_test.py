@@ -88,7 +88,9 @@ def check_layouts() -> None:
     result = bench("layer", *LAYER, *emulated)
     assert result["ranks"] == 2 and result["all_to_all_seconds"] > 0.0, result
     replicas = bench("layer", *LAYER, *local(4), "--ep", "2")
-    assert replicas["ep"] == 2 and replicas["ranks"] == 4, replicas
+    assert replicas["ep"] == 2 and replicas["ranks"] == 4 and replicas["dispatcher"] == "uneven", replicas
+    many_experts = bench("layer", *LAYER, *local(2), "--top-k", "4", "--dispatcher", "auto")
+    assert many_experts["dispatcher"] == "two_level", many_experts
 
 
 def check_step() -> None:
@@ -136,7 +138,7 @@ def check_refusals() -> None:
     refuses("--tokens 0: must be at least 1", "layer", "--tokens", "0")
     refuses("--dtype", "layer", "--dtype", "float16")
     refuses('--skew = "W8"', "layer", "--skew", "W8")
-    refuses('--dispatcher = "unevn"', "layer", "--dispatcher", "unevn")
+    refuses('--dispatcher = "unevn": must be one of auto, uneven', "layer", "--dispatcher", "unevn")
     refuses("--skew W1: goes with --routing forced, not with learned", "layer", "--skew", "W1", "--routing", "learned")
     refuses("--seconds -1: must be positive", "layer", "--seconds", "-1")
     refuses("skew W5: a token chooses 5 of", "layer", "--top-k", "5", "--skew", "W5", *local(2))

@@ -97,13 +97,27 @@ TEST(RankCards, worked_example) {
   EXPECT_THAT(parallel::rank_cards_text(cards, config, with_ep(2)), HasSubstr("edp = dp / ep = 2 copies"));
 }
 
+TEST(Dispatcher, is_the_users_or_chosen_by_sizes) {
+  comm::run_ranks(4, [](comm::Communicator& world) {
+    const auto kind = [&](const parallel::ParallelOptions& options, std::int64_t top_k) {
+      return parallel::make_groups(world.shared_from_this(), options, 8, top_k).dispatcher.kind;
+    };
+    EXPECT_EQ(kind(with_ep(2), 1), moe::DispatcherKind::kUneven);
+    EXPECT_EQ(kind(with_ep(2), 4), moe::DispatcherKind::kTwoLevel);
+    EXPECT_EQ(kind(with_ep(4), 4), moe::DispatcherKind::kUneven);
+    parallel::ParallelOptions padded = with_ep(2);
+    padded.dispatcher.kind = moe::DispatcherKind::kPadded;
+    EXPECT_EQ(kind(padded, 4), moe::DispatcherKind::kPadded);
+  });
+}
+
 // Gradients of rank r are r + 1 in every element, so sums over 4 ranks are 10, over {0, 2} 4 and over {1,
 // 3} 6.
 void sum_gradients(comm::Communicator& world, bool overlap) {
   parallel::ParallelOptions options = with_ep(2);
   options.overlap_gradients = overlap;
   options.bucket_mib = 1e-4;
-  const parallel::Groups groups = parallel::make_groups(world.shared_from_this(), options, 6);
+  const parallel::Groups groups = parallel::make_groups(world.shared_from_this(), options, 6, 2);
   const at::Tensor dense = at::zeros({70}, at::kDouble);
   const at::Tensor experts = at::zeros({40}, at::kDouble);
   std::vector<parallel::GradientSlot> slots;
