@@ -8,6 +8,10 @@ target_compile_options(collegium_flags INTERFACE -fno-math-errno -fno-trapping-m
 if(COLLEGIUM_WERROR)
   target_compile_options(collegium_flags INTERFACE -Werror)
 endif()
+if(CMAKE_UNITY_BUILD)
+  # Warns of types of unnamed namespaces outside the main file, for it every source of a batch.
+  target_compile_options(collegium_flags INTERFACE -Wno-subobject-linkage)
+endif()
 if(COLLEGIUM_SANITIZE)
   # Compiled in half the time of -O2 -g; errors still name lines.
   target_compile_options(collegium_flags INTERFACE -O1 -g1)
@@ -68,6 +72,7 @@ endfunction()
 function(collegium_test name)
   cmake_parse_arguments(ARG "TORCH" "TIMEOUT" "SOURCES;DEPENDS;LABELS" ${ARGN})
   add_executable(${name} ${ARG_SOURCES})
+  set_target_properties(${name} PROPERTIES UNITY_BUILD OFF)  # each names its cases as it likes
   target_compile_options(${name} PRIVATE ${COLLEGIUM_LESS_OPTIMISED})
   target_link_libraries(${name} PRIVATE collegium_flags ${ARG_DEPENDS} collegium_test_support GTest::gmock GTest::gtest_main)
   set(form plain_test)

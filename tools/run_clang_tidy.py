@@ -17,7 +17,8 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-CACHE = ROOT / "build" / "tidy"
+BUILD = ROOT / "build-each"  # of its own commands: elsewhere sources are compiled in batches
+CACHE = BUILD / "tidy"
 
 
 def digest(paths: list[pathlib.Path]) -> str:
@@ -52,7 +53,7 @@ def clang_arguments(command: str) -> list[str]:
 
 
 def main() -> int:
-    commands = json.loads((ROOT / "build" / "compile_commands.json").read_text())
+    commands = json.loads((BUILD / "compile_commands.json").read_text())
     shared = [
         *ROOT.glob("collegium/**/*.h"),
         *ROOT.glob("tests/**/*.h"),
@@ -65,7 +66,7 @@ def main() -> int:
     work = []
     for entry in commands:
         source = pathlib.Path(entry["file"])
-        if ROOT / "build" in source.parents or "CMakeFiles" in source.parts:
+        if BUILD in source.parents or "CMakeFiles" in source.parts:
             continue
         mark = CACHE / hashlib.sha256((headers + digest([source]) + str(source)).encode()).hexdigest()
         if not mark.exists():
@@ -81,7 +82,7 @@ def main() -> int:
             "--",
             *words,
         ]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "build", check=False)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=BUILD, check=False)
         if done.returncode == 0:
             mark.touch()
         return (

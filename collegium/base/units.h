@@ -8,6 +8,8 @@
 
 namespace collegium {
 
+constexpr double kGiB = 1073741824.0;  ///< bytes
+
 std::string format_bytes(double bytes);       ///< "1.50 MiB"
 std::string format_count(double count);       ///< "12.9 G", "8192"
 std::string format_duration(double seconds);  ///< "4m 05s", "1.2 s", "350 ms"

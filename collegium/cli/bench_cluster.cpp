@@ -17,6 +17,7 @@
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
 #include "collegium/base/machine.h"
+#include "collegium/base/units.h"
 #include "collegium/cli/bench.h"
 #include "collegium/cli/bench_step.h"
 #include "collegium/cli/launch.h"
@@ -43,7 +44,6 @@ struct ClusterBenchOptions {
 constexpr std::int64_t kAttentionLength = 512;
 constexpr double kMicro = 1e-6;
 constexpr double kGiga = 1e9;
-constexpr double kGib = 1073741824.0;
 
 /// Seconds of a FLOP against one size of a product: intercept and slope over 1/size.
 struct Line {
@@ -131,7 +131,7 @@ class ClusterBench {
     a.name = fmt::format("CPU, {} thread{}", at::get_num_threads(), at::get_num_threads() == 1 ? "" : "s");
     a.gemm_efficiency = 1.0;
     const bool threads = ranks_share_a_process(world_);
-    a.memory_gib = machine_memory_bytes() / ranks_of_node_ / kGib;
+    a.memory_gib = machine_memory_bytes() / ranks_of_node_ / kGiB;
     show("a small operation");
     a.launch_us = launch_seconds() / kMicro;
     show("copies in memory");
@@ -150,7 +150,7 @@ class ClusterBench {
     a.attention_backward = backward / peak;
     a.attention_length = static_cast<double>(kAttentionLength);
     const double program = resident_bytes() - static_cast<double>(ops::arena_statistics().touched_bytes);
-    a.workspace_gib = max_over_ranks(world_, {program})[0] / (threads ? world_.size() : 1) / kGib;
+    a.workspace_gib = max_over_ranks(world_, {program})[0] / (threads ? world_.size() : 1) / kGiB;
     return a;
   }
 

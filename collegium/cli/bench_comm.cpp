@@ -119,7 +119,6 @@ Json rows_json(const std::vector<CommRow>& rows) {
 }
 
 void print_rows(const std::vector<CommRow>& rows, int ranks) {
-  constexpr double kGiga = 1e9;
   fmt::print(
       "{} ranks; bandwidth is what one rank receives from the others; memcpy runs on all ranks at once\n",
       ranks);

@@ -136,7 +136,7 @@ struct RankSums {
   std::vector<moe::RouterTotals> layers;
 };
 
-RankSums sum_over_ranks(comm::Communicator& dp, const at::Tensor& loss, const model::ForwardResult& forward) {
+RankSums sum_losses(comm::Communicator& dp, const at::Tensor& loss, const model::ForwardResult& forward) {
   const at::NoGradGuard no_grad;
   RankSums sums;
   std::vector<at::Tensor> parts = {loss.to(at::kDouble).view({1})};
@@ -184,7 +184,7 @@ EvalResult evaluate_ids(const EvalArguments& arguments, const LoadedModel& loade
   const std::int64_t length = ids_BS.size(1) - 1;
   const at::Tensor sum =
       model::cross_entropy_sum(decoder, forward.hidden_BSD.narrow(1, 0, length), ids_BS.narrow(1, 1, length));
-  const RankSums sums = sum_over_ranks(dp, sum, forward);
+  const RankSums sums = sum_losses(dp, sum, forward);
   EvalResult result;
   result.num_targets = all_ids_BS.size(0) * length;
   result.loss = sums.loss / static_cast<double>(result.num_targets);

@@ -19,7 +19,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr std::int64_t kRowsPerTask = 32;
+constexpr std::int64_t kLookupRowsPerTask = 32;
 
 // Tokens ordered by (id, position), and where the run of each id begins.
 struct TokensById {
@@ -65,7 +65,7 @@ class EmbeddingFunction final : public torch::autograd::Function<EmbeddingFuncti
       const auto* source = grad.const_data_ptr<scalar_t>();
       auto* target = grad_VD.mutable_data_ptr<scalar_t>();
       const auto num_rows = static_cast<std::int64_t>(sorted.begins.size()) - 1;
-      at::parallel_for(0, num_rows, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+      at::parallel_for(0, num_rows, kLookupRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
         std::vector<at::opmath_type<scalar_t>> sum(static_cast<std::size_t>(width));
         for (auto row = static_cast<std::size_t>(begin); row < static_cast<std::size_t>(end); ++row) {
           std::fill(sum.begin(), sum.end(), 0);

@@ -24,7 +24,7 @@ using ops::row_math::Wide;
 using ops::row_math::widen;
 
 // Rows per task and per partial sum of the weight's gradient: fixed, so that no result depends on threads.
-constexpr std::int64_t kRowsPerTask = 128;
+constexpr std::int64_t kNormRowsPerTask = 128;
 
 template <typename T>
 COLLEGIUM_INLINE void forward_rows(const T* x, const T* weight, std::int64_t rows, std::int64_t width,
@@ -104,7 +104,7 @@ class RmsNorm : public torch::autograd::Function<RmsNorm> {
       const auto* w_data = w.const_data_ptr<scalar_t>();
       auto* y_data = y.mutable_data_ptr<scalar_t>();
       auto* rms_data = inverse_rms.mutable_data_ptr<W>();
-      at::parallel_for(0, rows, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+      at::parallel_for(0, rows, kNormRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
         model::forward(x_data + begin * width, w_data, end - begin, width, static_cast<W>(eps),
                        y_data + begin * width, rms_data + begin);
       });
@@ -121,7 +121,7 @@ class RmsNorm : public torch::autograd::Function<RmsNorm> {
     const at::Tensor grad = gradients[0].contiguous();
     const std::int64_t width = w.numel();
     const std::int64_t rows = x.numel() / width;
-    const std::int64_t tasks = (rows + kRowsPerTask - 1) / kRowsPerTask;
+    const std::int64_t tasks = (rows + kNormRowsPerTask - 1) / kNormRowsPerTask;
     at::Tensor grad_x = at::empty_like(x);
     at::Tensor partial_PD = at::zeros({tasks, width}, saved[2].options());
     AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "rms_norm_backward", [&] {
@@ -134,9 +134,9 @@ class RmsNorm : public torch::autograd::Function<RmsNorm> {
       auto* partial_data = partial_PD.mutable_data_ptr<W>();
       at::parallel_for(0, tasks, 1, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t task = begin; task < end; ++task) {
-          const std::int64_t row = task * kRowsPerTask;
+          const std::int64_t row = task * kNormRowsPerTask;
           model::backward(grad_data + row * width, x_data + row * width, w_data, rms_data + row,
-                          std::min(kRowsPerTask, rows - row), width, grad_x_data + row * width,
+                          std::min(kNormRowsPerTask, rows - row), width, grad_x_data + row * width,
                           partial_data + task * width);
         }
       });

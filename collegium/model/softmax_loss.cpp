@@ -21,7 +21,7 @@ using ops::row_math::narrow;
 using ops::row_math::Wide;
 using ops::row_math::widen;
 
-constexpr std::int64_t kRowsPerTask = 8;
+constexpr std::int64_t kLossRowsPerTask = 8;
 
 template <typename T>
 COLLEGIUM_INLINE double row_loss_of(T* row, std::int64_t width, std::int64_t target, bool gradient) {
@@ -67,7 +67,7 @@ at::Tensor softmax_loss(at::Tensor& logits_TV, const at::Tensor& targets_T, bool
       COLLEGIUM_CHECK(target[t] == kNoTarget || (target[t] >= 0 && target[t] < width),
                       "target {} at row {} of a vocabulary of {}", target[t], t, width);
     }
-    at::parallel_for(0, logits_TV.size(0), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    at::parallel_for(0, logits_TV.size(0), kLossRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t t = begin; t < end; ++t) {
         scalar_t* row = logits + t * width;
         if (target[t] == kNoTarget) {

@@ -28,7 +28,7 @@ namespace collegium::ops {
 namespace {
 
 // A row of 512 bf16 values is 1 KiB: 32 of them are worth a task.
-constexpr std::int64_t kRowsPerTask = 32;
+constexpr std::int64_t kGatherRowsPerTask = 32;
 
 }  // namespace
 
@@ -113,7 +113,7 @@ void gather_bytes(const at::Tensor& x_TD, const at::Tensor& row_token_R, const s
   const auto* tokens = row_token_R.const_data_ptr<std::int32_t>();
   const auto* source = static_cast<const char*>(x_TD.const_data_ptr());
   auto* target = static_cast<char*>(rows_XD.mutable_data_ptr());
-  at::parallel_for(0, row_token_R.numel(), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+  at::parallel_for(0, row_token_R.numel(), kGatherRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
       char* to = target + static_cast<std::size_t>(places == nullptr ? row : places[row]) * row_bytes;
       if (tokens[row] < 0) {
@@ -133,7 +133,7 @@ void gather_widened(const at::Tensor& x_TD, const at::Tensor& row_token_R, const
   const auto* tokens = row_token_R.const_data_ptr<std::int32_t>();
   const auto* source = x_TD.const_data_ptr<c10::BFloat16>();
   auto* target = rows_RD.mutable_data_ptr<float>();
-  at::parallel_for(0, row_token_R.numel(), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+  at::parallel_for(0, row_token_R.numel(), kGatherRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
       if (tokens[row] < 0) {
         std::fill_n(target + row * width, width, 0.0F);
@@ -269,7 +269,7 @@ at::Tensor combine_rows(const at::Tensor& rows_RD, const at::Tensor& more_XD, co
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows.scalar_type(), "combine_rows", [&] {
     const auto* source = rows.const_data_ptr<scalar_t>();
     auto* target = y_TD.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, slots.size(0), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    at::parallel_for(0, slots.size(0), kGatherRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
       combine(CombineTokens<scalar_t>{.rows = source,
                                       .more = more.const_data_ptr<scalar_t>(),
                                       .num_rows = rows.size(0),

@@ -24,7 +24,7 @@ namespace collegium::ops {
 namespace {
 
 // Rows per task: a row of 64 columns costs some 50 ns.
-constexpr std::int64_t kRowsPerTask = 128;
+constexpr std::int64_t kSoftmaxRowsPerTask = 128;
 
 // 0 times it is 0, where 0 times infinity is not. (A choice by the probability is compiled wrongly by
 // GCC 12.)
@@ -141,7 +141,7 @@ SoftmaxRows softmax_rows(const at::Tensor& logits_TE) {
                                     .probs = rows.probs_TE.mutable_data_ptr<scalar_t>(),
                                     .lse = rows.lse_T1.mutable_data_ptr<scalar_t>(),
                                     .entropy = rows.entropy_T1.mutable_data_ptr<scalar_t>()};
-    at::parallel_for(0, all.num_rows, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    at::parallel_for(0, all.num_rows, kSoftmaxRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
       forward(ForwardRows<scalar_t>{.logits = all.logits + begin * num_columns,
                                     .num_rows = end - begin,
                                     .num_columns = num_columns,
@@ -173,7 +173,7 @@ at::Tensor softmax_rows_backward(const at::Tensor& probs_TE, const SoftmaxRowsGr
   const std::int64_t length = sequence_length(probs, grad);
   at::Tensor grad_TE = at::empty_like(probs);
   AT_DISPATCH_FLOATING_TYPES(dtype, "softmax_rows_backward", [&] {
-    at::parallel_for(0, probs.size(0), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    at::parallel_for(0, probs.size(0), kSoftmaxRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
       std::vector<scalar_t> scratch(static_cast<std::size_t>(num_columns));
       backward(BackwardRows<scalar_t>{.probs = probs.const_data_ptr<scalar_t>(),
                                       .first_row = begin,

@@ -16,7 +16,7 @@ namespace collegium::ops {
 
 namespace {
 
-constexpr std::int64_t kRowsPerTask = 16;
+constexpr std::int64_t kSwigluRowsPerTask = 16;
 
 at::Tensor column(const at::Tensor& weights_R) { return weights_R.unsqueeze(1); }
 
@@ -36,7 +36,7 @@ at::Tensor inner_weights(const at::Tensor& weights_R, at::ScalarType dtype) {
 void swiglu_into(const at::Tensor& gate_up_RG, const at::Tensor& weights_R, const at::Tensor& out_RF) {
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, gate_up_RG.scalar_type(), "swiglu", [&] {
     const auto whole = whole_swiglu<scalar_t>(gate_up_RG, weights_R, out_RF);
-    at::parallel_for(0, whole.rows, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    at::parallel_for(0, whole.rows, kSwigluRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
       swiglu_part(whole.part(begin, end - begin, 0, whole.columns));
     });
   });
@@ -55,7 +55,7 @@ void swiglu_backward_into(const at::Tensor& grad_RF, const at::Tensor& gate_up_R
                           const at::Tensor& activation_RF) {
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, gate_up_RG.scalar_type(), "swiglu_backward", [&] {
     const auto whole = whole_swiglu_backward<scalar_t>(grad_RF, gate_up_RG, weights_R, out, activation_RF);
-    at::parallel_for(0, whole.forward.rows, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    at::parallel_for(0, whole.forward.rows, kSwigluRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
       swiglu_backward_part(whole.part(begin, end - begin, 0, whole.forward.columns));
     });
   });

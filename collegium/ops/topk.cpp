@@ -25,7 +25,7 @@ namespace collegium::ops {
 namespace {
 
 // Rows per task: long enough to pay for waking a thread (a row costs some 100 ns).
-constexpr std::int64_t kRowsPerTask = 128;
+constexpr std::int64_t kSelectRowsPerTask = 128;
 
 constexpr std::int64_t kLanes = 16;
 constexpr std::int64_t kMostPasses = 32;  // above, sorting is cheaper
@@ -116,7 +116,7 @@ at::Tensor topk_stable(const at::Tensor& scores_TE, std::int64_t k) {
   auto* ids = ids_TK.mutable_data_ptr<std::int32_t>();
   AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "topk_stable", [&] {
     const auto* data = scores.const_data_ptr<scalar_t>();
-    at::parallel_for(0, scores.size(0), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    at::parallel_for(0, scores.size(0), kSelectRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
       select_rows(data + begin * num_columns, end - begin, num_columns, k, ids + begin * k);
     });
   });

@@ -19,7 +19,7 @@ namespace {
 
 // Values of 32 bits that fit a vector, as many rows of them: a square block. Interleaving row i with the one
 // half a block further on, as often as its size is a power of two, transposes it.
-struct Sixteen {
+struct SixteenWords {
   static constexpr std::int64_t kSize = 16;
   static constexpr int kRounds = 4;
   using Line = std::uint32_t __attribute__((vector_size(64)));
@@ -30,7 +30,7 @@ struct Sixteen {
     high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   }
 };
-struct Eight {
+struct EightWords {
   static constexpr std::int64_t kSize = 8;
   static constexpr int kRounds = 3;
   using Line = std::uint32_t __attribute__((vector_size(32)));
@@ -43,7 +43,7 @@ struct Eight {
 };
 
 template <typename Bits>
-struct Rows {
+struct TransposedRows {
   IndexedRows<const Bits> in;
   StridedRows<Bits> out;
 };
@@ -98,8 +98,9 @@ COLLEGIUM_INLINE void transpose_block(const Bits* const* rows, std::int64_t colu
 }
 
 template <typename Bits>
-COLLEGIUM_INLINE void transpose_one_by_one(const Rows<Bits>& o, std::int64_t first_row, std::int64_t end_row,
-                                           std::int64_t first_column, std::int64_t end_column) {
+COLLEGIUM_INLINE void transpose_one_by_one(const TransposedRows<Bits>& o, std::int64_t first_row,
+                                           std::int64_t end_row, std::int64_t first_column,
+                                           std::int64_t end_column) {
   for (std::int64_t row = first_row; row < end_row; ++row) {
     for (std::int64_t column = first_column; column < end_column; ++column)
       *o.out.at(column, row) = *o.in.at(row, column);
@@ -108,8 +109,9 @@ COLLEGIUM_INLINE void transpose_one_by_one(const Rows<Bits>& o, std::int64_t fir
 
 // As many rows at a time as fill a cache line of `out`.
 template <typename Block, typename Bits>
-COLLEGIUM_INLINE void transpose_all(const Rows<Bits>& o, std::int64_t num_rows, std::int64_t num_columns) {
-  constexpr std::int64_t kStep = rows_of_words<Bits>(Sixteen::kSize);
+COLLEGIUM_INLINE void transpose_all(const TransposedRows<Bits>& o, std::int64_t num_rows,
+                                    std::int64_t num_columns) {
+  constexpr std::int64_t kStep = rows_of_words<Bits>(SixteenWords::kSize);
   const std::int64_t whole_rows = num_rows / kStep * kStep;
   const std::int64_t whole_columns = num_columns / Block::kSize * Block::kSize;
   for (std::int64_t first = 0; first < whole_rows; first += kStep) {
@@ -126,26 +128,26 @@ COLLEGIUM_INLINE void transpose_all(const Rows<Bits>& o, std::int64_t num_rows, 
 
 template <typename Bits>
 struct Size {
-  Rows<Bits> all;
+  TransposedRows<Bits> all;
   std::int64_t rows;
   std::int64_t columns;
 };
 COLLEGIUM_CLONES void by_sixteen(const Size<std::uint16_t>& o) {
-  transpose_all<Sixteen>(o.all, o.rows, o.columns);
+  transpose_all<SixteenWords>(o.all, o.rows, o.columns);
 }
 COLLEGIUM_CLONES void by_sixteen(const Size<std::uint32_t>& o) {
-  transpose_all<Sixteen>(o.all, o.rows, o.columns);
+  transpose_all<SixteenWords>(o.all, o.rows, o.columns);
 }
 COLLEGIUM_CLONES void by_eight(const Size<std::uint16_t>& o) {
-  transpose_all<Eight>(o.all, o.rows, o.columns);
+  transpose_all<EightWords>(o.all, o.rows, o.columns);
 }
 COLLEGIUM_CLONES void by_eight(const Size<std::uint32_t>& o) {
-  transpose_all<Eight>(o.all, o.rows, o.columns);
+  transpose_all<EightWords>(o.all, o.rows, o.columns);
 }
 
 // Sixteen lines of 64 bytes are more than the registers of a core without AVX-512.
 template <typename Bits>
-void transpose_rows(const Rows<Bits>& o, std::int64_t num_rows, std::int64_t num_columns) {
+void transpose_rows(const TransposedRows<Bits>& o, std::int64_t num_rows, std::int64_t num_columns) {
   static const bool wide = cpu_has("avx512_f");
   const Size<Bits> all{.all = o, .rows = num_rows, .columns = num_columns};
   wide ? by_sixteen(all) : by_eight(all);
@@ -155,9 +157,10 @@ template <typename Bits>
 void transpose_tensor(const RowSource& in_XY, const at::Tensor& out_YX) {
   const at::Tensor& values = in_XY.values_XD;
   const StridedRows<const Bits> rows{static_cast<const Bits*>(values.const_data_ptr()), values.stride(0)};
-  transpose_rows(Rows<Bits>{.in = {rows, in_XY.index()},
-                            .out = {static_cast<Bits*>(out_YX.mutable_data_ptr()), out_YX.stride(0)}},
-                 in_XY.rows(), in_XY.width());
+  transpose_rows(
+      TransposedRows<Bits>{.in = {rows, in_XY.index()},
+                           .out = {static_cast<Bits*>(out_YX.mutable_data_ptr()), out_YX.stride(0)}},
+      in_XY.rows(), in_XY.width());
 }
 
 }  // namespace
@@ -180,7 +183,7 @@ void transpose_into(const RowSource& in_XY, const at::Tensor& out_YX) {
 
 void transpose_words(const StridedRows<const std::uint32_t>& in, std::int64_t rows, std::int64_t words,
                      const StridedRows<std::uint32_t>& out) {
-  transpose_rows(Rows<std::uint32_t>{.in = in, .out = out}, rows, words);
+  transpose_rows(TransposedRows<std::uint32_t>{.in = in, .out = out}, rows, words);
 }
 
 std::int64_t WorkerTransposes::values(std::int64_t rows, std::int64_t columns) {

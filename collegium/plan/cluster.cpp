@@ -2,12 +2,12 @@
 #include "collegium/plan/cluster.h"
 
 #include <algorithm>
-#include <cctype>
 #include <cmath>
 #include <filesystem>
 
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
+#include "collegium/base/text.h"
 #include "collegium/base/toml.h"
 #include "collegium/plan/embedded.h"
 
@@ -113,29 +113,19 @@ Cluster load_cluster(const std::string& name_or_path) {
   return parse_cluster(read_file(name_or_path), name_or_path);
 }
 
-namespace {
-
-std::string lower(const std::string& text) {
-  std::string small;
-  for (const char c : text) small.push_back(static_cast<char>(std::tolower(static_cast<unsigned char>(c))));
-  return small;
-}
-
-}  // namespace
-
 bool known_precision(const std::string& precision) {
-  const std::string small = lower(precision);
+  const std::string small = lower_case(precision);
   for (const char* part :
        {"bf16", "fp16", "bfloat16", "float16", "fp8", "float8", "fp4", "fp32", "tf32", "float32"}) {
-    if (small.find(part) != std::string::npos) return true;
+    if (contains(small, part)) return true;
   }
   return small == "mixed";
 }
 
 std::string matrix_format(const std::string& precision) {
-  const std::string p = lower(precision);
-  if (p.find("fp4") != std::string::npos) return "fp4";
-  if (p.find("fp8") != std::string::npos || p.find("float8") != std::string::npos) return "fp8";
+  const std::string p = lower_case(precision);
+  if (contains(p, "fp4")) return "fp4";
+  if (contains(p, "fp8") || contains(p, "float8")) return "fp8";
   if (p == "fp32" || p == "float32" || p == "tf32") return "fp32";
   return "bf16";
 }

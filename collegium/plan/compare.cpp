@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/plan/compare.h"
 
+#include "collegium/base/units.h"
 #include "collegium/plan/published.h"
 
 namespace collegium::plan {
@@ -46,7 +47,6 @@ std::vector<Comparison> compare_classics() {
 }
 
 std::string format_comparison(const std::vector<Comparison>& all) {
-  constexpr double kGiB = 1073741824.0;
   std::string text =
       "Classical layouts as published, and what the planner would choose on the same machines with the same "
       "software\n";

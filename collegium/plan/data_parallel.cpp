@@ -96,7 +96,6 @@ std::vector<DataParallelVariant> data_parallel_variants(const ModelSpec& m, cons
 
 std::string format_data_parallel(const std::vector<DataParallelVariant>& variants, const Layout& l,
                                  const Cluster& c) {
-  constexpr double kGiB = 1073741824.0;
   std::string text = fmt::format(
       "Data parallelism of {} on {}\n  {:<42}{:>14}{:>14}{:>12}{:>12}{:>12}{:>12}\n", layout_name(l), c.name,
       "variant", "rank sends", "busiest link", "exposed s", "step s", "static GiB", "device GiB");

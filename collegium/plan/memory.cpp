@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "collegium/base/units.h"
+
 namespace collegium::plan {
 
 namespace {

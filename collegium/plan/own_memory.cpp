@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "collegium/base/units.h"
 #include "collegium/plan/own_run.h"
 
 namespace collegium::plan {
@@ -148,7 +149,7 @@ MemoryReport own_memory(const OwnRun& run, const Cluster& cluster, double imbala
   r.add("weights", t.weights);
   r.add("summed gradients", t.gradients);
   r.add("optimizer state", t.optimizer);
-  r.add("the program", cluster.accelerator.workspace_gib * 1073741824.0);
+  r.add("the program", cluster.accelerator.workspace_gib * kGiB);
   for (const MemoryLine& line : r.lines) r.static_bytes += line.bytes;
   r.add("activations", t.activations);
   r.add("loss or a layer's backward pass", t.transient);

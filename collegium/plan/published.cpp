@@ -5,13 +5,13 @@
 #include <cmath>
 
 #include "collegium/base/error.h"
+#include "collegium/base/text.h"
+#include "collegium/base/units.h"
 #include "collegium/plan/memory.h"
 
 namespace collegium::plan {
 
 namespace {
-
-bool has(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
 
 // No published run comes near these; more would only make the planner count for ever.
 constexpr std::int64_t kMostLayers = 10000;
@@ -39,13 +39,11 @@ int size_or_one(const CsvRow& row, const std::string& column) {
 std::int64_t vocabulary(const CsvRow& row, PublishedRun& run) {
   if (!row.text("vocab").empty()) return whole(row, "vocab", kMostWidth);
   std::int64_t assumed = 50257;
-  std::string name = row.text("name");
-  std::transform(name.begin(), name.end(), name.begin(),
-                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
-  if (has(name, "deepseekv3") || has(name, "deepseek-v3")) assumed = 129280;
-  if (has(name, "mixtral")) assumed = 32000;
-  if (has(name, "llama")) assumed = 128256;
-  if (has(name, "qwen3")) assumed = 151936;
+  const std::string name = lower_case(row.text("name"));
+  if (contains(name, "deepseekv3") || contains(name, "deepseek-v3")) assumed = 129280;
+  if (contains(name, "mixtral")) assumed = 32000;
+  if (contains(name, "llama")) assumed = 128256;
+  if (contains(name, "qwen3")) assumed = 151936;
   run.assumptions.push_back(fmt::format("vocabulary {} (not in the row)", assumed));
   return assumed;
 }
@@ -72,9 +70,9 @@ void read_experts(const CsvRow& row, PublishedRun& run) {
 void read_architecture(const CsvRow& row, PublishedRun& run) {
   ModelSpec& m = run.model;
   const std::string& name = row.text("name");
-  const bool deepseek = has(name, "DeepSeekV3") || has(name, "deepseek-v3") || has(name, "deepseekv3") ||
-                        has(name, "Kimi") || has(name, "kimi");
-  if (deepseek || has(run.source, "MLA")) {
+  const bool deepseek = contains(name, "DeepSeekV3") || contains(name, "deepseek-v3") ||
+                        contains(name, "deepseekv3") || contains(name, "Kimi") || contains(name, "kimi");
+  if (deepseek || contains(run.source, "MLA")) {
     const bool wide = m.hidden >= 4096;
     m.latent = {.q_rank = wide ? 1536 : 0, .kv_rank = 512, .nope_dim = 128, .rope_dim = 64, .value_dim = 128};
     m.head_dim = 192;
@@ -87,12 +85,12 @@ void read_architecture(const CsvRow& row, PublishedRun& run) {
     m.routing_groups = kimi ? 0 : 8;
     m.routing_top_groups = kimi ? 0 : 4;
   }
-  if (has(run.source, "MTP=1")) m.mtp_layers = 1;
-  if (has(name, "Qwen3") || has(name, "qwen3")) {
+  if (contains(run.source, "MTP=1")) m.mtp_layers = 1;
+  if (contains(name, "Qwen3") || contains(name, "qwen3")) {
     m.head_dim = 128;
     m.qk_norm = SpecQkNorm::kPerHead;
   }
-  if (has(name, "GPT OSS") || has(name, "gpt-oss")) {
+  if (contains(name, "GPT OSS") || contains(name, "gpt-oss")) {
     m.head_dim = 64;
     m.window = 128;
     m.attention_sinks = true;
@@ -104,7 +102,7 @@ void read_architecture(const CsvRow& row, PublishedRun& run) {
 void read_test(const CsvRow& row, PublishedRun& run) {
   ModelSpec& m = run.model;
   const std::string& name = row.text("name");
-  if (has(name, "mixtral_8x7b_alltoall")) {
+  if (contains(name, "mixtral_8x7b_alltoall")) {
     m.vocab = 256000;
     run.assumptions.back() = "vocabulary 256000 (its configuration's tokenizer)";
   }
@@ -114,14 +112,14 @@ void read_test(const CsvRow& row, PublishedRun& run) {
     run.assumptions.push_back(
         fmt::format("experts of width {} (the software's default when gated)", m.expert_ffn));
   }
-  run.stack.grouped_experts = has(name, "groupedGEMM") || !has(name, "experts2parallel");
-  if (has(name, "multi_dist_optimizer_instances")) run.stack.optimizer_instances = 2;
+  run.stack.grouped_experts = contains(name, "groupedGEMM") || !contains(name, "experts2parallel");
+  if (contains(name, "multi_dist_optimizer_instances")) run.stack.optimizer_instances = 2;
 }
 
 void read_model(const CsvRow& row, PublishedRun& run) {
-  require_config(!has(run.source, "hybrid arch"),
+  require_config(!contains(run.source, "hybrid arch"),
                  "hybrid architecture: not a transformer of attention and networks alone");
-  require_config(!has(row.text("name"), "tokendrop"),
+  require_config(!contains(row.text("name"), "tokendrop"),
                  "routing that drops tokens by an unstated capacity: the work of a step is unknown");
   ModelSpec& m = run.model;
   m.name = row.text("name");
@@ -133,15 +131,15 @@ void read_model(const CsvRow& row, PublishedRun& run) {
   read_experts(row, run);
   m.dense_ffn = whole_or(row, "ffn_hidden", kMostWidth, 4 * m.hidden);
   m.vocab = vocabulary(row, run);
-  m.gated_ffn = has(run.source, "non-gated") ? false : (m.is_moe() || m.dense_ffn != 4 * m.hidden);
+  m.gated_ffn = contains(run.source, "non-gated") ? false : (m.is_moe() || m.dense_ffn != 4 * m.hidden);
   if (!m.gated_ffn) {
     m.norm = SpecNorm::kLayer;
-    m.qkv_bias = m.attention_output_bias = m.ffn_bias = !has(run.source, "llm-foundry");
+    m.qkv_bias = m.attention_output_bias = m.ffn_bias = !contains(run.source, "llm-foundry");
   }
   // Classical GPT models tie input and output embeddings; runs of Megatron Core and all gated models do not.
-  const bool core = has(run.source, "functional_tests") || has(run.source, "model_table");
+  const bool core = contains(run.source, "functional_tests") || contains(run.source, "model_table");
   m.tied_embeddings = core ? m.hidden <= kTestWidth : !m.gated_ffn;
-  if (has(run.source, "functional_tests")) read_test(row, run);
+  if (contains(run.source, "functional_tests")) read_test(row, run);
   read_architecture(row, run);
   complete(m, m.name);
 }
@@ -154,7 +152,7 @@ void read_zero(const CsvRow& row, Layout& l) {
     l.zero = Zero::kOptimizer;
   } else if (zero == "2" || zero == "fsdp-SHARD_GRAD_OP") {
     l.zero = Zero::kGradients;
-  } else if (zero == "3" || has(zero, "fsdp")) {
+  } else if (zero == "3" || contains(zero, "fsdp")) {
     l.zero = Zero::kSharded;
   } else {
     throw ConfigError(fmt::format("zero = {}: must be 0, 1, 2, 3, ddp or fsdp", zero));
@@ -201,11 +199,11 @@ void read_world(const CsvRow& row, PublishedRun& run) {
 void read_dispatcher(const CsvRow& row, PublishedRun& run) {
   if (!run.model.is_moe()) return;
   const std::string& name = row.text("name");
-  if (has(run.source, "Bridge") || has(name, "HybridEP") || has(name, "DeepEP"))
+  if (contains(run.source, "Bridge") || contains(name, "HybridEP") || contains(name, "DeepEP"))
     run.layout.dispatcher = Dispatcher::kHierarchical;
-  if (has(name, "alltoall")) run.layout.dispatcher = Dispatcher::kAllToAll;
-  if (has(name, "alltoall") || has(name, "overlap off")) run.stack.expert_overlap = 0.0;
-  if (has(name, "EP-overlap")) run.stack.expert_overlap = 0.9;
+  if (contains(name, "alltoall")) run.layout.dispatcher = Dispatcher::kAllToAll;
+  if (contains(name, "alltoall") || contains(name, "overlap off")) run.stack.expert_overlap = 0.0;
+  if (contains(name, "EP-overlap")) run.stack.expert_overlap = 0.9;
 }
 
 void read_layout(const CsvRow& row, PublishedRun& run) {
@@ -215,24 +213,24 @@ void read_layout(const CsvRow& row, PublishedRun& run) {
   const std::string& recompute = row.text("recompute");
   l.recompute = parse_recompute(recompute);
   run.recompute_open = recompute.empty();
-  if (recompute.empty() && (has(run.source, "tables.tex") || run.metric == Metric::kHardwareFlops)) {
+  if (recompute.empty() && (contains(run.source, "tables.tex") || run.metric == Metric::kHardwareFlops)) {
     l.recompute.full = true;
     run.assumptions.emplace_back("full recomputation (the row does not say; its stack had no other)");
   }
-  if (has(run.source, "torchtitan")) {
+  if (contains(run.source, "torchtitan")) {
     if (recompute == "selective") l.recompute = {.operators = true};
-    run.stack.fused_elementwise = has(row.text("name"), "compile") || l.tp > 1;
-    if (has(row.text("name"), "AsyncTP")) run.stack.tensor_overlap = 0.7;
+    run.stack.fused_elementwise = contains(row.text("name"), "compile") || l.tp > 1;
+    if (contains(row.text("name"), "AsyncTP")) run.stack.tensor_overlap = 0.7;
   }
-  const bool modern = has(run.source, "Bridge") || has(run.source, "torchtitan") ||
-                      has(run.source, "model_table") || run.model.is_moe();
-  l.sequence_parallel = l.tp > 1 && (modern || has(recompute, "+SP"));
+  const bool modern = contains(run.source, "Bridge") || contains(run.source, "torchtitan") ||
+                      contains(run.source, "model_table") || run.model.is_moe();
+  l.sequence_parallel = l.tp > 1 && (modern || contains(recompute, "+SP"));
   l.schedule = l.virtual_stages > 1 ? Schedule::kInterleaved : Schedule::k1F1B;
   if (!row.text("micro_batch").empty()) {
     l.micro_batch = static_cast<int>(whole(row, "micro_batch", kMostExperts));
   } else {
     l.micro_batch =
-        has(run.source, "tables.tex") ? std::max(1, static_cast<int>(run.work.global_batch) / l.dp) : 1;
+        contains(run.source, "tables.tex") ? std::max(1, static_cast<int>(run.work.global_batch) / l.dp) : 1;
     run.assumptions.push_back(fmt::format("micro-batch of {} (not in the row)", l.micro_batch));
   }
   read_dispatcher(row, run);
@@ -246,7 +244,6 @@ void mend_zero(PublishedRun& run) {
   const StageWeights w = stage_weights(run.model, l, run.stack, 0);
   const double gradients = l.zero == Zero::kGradients ? 0.0 : run.stack.gradient_bytes;
   const double whole = (w.dense + w.experts) * (run.stack.weight_bytes + gradients);
-  constexpr double kGiB = 1073741824.0;
   // Nothing trains in the last twentieth: optimizer state and activations need some.
   if (whole <= 0.95 * run.cluster.accelerator.memory_gib * kGiB) return;
   run.assumptions.push_back(fmt::format(
@@ -273,7 +270,7 @@ PublishedRun published_run(const CsvRow& row) {
   run.work.global_batch = static_cast<double>(whole(row, "global_batch", kMostWidth));
   read_layout(row, run);
   mend_zero(run);
-  if (has(run.source, "last rank")) run.stage = run.layout.pp - 1;
+  if (contains(run.source, "last rank")) run.stage = run.layout.pp - 1;
   for (const auto& [column, text] : row.fields) {
     if (column != "metric" && column != "value" && column != "unit" && column != "source" &&
         column != "read_or_memory") {

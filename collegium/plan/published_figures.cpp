@@ -1,28 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a row measured, in which unit, on which accelerator and in which precision.
 #include <algorithm>
-#include <cctype>
 
 #include "collegium/base/error.h"
+#include "collegium/base/text.h"
+#include "collegium/base/units.h"
 #include "collegium/plan/published.h"
 
 namespace collegium::plan {
 
 namespace {
 
-constexpr double kGiB = 1073741824.0;
-
-std::string lower(const std::string& text) {
-  std::string small = text;
-  std::transform(small.begin(), small.end(), small.begin(),
-                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
-  return small;
-}
-
 // The factor of a unit, or `otherwise` where the row names none.
 double unit_of(const CsvRow& row, std::initializer_list<std::pair<const char*, double>> known,
                double otherwise) {
-  const std::string unit = lower(row.text("unit"));
+  const std::string unit = lower_case(row.text("unit"));
   if (unit.empty()) return otherwise;
   std::string names;
   for (const auto& [name, factor] : known) {
@@ -106,10 +98,10 @@ void read_precision(const CsvRow& row, PublishedRun& run) {
 
 std::string cluster_of(const std::string& gpu, const std::string& source) {
   require_config(!gpu.empty(), "gpu is missing");
-  if (source.find("bigscience") != std::string::npos) return "jean-zay-a100";
-  if (source.find("vTrain") != std::string::npos) return "a100-80-4rail";
-  const std::string name = lower(gpu);
-  const auto has = [&name](const char* part) { return name.find(part) != std::string::npos; };
+  if (contains(source, "bigscience")) return "jean-zay-a100";
+  if (contains(source, "vTrain")) return "a100-80-4rail";
+  const std::string name = lower_case(gpu);
+  const auto has = [&name](const char* part) { return contains(name, part); };
   if (has("v100") && !has("16gb")) return "v100-32";
   if (has("a100")) return has("40") ? "a100-40" : "a100-80";
   if (has("h100")) return has("96") ? "h100-96" : "h100-80";

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "collegium/base/units.h"
 #include "collegium/plan/memory.h"
 #include "collegium/plan/step_time.h"
 
@@ -10,7 +11,6 @@ namespace collegium::plan {
 
 namespace {
 
-constexpr double kGiB = 1073741824.0;
 constexpr std::size_t kBarWidth = 72;
 
 // A bar of one letter per component, as wide as its share of `whole`; what is more than the whole stands

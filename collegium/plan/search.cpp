@@ -7,6 +7,7 @@
 #include <map>
 
 #include "collegium/base/error.h"
+#include "collegium/base/units.h"
 
 namespace collegium::plan {
 
@@ -106,14 +107,14 @@ class Search {
         MemoryReport memory = worst_memory(m_, l, w_, c_, s_);
         smallest = memory.device_bytes;
         // Stricter than fits(): a layout that is to be chosen leaves the allocator its fragmentation.
-        if (memory.device_bytes > c_.accelerator.memory_gib * 1073741824.0) continue;
+        if (memory.device_bytes > c_.accelerator.memory_gib * kGiB) continue;
         fitted = true;
         dispatchers(l, std::move(memory));
         break;
       }
       if (!fitted) {
-        const double have = c_.accelerator.memory_gib * 1073741824.0;
-        const double over = std::ceil((smallest - have) / 1073741824.0 / 20.0) * 20.0;
+        const double have = c_.accelerator.memory_gib * kGiB;
+        const double over = std::ceil((smallest - have) / kGiB / 20.0) * 20.0;
         reject(fmt::format(
                    "memory: up to {:.0f} GiB more than the {:.0f} GiB of {}, even with full recomputation",
                    over, c_.accelerator.memory_gib, c_.accelerator.name),
@@ -134,7 +135,7 @@ class Search {
       best.layout = l;
       best.time = time;
     }
-    best.headroom_bytes = c_.accelerator.memory_gib * 1073741824.0 - memory.device_bytes;
+    best.headroom_bytes = c_.accelerator.memory_gib * kGiB - memory.device_bytes;
     best.memory = std::move(memory);
     ++result_.fitting;
     result_.ranked.push_back(std::move(best));

@@ -8,7 +8,6 @@ namespace collegium::plan {
 
 namespace {
 
-constexpr double kGiB = 1073741824.0;
 constexpr std::size_t kShownReasons = 12;
 
 std::string candidate_line(const Candidate& c, const ModelSpec& m, const Workload& w) {

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Habits of the training stacks that published runs were measured with. Each entry states facts of the
 // software; the one fitted figure, the efficiency of matrix products, is not here.
+#include "collegium/base/text.h"
 #include "collegium/plan/published.h"
 
 namespace collegium::plan {
 
 namespace {
-
-bool has(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
 
 // Megatron-LM before fused attention: scores kept, dropout on, gradients reduced in 16 bits before the
 // optimizer runs.
@@ -64,10 +63,10 @@ std::string source_name(const std::string& source) {
   const std::size_t container = source.find('[');
   const std::size_t end = source.find(']');
   std::string name = source.substr(0, source.find('@'));
-  if (has(source, "MICRO24") || has(source, "vTrain")) return "VIA-Research/vTrain";
-  if (has(source, "Container]") && container != std::string::npos && end != std::string::npos)
+  if (contains(source, "MICRO24") || contains(source, "vTrain")) return "VIA-Research/vTrain";
+  if (contains(source, "Container]") && container != std::string::npos && end != std::string::npos)
     return name.append(" ").append(source.substr(container, end - container + 1));
-  if (has(source, "functional_tests")) return name.append(" golden runs");
+  if (contains(source, "functional_tests")) return name.append(" golden runs");
   const std::size_t slash = source.rfind('/');
   if (slash != std::string::npos && source.find('@') != std::string::npos && slash > source.find('@')) {
     const std::string document = source.substr(slash + 1);
@@ -78,23 +77,23 @@ std::string source_name(const std::string& source) {
 
 Stack stack_of(const std::string& source, const std::string& precision) {
   Stack s;
-  if (has(source, "bigscience")) {
+  if (contains(source, "bigscience")) {
     s = megatron_deepspeed(precision);
-  } else if (has(source, "vTrain") || has(source, "5281919420") || has(source, "50a4b5fa02") ||
-             has(source, "cli99") || has(source, "calculon") || has(source, "2e90a342f5") ||
-             has(source, "2205.05198")) {
+  } else if (contains(source, "vTrain") || contains(source, "5281919420") || contains(source, "50a4b5fa02") ||
+             contains(source, "cli99") || contains(source, "calculon") || contains(source, "2e90a342f5") ||
+             contains(source, "2205.05198")) {
     s = megatron_2021();
-    s.never_fitted = has(source, "calculon");
-  } else if (has(source, "llm-foundry")) {
+    s.never_fitted = contains(source, "calculon");
+  } else if (contains(source, "llm-foundry")) {
     s = fully_sharded();
-  } else if (has(source, "torchtitan")) {
+  } else if (contains(source, "torchtitan")) {
     s = fully_sharded();
     s.fused_elementwise = true;
     s.fragmentation = 0.06;
-  } else if (has(source, "Megatron")) {
+  } else if (contains(source, "Megatron")) {
     s = megatron_core();
     // Its performance recipes keep and reduce gradients in 16 bits.
-    if (has(source, "Bridge")) {
+    if (contains(source, "Bridge")) {
       s.gradient_bytes = s.reduce_bytes = 2.0;
       s.expert_overlap = 0.35;
       s.fused_sinks = false;
@@ -102,24 +101,24 @@ Stack stack_of(const std::string& source, const std::string& precision) {
       s.arranges_stages = true;
     }
   }
-  if (has(source, "unfused attention")) {
+  if (contains(source, "unfused attention")) {
     s.flash_attention = false;
     s.causal_skip = false;
   }
-  if (has(source, "golden") && has(source, "non-gated")) s.dropout_mask_bytes = 1.0;
+  if (contains(source, "golden") && contains(source, "non-gated")) s.dropout_mask_bytes = 1.0;
   s.name = source_name(source);
   s.family = s.name;
-  if (has(source, "bigscience")) s.family = "Megatron-DeepSpeed";
+  if (contains(source, "bigscience")) s.family = "Megatron-DeepSpeed";
   // Releases of one half-year share kernels; between halves the same layout moved by up to 37 %.
-  if (has(source, "Bridge")) s.family = "Megatron-Bridge";
+  if (contains(source, "Bridge")) s.family = "Megatron-Bridge";
   for (const char* early : {"[25.09", "[25.11"}) {
-    if (has(source, early)) s.family = "Megatron-Bridge 25";
+    if (contains(source, early)) s.family = "Megatron-Bridge 25";
   }
   for (const char* late : {"[26.06", "[26.08", "[26.1"}) {
-    if (has(source, late)) s.family = "Megatron-Bridge from 26.06";
+    if (contains(source, late)) s.family = "Megatron-Bridge from 26.06";
   }
   for (const char* document : {"5281919420", "50a4b5fa02", "cli99", "2e90a342f5"}) {
-    if (has(source, document)) s.family = "Megatron-LM 2021";
+    if (contains(source, document)) s.family = "Megatron-LM 2021";
   }
   return s;
 }

@@ -10,13 +10,13 @@
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
 #include "collegium/base/rng.h"
+#include "collegium/base/units.h"
 #include "collegium/plan/account.h"
 
 namespace collegium::plan {
 
 namespace {
 
-constexpr double kGiB = 1073741824.0;
 constexpr double kLargeStatic = 10.0 * kGiB;
 
 double quantile(std::vector<double> values, double share) {

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "collegium/base/error.h"
+#include "collegium/base/units.h"
 #include "collegium/plan/validate.h"
 
 namespace collegium::plan {
@@ -21,7 +22,7 @@ std::string format_every_row(const Validation& v) {
   });
   for (const Judged* row : rows) {
     const bool memory = row->metric.find("memory") != std::string::npos;
-    const double scale = memory ? 1.0 / 1073741824.0 : (row->metric == "identity" ? 1e-12 : 1.0);
+    const double scale = memory ? 1.0 / kGiB : (row->metric == "identity" ? 1e-12 : 1.0);
     const char* unit = memory ? "GiB" : (row->metric == "identity" ? "TFLOP/s" : "s");
     text += fmt::format(
         "  {:+7.1f} %  measured {:9.3f} {}, predicted {:9.3f} {}  {} | {} | {} | {} | line {}\n",

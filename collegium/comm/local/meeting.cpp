@@ -2,11 +2,11 @@
 #include "collegium/comm/local/meeting.h"
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 #include <utility>
 
 #include "collegium/comm/agreement.h"
+#include "collegium/comm/bytes.h"
 #include "collegium/comm/errors.h"
 #include "collegium/comm/reduce.h"
 
@@ -19,12 +19,6 @@ namespace {
 constexpr std::int64_t kSmallBytes = 256 * 1024;
 // Parts of an all_reduce: large enough that claiming one is free, small enough to share evenly.
 constexpr std::int64_t kPartBytes = 128 * 1024;
-
-char* bytes_of(const at::Tensor& tensor) { return static_cast<char*>(tensor.data_ptr()); }
-
-void copy(char* to, const char* from, std::int64_t bytes) {
-  if (bytes > 0) std::memcpy(to, from, static_cast<std::size_t>(bytes));
-}
 
 std::int64_t sum_before(const std::vector<std::int64_t>& rows, std::size_t end) {
   return std::accumulate(rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(end), std::int64_t{0});
@@ -179,11 +173,12 @@ void Meeting::do_part(const Part& part) {
     case Operation::kBroadcast: {
       const auto root = static_cast<std::size_t>(calls_[0].peer);
       if (target != root)
-        copy(bytes_of(calls_[target].output), bytes_of(calls_[root].input), output_bytes(calls_[target]));
+        copy_bytes(bytes_of(calls_[target].output), bytes_of(calls_[root].input),
+                   output_bytes(calls_[target]));
       break;
     }
     case Operation::kSend:
-      copy(bytes_of(calls_[1].output), bytes_of(calls_[0].input), output_bytes(calls_[1]));
+      copy_bytes(bytes_of(calls_[1].output), bytes_of(calls_[0].input), output_bytes(calls_[1]));
       break;
     case Operation::kRecv:
     case Operation::kBarrier:
@@ -196,7 +191,7 @@ void Meeting::fill_all_gather(std::size_t target) {
   char* to = bytes_of(call.output);
   for (std::size_t from = 0; from < calls_.size(); ++from) {
     const std::int64_t bytes = call.recv_rows[from] * call.row_bytes();
-    copy(to, bytes_of(calls_[from].input), bytes);
+    copy_bytes(to, bytes_of(calls_[from].input), bytes);
     to += bytes;
   }
 }
@@ -208,8 +203,8 @@ void Meeting::fill_all_to_all(std::size_t target) {
     const std::vector<Piece> sources = pieces_to(calls_[from], static_cast<int>(target));
     const std::vector<Piece> places = pieces_from(call, static_cast<int>(from));
     for (std::size_t i = 0; i < places.size(); ++i) {
-      copy(bytes_of(call.output) + places[i].begin * row_bytes,
-           bytes_of(calls_[from].input) + sources[i].begin * row_bytes, places[i].rows * row_bytes);
+      copy_bytes(bytes_of(call.output) + places[i].begin * row_bytes,
+                 bytes_of(calls_[from].input) + sources[i].begin * row_bytes, places[i].rows * row_bytes);
     }
   }
 }

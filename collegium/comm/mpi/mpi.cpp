@@ -5,10 +5,10 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 #include <thread>
 
+#include "collegium/comm/bytes.h"
 #include "collegium/comm/launcher.h"
 #include "collegium/comm/mpi/engine.h"
 #include "collegium/comm/reduce.h"
@@ -25,12 +25,6 @@ constexpr int kMaxContexts = 1 << 13;
 constexpr std::uint64_t kTagMask = (1U << kTagBits) - 1U;
 constexpr int kCollective = 0;
 constexpr int kMessage = 1;
-
-char* bytes_of(const at::Tensor& tensor) { return static_cast<char*>(tensor.data_ptr()); }
-
-void copy(char* to, const char* from, std::int64_t bytes) {
-  if (bytes > 0) std::memcpy(to, from, static_cast<std::size_t>(bytes));
-}
 
 // Every rank sends its block for rank r to rank r. Self-copies included. Blocks lie one after the other.
 void exchange(MpiOperation& operation, const char* input, const std::vector<std::int64_t>& send_bytes,
@@ -50,7 +44,7 @@ void exchange(MpiOperation& operation, const char* input, const std::vector<std:
     operation.send(input + to[target], send_bytes[target], static_cast<int>(target), tag);
   }
   const auto own = static_cast<std::size_t>(self);
-  copy(output + from[own], input + to[own], std::min(recv_bytes[own], send_bytes[own]));
+  copy_bytes(output + from[own], input + to[own], std::min(recv_bytes[own], send_bytes[own]));
 }
 
 // all_to_all: every rank sends its pieces for rank r to rank r. Self-copies included, unless rows stay.
@@ -70,9 +64,9 @@ void exchange_pieces(MpiOperation& operation, int tag) {
   const std::vector<Piece> sources = pieces_to(call, self);
   const std::vector<Piece> places = pieces_from(call, self);
   for (std::size_t i = 0; i < std::min(sources.size(), places.size()); ++i) {
-    copy(bytes_of(call.output) + places[i].begin * row_bytes,
-         bytes_of(call.input) + sources[i].begin * row_bytes,
-         std::min(sources[i].rows, places[i].rows) * row_bytes);
+    copy_bytes(bytes_of(call.output) + places[i].begin * row_bytes,
+               bytes_of(call.input) + sources[i].begin * row_bytes,
+               std::min(sources[i].rows, places[i].rows) * row_bytes);
   }
 }
 
@@ -84,7 +78,7 @@ void spread(MpiOperation& operation, const char* block, std::int64_t block_bytes
   for (int rank = 0; rank < operation.group().size(); ++rank) {
     const std::int64_t bytes = recv_bytes[static_cast<std::size_t>(rank)];
     if (rank == self) {
-      if (output + offset != block) copy(output + offset, block, bytes);
+      if (output + offset != block) copy_bytes(output + offset, block, bytes);
     } else {
       operation.recv(output + offset, bytes, rank, tag);
       operation.send(block, block_bytes, rank, tag);
