@@ -75,7 +75,7 @@ def deepspeed() -> list[System]:
     ]
 
 
-# The default, the one that sends a token to a rank once, and the one that sends nothing.
+# Every row; a token to a rank once; nothing. The default takes the first for coarse experts, the second for fine ones.
 EP_DISPATCHERS = ("uneven", "two_level", "shared_memory")
 LAYER_SYSTEMS = [
     *transformers("layer"),

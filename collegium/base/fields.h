@@ -12,6 +12,7 @@
 // std::string, DecimalText, enums with EnumNames, std::optional ("auto" = not set) and std::vector of
 // those, std::map from string, and nested structs with their own `describe`.
 
+#include <algorithm>
 #include <cmath>
 #include <concepts>
 #include <cstdint>
@@ -199,10 +200,9 @@ void read_value(const Json& json, const std::string& path, T& value) {
   } else if constexpr (IsOptional<T>::value) {
     if (json == kNotSet) {
       value.reset();
-    } else if constexpr (NamedEnum<typename T::value_type>) {
-      read_enum(json, path, value.emplace(), {kNotSet});
     } else {
-      read_value(json, path, value.emplace());
+      static_assert(NamedEnum<typename T::value_type>, "a text or number may not be left open");
+      read_enum(json, path, value.emplace(), {kNotSet});
     }
   } else if constexpr (IsVector<T>::value) {
     if (!json.is_array()) throw_wrong_type(path, json, "a list");

@@ -8,6 +8,7 @@
 
 namespace collegium {
 
+constexpr double kGiga = 1e9;
 constexpr double kGiB = 1073741824.0;  ///< bytes
 
 std::string format_bytes(double bytes);       ///< "1.50 MiB"

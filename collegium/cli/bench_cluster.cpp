@@ -43,7 +43,6 @@ struct ClusterBenchOptions {
 
 constexpr std::int64_t kAttentionLength = 512;
 constexpr double kMicro = 1e-6;
-constexpr double kGiga = 1e9;
 
 /// Seconds of a FLOP against one size of a product: intercept and slope over 1/size.
 struct Line {

@@ -50,7 +50,7 @@ class LayerBench {
       : options_(options),
         world_(world),
         moe_(moe_options(options)),
-        groups_(parallel::make_groups(world, options.parallel, options.experts, options.top_k)),
+        groups_(parallel::make_groups(world, options.parallel, moe_)),
         transport_(parallel::make_transport(groups_, options.parallel)),
         dtype_(model::parse_dtype(options.dtype, "--dtype")) {
     place_tokens();

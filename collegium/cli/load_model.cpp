@@ -24,8 +24,10 @@ LoadedModel load_model(const std::string& directory, const model::ModelConfig& c
     require_config(found[rank] == found[0], "rank {} found {}, rank 0 {}: name a checkpoint", rank,
                    found[rank].dump(), found[0].dump());
   }
-  const parallel::ParallelOptions options;
-  parallel::Groups groups = parallel::make_groups(world, options, config.moe.num_experts, config.moe.top_k);
+  parallel::ParallelOptions options;
+  // The fewest exchanges: generation sends few tokens at a time.
+  options.dispatcher.kind = moe::DispatcherKind::kUneven;
+  parallel::Groups groups = parallel::make_groups(world, options, config.moe);
   model::Decoder decoder(config, model::load_parameters(directory, config, dtype, groups.held_experts()),
                          parallel::make_transport(groups, options));
   return {.groups = std::move(groups), .decoder = std::move(decoder)};

@@ -286,6 +286,7 @@ TrainSummary run_training(const train::RunConfig& config, const TrainRequest& re
   if (request.fresh && trainer.groups().is_root()) train::remove_checkpoints(config.run_folder);
   TrainSummary summary = loop.run();
   summary.metrics = std::filesystem::path(config.run_folder) / "metrics.jsonl";
+  summary.dispatcher = enum_name(trainer.groups().dispatcher.kind);
   summary.unigram_entropy = trainer.dataset().index().unigram_entropy;
   summary.domains = trainer.dataset().index().domains;
   if (summary.stop == Stop::kSignal) return summary;

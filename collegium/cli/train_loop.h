@@ -33,6 +33,7 @@ struct TrainSummary {
   double seconds = 0.0;
   double tokens_per_s = 0.0;
   double share_of_gemm_peak = 0.0;
+  std::string dispatcher;  ///< that was used
   double unigram_entropy = 0.0;
   train::ValidationResult validation;
   std::vector<std::string> domains;

@@ -79,6 +79,7 @@ Json summary_json(const TrainSummary& summary) {
           {"unigram_entropy", summary.unigram_entropy},
           {"tokens_per_s", summary.tokens_per_s},
           {"share_of_gemm_peak", summary.share_of_gemm_peak},
+          {"dispatcher", summary.dispatcher},
           {"specialization", layers},
           {"sample", summary.sample},
           {"planner", train::comparison_json(summary.comparison)},

@@ -29,7 +29,7 @@ DispatcherKind chosen_dispatcher(std::span<const int> nodes, std::int64_t num_ex
   const auto experts = static_cast<double>(num_experts);
   const double elsewhere = experts - experts / num_places;
   double never = 1.0;  // the chance that none of a token's experts is at a given place
-  for (std::int64_t k = 0; k < top_k; ++k) {
+  for (std::int64_t k = 0; k < std::min(top_k, num_experts); ++k) {
     const auto taken = static_cast<double>(k);
     never *= std::max(0.0, elsewhere - taken) / (experts - taken);
   }

@@ -1,9 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/parallel/groups.h"
 
+#include <vector>
+
 #include "collegium/base/error.h"
 
 namespace collegium::parallel {
+
+namespace {
+
+moe::DispatcherKind dispatcher_of_all(const comm::Communicator& world, const mesh::Mesh& mesh,
+                                      const moe::MoeOptions& moe) {
+  // There a token has as many experts as choose it.
+  if (moe.router.selection == moe::Selection::kExpertChoice) return moe::DispatcherKind::kUneven;
+  for (int rank = 0; rank < world.size(); ++rank) {
+    std::vector<int> nodes;
+    for (const int member : mesh.group({mesh::Axis::kEp}, rank)) nodes.push_back(world.node(member));
+    const moe::DispatcherKind kind = moe::chosen_dispatcher(nodes, moe.num_experts, moe.top_k);
+    if (kind != moe::DispatcherKind::kTwoLevel) return kind;
+  }
+  return moe::DispatcherKind::kTwoLevel;
+}
+
+}  // namespace
 
 int resolve_ep(const ParallelOptions& options, int num_ranks, std::int64_t num_experts) {
   if (options.ep == 0) {
@@ -27,11 +46,11 @@ void validate(const ParallelOptions& o) {
 }
 
 Groups make_groups(const std::shared_ptr<comm::Communicator>& world, const ParallelOptions& options,
-                   std::int64_t num_experts, std::int64_t top_k) {
-  const int ep = resolve_ep(options, world->size(), num_experts);
+                   const moe::MoeOptions& moe) {
+  const int ep = resolve_ep(options, world->size(), moe.num_experts);
   Groups groups{.mesh = mesh::Mesh({.pp = 1, .dp = world->size(), .cp = 1, .tp = 1, .ep = ep, .etp = 1}),
                 .place = {},
-                .placement = {.num_experts = num_experts, .num_ranks = ep},
+                .placement = {.num_experts = moe.num_experts, .num_ranks = ep},
                 .dispatcher = {.kind = {}, .combine_fp32 = options.dispatcher.combine_fp32},
                 .ledger = std::make_shared<comm::Ledger>(),
                 .world = {},
@@ -43,10 +62,8 @@ Groups make_groups(const std::shared_ptr<comm::Communicator>& world, const Paral
   groups.dp = groups.world->split(0, groups.place.dp, "dp");
   groups.ep = groups.world->split(groups.place.edp, groups.place.ep, "ep");
   groups.edp = groups.world->split(groups.place.ep, groups.place.edp, "edp");
-  std::vector<int> nodes;
-  for (int rank = 0; rank < ep; ++rank) nodes.push_back(groups.ep->node(rank));
   groups.dispatcher.kind =
-      options.dispatcher.kind.value_or(moe::chosen_dispatcher(nodes, num_experts, top_k));
+      options.dispatcher.kind ? *options.dispatcher.kind : dispatcher_of_all(*world, groups.mesh, moe);
   return groups;
 }
 

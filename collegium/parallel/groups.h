@@ -10,6 +10,7 @@
 #include "collegium/mesh/mesh.h"
 #include "collegium/model/parameters.h"
 #include "collegium/moe/dispatcher.h"
+#include "collegium/moe/options.h"
 #include "collegium/parallel/options.h"
 
 namespace collegium::parallel {
@@ -20,7 +21,7 @@ struct Groups {
   mesh::Mesh mesh;
   mesh::Coordinates place;
   moe::ExpertPlacement placement;
-  moe::DispatcherOptions dispatcher;
+  moe::DispatcherOptions dispatcher;  ///< the user's, or chosen for the whole run
   std::shared_ptr<comm::Ledger> ledger;
   std::shared_ptr<comm::Communicator> world;
   std::shared_ptr<comm::Communicator> dp;   ///< sums of dense gradients, losses and monitors
@@ -36,11 +37,12 @@ struct Groups {
 };
 
 /// What     Places `world`'s ranks on the mesh dp = all ranks, ep and edp = dp / ep, and splits off the
-///          groups.
+///          groups. Where the user names no dispatcher, it is two_level if moe::chosen_dispatcher() says so
+///          of every ep group, else uneven.
 /// Comm     collective over `world`.
 /// Throws   ConfigError: ep does not divide the ranks, or exceeds the experts.
 Groups make_groups(const std::shared_ptr<comm::Communicator>& world, const ParallelOptions& options,
-                   std::int64_t num_experts, std::int64_t top_k);
+                   const moe::MoeOptions& moe);
 
 /// What     How this rank's layers reach their experts.
 /// Comm     may split ep (collective over it).

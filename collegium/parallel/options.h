@@ -13,7 +13,7 @@ namespace collegium::parallel {
 
 struct DispatcherChoice {
   std::optional<moe::DispatcherKind> kind;  ///< not set: moe::chosen_dispatcher()
-  bool combine_fp32 = false;
+  bool combine_fp32 = false;                ///< of two_level and allgather
 };
 template <class Fields>
 void describe(Fields& fields, DispatcherChoice& c) {

@@ -250,7 +250,7 @@ MemoryReport stage_memory(const ModelSpec& m, const Layout& l, const Workload& w
   if (stack.bucket_bytes > 0.0) r.add("reduction buckets", stack.bucket_bytes);
   const double grouped =
       m.is_moe() && stack.grouped_experts ? cluster.accelerator.grouped_workspace_gib : 0.0;
-  r.add("library workspaces", (cluster.accelerator.workspace_gib + grouped) * 1073741824.0);
+  r.add("library workspaces", (cluster.accelerator.workspace_gib + grouped) * kGiB);
   for (const MemoryLine& line : r.lines) r.static_bytes += line.bytes;
   const double depth = layers_in_flight(l, micro, stage, 1.0);
   r.add("activations of dense layers", depth * (weights.layers - weights.moe_layers) * acts.dense);
@@ -291,7 +291,7 @@ double context_bytes(const Cluster& cluster) { return cluster.cores_per_rank > 0
 
 bool fits(const MemoryReport& report, const Cluster& cluster) {
   // Near the limit the allocator gives its cache back before it fails: what must fit is what is allocated.
-  return report.peak_bytes + context_bytes(cluster) <= cluster.accelerator.memory_gib * 1073741824.0;
+  return report.peak_bytes + context_bytes(cluster) <= cluster.accelerator.memory_gib * kGiB;
 }
 
 }  // namespace collegium::plan

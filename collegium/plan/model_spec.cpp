@@ -75,12 +75,12 @@ LayerWeights weights_of(const ModelSpec& m, bool moe) {
   return w;
 }
 
-void require_positive(std::int64_t value, const std::string& origin, const char* field) {
+void require_positive_size(std::int64_t value, const std::string& origin, const char* field) {
   require_config(value >= 1, "{}: {} = {}: must be at least 1", origin, field, value);
 }
 
 void check_experts(const ModelSpec& m, const std::string& origin) {
-  require_positive(m.expert_ffn, origin, "width of an expert");
+  require_positive_size(m.expert_ffn, origin, "width of an expert");
   require_config(m.top_k >= 1 && m.top_k <= m.experts,
                  "{}: experts per token = {}: must be between 1 and the number of experts = {}", origin,
                  m.top_k, m.experts);
@@ -118,10 +118,10 @@ std::int64_t mtp_layer_weights(const ModelSpec& model) {
 }
 
 void complete(ModelSpec& m, const std::string& origin) {
-  require_positive(m.vocab, origin, "vocabulary");
-  require_positive(m.hidden, origin, "hidden size");
-  require_positive(m.layers, origin, "layers");
-  require_positive(m.heads, origin, "heads");
+  require_positive_size(m.vocab, origin, "vocabulary");
+  require_positive_size(m.hidden, origin, "hidden size");
+  require_positive_size(m.layers, origin, "layers");
+  require_positive_size(m.heads, origin, "heads");
   if (m.kv_heads == 0) m.kv_heads = m.heads;
   require_config(m.kv_heads >= 1 && m.heads % m.kv_heads == 0,
                  "{}: key/value heads = {} must divide the number of heads = {}", origin, m.kv_heads,
@@ -130,7 +130,7 @@ void complete(ModelSpec& m, const std::string& origin) {
     // Published sweeps contain widths that the heads do not divide; the last head is then wider.
     m.head_dim = m.hidden / m.heads;
   }
-  require_positive(m.head_dim, origin, "head dimension");
+  require_positive_size(m.head_dim, origin, "head dimension");
   if (m.is_moe()) {
     check_experts(m, origin);
     if (m.moe_layers.empty()) m.moe_layers.assign(static_cast<std::size_t>(m.layers), true);
@@ -141,7 +141,7 @@ void complete(ModelSpec& m, const std::string& origin) {
                  "{}: {} layers are marked dense or experts, but there are {}", origin, m.moe_layers.size(),
                  m.layers);
   if (m.num_moe_layers() < m.layers)
-    require_positive(m.dense_ffn, origin, "width of the dense feed-forward network");
+    require_positive_size(m.dense_ffn, origin, "width of the dense feed-forward network");
 }
 
 std::vector<std::string> model_names() {

@@ -75,8 +75,7 @@ Trainer::Trainer(const RunConfig& config) : Trainer(config, comm::single_rank_wo
 
 Trainer::Trainer(const RunConfig& config, const std::shared_ptr<comm::Communicator>& world)
     : config_(config),
-      groups_(parallel::make_groups(world, config.parallel, config.model.moe.num_experts,
-                                    config.model.moe.top_k)),
+      groups_(parallel::make_groups(world, config.parallel, config.model.moe)),
       dataset_(config.data.path),
       sampler_(dataset_, data::Split::kTrain, config.data.sequence_length, config.train.seed) {
   config_ = with_vocabulary(config_, dataset_);

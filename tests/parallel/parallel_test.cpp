@@ -6,6 +6,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <mutex>
+#include <set>
+
 #include "collegium/base/error.h"
 #include "collegium/comm/local/local.h"
 #include "collegium/parallel/gradient_sync.h"
@@ -16,6 +19,7 @@
 namespace collegium {
 namespace {
 
+using testing::ElementsAre;
 using testing::HasSubstr;
 
 parallel::ParallelOptions with_ep(std::int64_t ep) {
@@ -97,18 +101,48 @@ TEST(RankCards, worked_example) {
   EXPECT_THAT(parallel::rank_cards_text(cards, config, with_ep(2)), HasSubstr("edp = dp / ep = 2 copies"));
 }
 
-TEST(Dispatcher, is_the_users_or_chosen_by_sizes) {
-  comm::run_ranks(4, [](comm::Communicator& world) {
-    const auto kind = [&](const parallel::ParallelOptions& options, std::int64_t top_k) {
-      return parallel::make_groups(world.shared_from_this(), options, 8, top_k).dispatcher.kind;
-    };
-    EXPECT_EQ(kind(with_ep(2), 1), moe::DispatcherKind::kUneven);
-    EXPECT_EQ(kind(with_ep(2), 4), moe::DispatcherKind::kTwoLevel);
-    EXPECT_EQ(kind(with_ep(4), 4), moe::DispatcherKind::kUneven);
-    parallel::ParallelOptions padded = with_ep(2);
-    padded.dispatcher.kind = moe::DispatcherKind::kPadded;
-    EXPECT_EQ(kind(padded, 4), moe::DispatcherKind::kPadded);
-  });
+moe::MoeOptions with_experts(std::int64_t num_experts, std::int64_t top_k) {
+  moe::MoeOptions moe;
+  moe.num_experts = num_experts;
+  moe.top_k = top_k;
+  return moe;
+}
+
+std::set<moe::DispatcherKind> dispatchers_of_ranks(int num_ranks, int ranks_per_node,
+                                                   const parallel::ParallelOptions& options,
+                                                   const moe::MoeOptions& moe) {
+  std::mutex mutex;
+  std::set<moe::DispatcherKind> kinds;
+  comm::run_ranks(num_ranks,
+                  [&](comm::Communicator& world) {
+                    const auto kind =
+                        parallel::make_groups(world.shared_from_this(), options, moe).dispatcher.kind;
+                    const std::lock_guard lock(mutex);
+                    kinds.insert(kind);
+                  },
+                  {.ranks_per_node = ranks_per_node});
+  return kinds;
+}
+
+TEST(Dispatcher, is_the_users_or_chosen_for_all_ranks) {
+  using moe::DispatcherKind;
+  EXPECT_THAT(dispatchers_of_ranks(4, 0, with_ep(2), with_experts(8, 1)),
+              ElementsAre(DispatcherKind::kUneven));
+  EXPECT_THAT(dispatchers_of_ranks(4, 0, with_ep(2), with_experts(8, 4)),
+              ElementsAre(DispatcherKind::kTwoLevel));
+  EXPECT_THAT(dispatchers_of_ranks(4, 0, with_ep(4), with_experts(8, 4)),
+              ElementsAre(DispatcherKind::kUneven));
+  EXPECT_THAT(dispatchers_of_ranks(4, 2, with_ep(4), with_experts(8, 4)),
+              ElementsAre(DispatcherKind::kTwoLevel));
+  // Of two groups the first is on one node, where uneven suits it, the second on two.
+  EXPECT_THAT(dispatchers_of_ranks(8, 6, with_ep(4), with_experts(8, 4)),
+              ElementsAre(DispatcherKind::kUneven));
+  moe::MoeOptions choosing = with_experts(8, 4);
+  choosing.router.selection = moe::Selection::kExpertChoice;
+  EXPECT_THAT(dispatchers_of_ranks(4, 0, with_ep(2), choosing), ElementsAre(DispatcherKind::kUneven));
+  parallel::ParallelOptions padded = with_ep(2);
+  padded.dispatcher.kind = DispatcherKind::kPadded;
+  EXPECT_THAT(dispatchers_of_ranks(4, 0, padded, with_experts(8, 4)), ElementsAre(DispatcherKind::kPadded));
 }
 
 // Gradients of rank r are r + 1 in every element, so sums over 4 ranks are 10, over {0, 2} 4 and over {1,
@@ -117,7 +151,8 @@ void sum_gradients(comm::Communicator& world, bool overlap) {
   parallel::ParallelOptions options = with_ep(2);
   options.overlap_gradients = overlap;
   options.bucket_mib = 1e-4;
-  const parallel::Groups groups = parallel::make_groups(world.shared_from_this(), options, 6, 2);
+  const parallel::Groups groups =
+      parallel::make_groups(world.shared_from_this(), options, with_experts(6, 2));
   const at::Tensor dense = at::zeros({70}, at::kDouble);
   const at::Tensor experts = at::zeros({40}, at::kDouble);
   std::vector<parallel::GradientSlot> slots;

@@ -85,7 +85,7 @@ model::ModelConfig tiny_config(std::int64_t num_experts) {
 
 Rank::Rank(comm::Communicator& world, std::int64_t ep, std::int64_t num_experts, at::ScalarType dtype,
            std::int64_t step)
-    : groups(parallel::make_groups(world.shared_from_this(), with_ep(ep), num_experts, /*top_k=*/2)),
+    : groups(parallel::make_groups(world.shared_from_this(), with_ep(ep), tiny_config(num_experts).moe)),
       decoder(tiny_config(num_experts),
               make_parameters(tiny_config(num_experts), groups.held_experts(), dtype),
               parallel::make_transport(groups, with_ep(ep))),

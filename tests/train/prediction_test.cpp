@@ -60,6 +60,12 @@ TEST_F(Prediction, ledger_equals_planner_on_two_ranks) {
   }
 }
 
+// two_level for four experts a token on two ranks.
+TEST_F(Prediction, ledger_equals_planner_where_the_dispatcher_is_chosen) {
+  for (const char* top_k : {"model.moe.top_k=2", "model.moe.top_k=4"})
+    expect_equal_bytes(2, 1, {top_k, "parallel.dispatcher.kind=auto"});
+}
+
 TEST_F(Prediction, ledger_equals_planner_on_four_ranks) {
   for (const std::string& exchange : exchanges()) {
     const std::string kind = "parallel.dispatcher.kind=" + exchange;
