@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/ops/expert_mlp.h"
 
-#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -32,10 +31,8 @@ at::Tensor expert_mlp(const RowSource& x, const at::Tensor& weights_R, const at:
                       const ExpertWeights& experts, ExpertsKept& kept, at::Tensor y_RD) {
   if (!x.values_XD.is_cpu()) return expert_mlp_aten(x, weights_R, counts_E, experts, kept, std::move(y_RD));
   keep(x, weights_R, counts_E, experts, kept);
-  const auto dtype = x.values_XD.scalar_type();
   const auto products = product_dtype(x.values_XD);
-  const at::Tensor weights =
-      weights_R.defined() ? weights_R.to(at::toOpMathType(dtype)).contiguous() : at::Tensor();
+  const at::Tensor weights = inner_weights(weights_R, x.values_XD.scalar_type());
   if (!y_RD.defined()) y_RD = at::empty({x.rows(), x.width()}, x.values_XD.options());
   const std::int64_t most_rows = gemm_rows(x.rows(), products);
   // What lies between the two GEMMs, per worker.

@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -73,10 +72,8 @@ void ExpertMlpBackward::rows_on_cpu(WeightGradients when) {
   const auto dtype = product_dtype(kept_.gate_up_RG);
   const std::int64_t hidden = grad_.width();
   const std::int64_t width = experts_.down_EDF.size(2);
-  if (kept_.weights_R.defined()) {
-    row_weights_R_ = kept_.weights_R.to(at::toOpMathType(kept_.gate_up_RG.scalar_type())).contiguous();
-    rows_.weights_R = at::empty_like(row_weights_R_);
-  }
+  row_weights_R_ = inner_weights(kept_.weights_R, kept_.gate_up_RG.scalar_type());
+  if (row_weights_R_.defined()) rows_.weights_R = at::empty_like(row_weights_R_);
   const std::int64_t most_rows = gemm_rows(grad_.rows(), dtype);
   std::vector<ExpertRows> small;
   std::vector<ExpertRows> large;

@@ -26,12 +26,11 @@ void check_shapes(const at::Tensor& gate_up_RG, const at::Tensor& weights_R) {
                   weights_R.numel(), gate_up_RG.size(0));
 }
 
-// Weights in the type of the inner math.
+}  // namespace
+
 at::Tensor inner_weights(const at::Tensor& weights_R, at::ScalarType dtype) {
   return weights_R.defined() ? weights_R.to(at::toOpMathType(dtype)).contiguous() : at::Tensor();
 }
-
-}  // namespace
 
 void swiglu_into(const at::Tensor& gate_up_RG, const at::Tensor& weights_R, const at::Tensor& out_RF) {
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, gate_up_RG.scalar_type(), "swiglu", [&] {

@@ -18,6 +18,9 @@ at::Tensor swiglu_aten(const at::Tensor& gate_up_RG, const at::Tensor& weights_R
 /// The same on the CPU, into a contiguous `out_RF`; the weights have the type of the inner math.
 void swiglu_into(const at::Tensor& gate_up_RG, const at::Tensor& weights_R, const at::Tensor& out_RF);
 
+/// What     A router's weights in the type of the inner math for rows of `dtype`; undefined stays undefined.
+at::Tensor inner_weights(const at::Tensor& weights_R, at::ScalarType dtype);
+
 struct SwigluGradients {
   at::Tensor gate_up_RG;  ///< dtype of gate_up
   at::Tensor weights_R;   ///< dtype of the weights; undefined when they are
