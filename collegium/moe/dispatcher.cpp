@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <map>
-#include <set>
 
 #include "collegium/base/error.h"
 
@@ -20,21 +19,6 @@ bool nodes_are_even(std::span<const int> nodes) {
   for (const int node : nodes) ++sizes[node];
   return std::all_of(sizes.begin(), sizes.end(),
                      [&](const auto& size) { return size.second == sizes.begin()->second; });
-}
-
-DispatcherKind chosen_dispatcher(std::span<const int> nodes, std::int64_t num_experts, std::int64_t top_k) {
-  if (nodes.size() == 1) return DispatcherKind::kUneven;  // nothing travels
-  const std::set<int> names(nodes.begin(), nodes.end());
-  const auto num_places = static_cast<double>(names.size() > 1 ? names.size() : nodes.size());
-  const auto experts = static_cast<double>(num_experts);
-  const double elsewhere = experts - experts / num_places;
-  double never = 1.0;  // the chance that none of a token's experts is at a given place
-  for (std::int64_t k = 0; k < std::min(top_k, num_experts); ++k) {
-    const auto taken = static_cast<double>(k);
-    never *= std::max(0.0, elsewhere - taken) / (experts - taken);
-  }
-  const bool halves = num_places * (1.0 - never) <= 0.5 * static_cast<double>(top_k);
-  return halves && nodes_are_even(nodes) ? DispatcherKind::kTwoLevel : DispatcherKind::kUneven;
 }
 
 std::shared_ptr<Dispatcher> make_dispatcher(const DispatcherOptions& options, std::int64_t num_experts,

@@ -129,14 +129,6 @@ struct ExpertTransport {
   OverlapOptions overlap;
 };
 
-/// What     The kind that suits a group of ranks on these nodes where the user names none: two_level where a
-///          token's experts, chosen at random, are expected on at most half as many nodes (ranks, if there is
-///          one node) as there are of them, and every node holds as many ranks; else uneven, which copies
-///          less on the way. A rule of sizes alone, so that reruns take the same way.
-/// Math     N (1 - C(E - E/N, K) / C(E, K)) <= K / 2 for N nodes, or ranks of one node
-/// Shape    nodes: of every rank of the group.
-DispatcherKind chosen_dispatcher(std::span<const int> nodes, std::int64_t num_experts, std::int64_t top_k);
-
 /// What     Whether every node holds as many ranks as every other.
 /// Shape    nodes: of every rank.
 bool nodes_are_even(std::span<const int> nodes);

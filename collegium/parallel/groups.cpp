@@ -1,11 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/parallel/groups.h"
 
+#include <algorithm>
+#include <set>
 #include <vector>
 
 #include "collegium/base/error.h"
+#include "collegium/plan/collectives.h"
 
 namespace collegium::parallel {
+
+moe::DispatcherKind chosen_dispatcher(std::span<const int> nodes, std::int64_t num_experts,
+                                      std::int64_t top_k) {
+  if (nodes.size() == 1) return moe::DispatcherKind::kUneven;  // nothing travels
+  const std::set<int> names(nodes.begin(), nodes.end());
+  const auto num_places = static_cast<double>(names.size() > 1 ? names.size() : nodes.size());
+  const auto choices = static_cast<double>(std::min(top_k, num_experts));
+  const double places = plan::distinct_groups(static_cast<double>(num_experts), choices, num_places);
+  return places <= 0.5 * choices && moe::nodes_are_even(nodes) ? moe::DispatcherKind::kTwoLevel
+                                                               : moe::DispatcherKind::kUneven;
+}
 
 namespace {
 
@@ -13,10 +27,10 @@ moe::DispatcherKind dispatcher_of_all(const comm::Communicator& world, const mes
                                       const moe::MoeOptions& moe) {
   // There a token has as many experts as choose it.
   if (moe.router.selection == moe::Selection::kExpertChoice) return moe::DispatcherKind::kUneven;
-  for (int rank = 0; rank < world.size(); ++rank) {
+  for (const std::vector<int>& group : mesh.groups({mesh::Axis::kEp})) {
     std::vector<int> nodes;
-    for (const int member : mesh.group({mesh::Axis::kEp}, rank)) nodes.push_back(world.node(member));
-    const moe::DispatcherKind kind = moe::chosen_dispatcher(nodes, moe.num_experts, moe.top_k);
+    for (const int member : group) nodes.push_back(world.node(member));
+    const moe::DispatcherKind kind = chosen_dispatcher(nodes, moe.num_experts, moe.top_k);
     if (kind != moe::DispatcherKind::kTwoLevel) return kind;
   }
   return moe::DispatcherKind::kTwoLevel;

@@ -4,6 +4,7 @@
 // A rank's place in the mesh and the groups it communicates in.
 
 #include <memory>
+#include <span>
 
 #include "collegium/comm/communicator.h"
 #include "collegium/comm/ledger.h"
@@ -36,8 +37,17 @@ struct Groups {
   }
 };
 
+/// What     The kind that suits a group of ranks on these nodes where the user names none: two_level where a
+///          token's experts, chosen at random, are expected on at most half as many nodes (ranks, if there is
+///          one node) as there are of them, and every node holds as many ranks; else uneven, which copies
+///          less on the way. A rule of sizes alone, so that reruns take the same way.
+/// Math     N (1 - C(E - E/N, K) / C(E, K)) <= K / 2 for N nodes, or ranks of one node
+/// Shape    nodes: of every rank of the group.
+moe::DispatcherKind chosen_dispatcher(std::span<const int> nodes, std::int64_t num_experts,
+                                      std::int64_t top_k);
+
 /// What     Places `world`'s ranks on the mesh dp = all ranks, ep and edp = dp / ep, and splits off the
-///          groups. Where the user names no dispatcher, it is two_level if moe::chosen_dispatcher() says so
+///          groups. Where the user names no dispatcher, it is two_level if chosen_dispatcher() says so
 ///          of every ep group, else uneven.
 /// Comm     collective over `world`.
 /// Throws   ConfigError: ep does not divide the ranks, or exceeds the experts.

@@ -12,7 +12,7 @@
 namespace collegium::parallel {
 
 struct DispatcherChoice {
-  std::optional<moe::DispatcherKind> kind;  ///< not set: moe::chosen_dispatcher()
+  std::optional<moe::DispatcherKind> kind;  ///< not set: chosen_dispatcher() (groups.h)
   bool combine_fp32 = false;                ///< of two_level and allgather
 };
 template <class Fields>

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "collegium/base/error.h"
+#include "collegium/base/text.h"
 #include "collegium/base/units.h"
 #include "collegium/plan/validate.h"
 
@@ -21,7 +22,7 @@ std::string format_every_row(const Validation& v) {
            std::make_tuple(b->metric, b->run->stack.name, b->error());
   });
   for (const Judged* row : rows) {
-    const bool memory = row->metric.find("memory") != std::string::npos;
+    const bool memory = contains(row->metric, "memory");
     const double scale = memory ? 1.0 / kGiB : (row->metric == "identity" ? 1e-12 : 1.0);
     const char* unit = memory ? "GiB" : (row->metric == "identity" ? "TFLOP/s" : "s");
     text += fmt::format(

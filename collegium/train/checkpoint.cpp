@@ -12,6 +12,7 @@
 
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
+#include "collegium/base/text.h"
 #include "collegium/model/checkpoint_io.h"
 #include "collegium/model/tensor_io.h"
 #include "collegium/train/on_all_ranks.h"
@@ -316,7 +317,7 @@ std::optional<fs::path> find_latest_checkpoint(const fs::path& run_folder) {
 void remove_temporary_folders(const fs::path& run_folder) {
   for (const fs::path& path : list_folder(run_folder)) {
     const std::string name = path.filename().string();
-    if (name.starts_with("step-") && name.find(".tmp-") != std::string::npos) fs::remove_all(path);
+    if (name.starts_with("step-") && contains(name, ".tmp-")) fs::remove_all(path);
   }
 }
 

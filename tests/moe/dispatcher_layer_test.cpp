@@ -209,24 +209,5 @@ TEST(LayerOverRanksWithoutInputGradient, weight_gradients_equal_one_rank) {
   }
 }
 
-// N (1 - C(E - E/N, K) / C(E, K)) by hand, beside K / 2.
-TEST(ChosenDispatcher, is_two_level_where_a_tokens_experts_share_few_places) {
-  using moe::DispatcherKind;
-  const auto chosen = [](const std::vector<int>& nodes, std::int64_t experts, std::int64_t top_k) {
-    return moe::chosen_dispatcher(nodes, experts, top_k);
-  };
-  EXPECT_EQ(chosen({0}, 64, 8), DispatcherKind::kUneven);                         // one rank
-  EXPECT_EQ(chosen({0, 0}, 8, 2), DispatcherKind::kUneven);                       // 2 (1 - 6/28) = 1.57 > 1
-  EXPECT_EQ(chosen({0, 0}, 8, 4), DispatcherKind::kTwoLevel);                     // 2 (1 - 1/70) = 1.97 <= 2
-  EXPECT_EQ(chosen({0, 0}, 64, 8), DispatcherKind::kTwoLevel);                    // 2 - 0.005 <= 4
-  EXPECT_EQ(chosen({0, 0, 0, 0}, 64, 8), DispatcherKind::kTwoLevel);              // 4 (1 - 0.085) = 3.66 <= 4
-  EXPECT_EQ(chosen({0, 0, 0, 0, 0, 0, 0}, 64, 8), DispatcherKind::kUneven);       // 7 (1 - 0.264) = 5.2 > 4
-  EXPECT_EQ(chosen({0, 0, 0, 0, 1, 1, 1, 1}, 64, 8), DispatcherKind::kTwoLevel);  // two nodes: 1.99 <= 4
-  EXPECT_EQ(chosen({0, 0, 1}, 64, 8), DispatcherKind::kUneven);                   // uneven nodes
-  EXPECT_EQ(chosen({3, 5, 3, 5}, 64, 8), DispatcherKind::kTwoLevel);              // nodes that take turns
-  EXPECT_EQ(chosen({0, 0, 0}, 4, 4), DispatcherKind::kUneven);                    // every expert: 3 > 2
-  EXPECT_EQ(chosen({0, 0}, 4, 4), DispatcherKind::kTwoLevel);                     // 2 <= 2
-}
-
 }  // namespace
 }  // namespace collegium
