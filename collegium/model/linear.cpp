@@ -30,7 +30,7 @@ class LinearFunction final : public torch::autograd::Function<LinearFunction> {
 }  // namespace
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& w_OI) {
-  if (ops::product_dtype(x) == x.scalar_type()) return at::linear(x, w_OI);
+  if (!ops::products_are_own(x)) return at::linear(x, w_OI);
   const at::Tensor y_TO = LinearFunction::apply(x.reshape({-1, x.size(-1)}), w_OI);
   auto shape = x.sizes().vec();
   shape.back() = w_OI.size(0);

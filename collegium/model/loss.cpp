@@ -17,6 +17,14 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+void add_product(const at::Tensor& a, const at::Tensor& b, at::Tensor& sum) {
+  if (a.scalar_type() == sum.scalar_type()) {
+    sum.addmm_(a, b);
+  } else {
+    sum += ops::product(a, b);
+  }
+}
+
 // Gradients are computed with the loss, chunk by chunk, so that [T, V] never exists as a whole.
 class CrossEntropyFunction final : public torch::autograd::Function<CrossEntropyFunction> {
  public:
@@ -34,7 +42,7 @@ class CrossEntropyFunction final : public torch::autograd::Function<CrossEntropy
       at::Tensor logits_TV = ops::product(chunk_TD, head.t());
       loss += softmax_loss(logits_TV, targets_T.narrow(0, begin, size), need_hidden || need_head).sum();
       if (need_hidden) grad_hidden.narrow(0, begin, size).copy_(ops::product(logits_TV, head));
-      if (need_head) grad_head += ops::product(logits_TV.t(), chunk_TD);
+      if (need_head) add_product(logits_TV.t(), chunk_TD, grad_head);
     }
     context->saved_data["hidden"] = grad_hidden;
     context->saved_data["head"] = grad_head;

@@ -26,6 +26,28 @@ std::atomic<ProductWays>& chosen() {
   return ways;
 }
 
+bool in_panels(const at::Tensor& values) {
+  return product_ways().blocks && values.is_cpu() && values.scalar_type() == at::kFloat &&
+         ColumnBlock<float>::takes_index();
+}
+
+// Calls multiply(tile of a, tile of b, tile of out) on all threads. Tiles stay in a core's cache, and there
+// are several per core, which another may take when one is held up.
+template <typename Multiply>
+void by_tiles(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, std::int64_t tile_rows,
+              std::int64_t tile_columns, const Multiply& multiply) {
+  const std::int64_t across = (b.size(1) + tile_columns - 1) / tile_columns;
+  const std::int64_t down = (a.size(0) + tile_rows - 1) / tile_rows;
+  run_tasks(down * across, [&](std::int64_t i, std::int64_t) {
+    const std::int64_t row = i / across * tile_rows;
+    const std::int64_t column = i % across * tile_columns;
+    const std::int64_t rows = std::min(tile_rows, a.size(0) - row);
+    const std::int64_t columns = std::min(tile_columns, b.size(1) - column);
+    multiply(a.narrow(0, row, rows), b.narrow(1, column, columns),
+             out.narrow(0, row, rows).narrow(1, column, columns));
+  });
+}
+
 void multiply_into(const RowSource& a, const RowSource& b, const at::Tensor& out, Reuse reuse) {
   if (multiplies_in_blocks(a, b) && out.stride(1) == 1) {
     block_product_into(a, b, out, reuse);
@@ -51,9 +73,10 @@ at::ScalarType product_dtype(const at::Tensor& operand) {
   return operand.is_cpu() ? product_dtype(operand.scalar_type()) : operand.scalar_type();
 }
 
-bool products_take_index(const at::Tensor& values) {
-  return product_ways().blocks && values.is_cpu() && values.scalar_type() == at::kFloat &&
-         ColumnBlock<float>::takes_index();
+bool products_take_index(const at::Tensor& values) { return in_panels(values); }
+
+bool products_are_own(const at::Tensor& values) {
+  return product_dtype(values) != values.scalar_type() || in_panels(values);
 }
 
 bool multiplies_in_blocks(const RowSource& a, const RowSource& b) {
@@ -86,27 +109,31 @@ void widened_product_into(const RowSource& a, const RowSource& b, const at::Tens
 at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
   // A few rows, such as a token that is generated, do not pay for widening a whole matrix.
   constexpr std::int64_t kFewRows = 8;
-  const bool widens = product_dtype(a) != a.scalar_type();
-  if (!widens || (a.size(0) < kFewRows && b.scalar_type() == a.scalar_type())) return at::mm(a, b);
-  return widened_product(a, b);
+  if (product_dtype(a) != a.scalar_type() && (a.size(0) >= kFewRows || b.scalar_type() != a.scalar_type()))
+    return widened_product(a, b);
+  // Of {128, 256, 512} rows and {256, 512} columns with AVX2: 1.04 to 1.17 times as fast as a whole product,
+  // which halves the work for good although the cores are not equally fast. Of a deeper factor, whose rows
+  // lie further apart, 0.9 times.
+  constexpr std::int64_t kTileRows = 512;
+  constexpr std::int64_t kTileColumns = 256;
+  constexpr std::int64_t kDeepest = 4096;
+  if (!in_panels(a) || !multiplies_in_blocks(a, b) || a.size(1) > kDeepest) return at::mm(a, b);
+  at::Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
+  by_tiles(a, b, out, kTileRows, kTileColumns,
+           [](const at::Tensor& left, const at::Tensor& right, const at::Tensor& to) {
+             block_product_into(left, right, to, Reuse::kSoon);
+           });
+  return out;
 }
 
 at::Tensor widened_product(const at::Tensor& a, const at::Tensor& b) {
-  // Tiles stay in a core's cache, and there are several per core.
   constexpr std::int64_t kTileRows = 128;
   constexpr std::int64_t kTileColumns = 512;
-  const at::Tensor wide_b = b.to(at::kFloat);
   at::Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
-  const std::int64_t across = (b.size(1) + kTileColumns - 1) / kTileColumns;
-  const std::int64_t down = (a.size(0) + kTileRows - 1) / kTileRows;
-  run_tasks(down * across, [&](std::int64_t i, std::int64_t) {
-    const std::int64_t row = i / across * kTileRows;
-    const std::int64_t column = i % across * kTileColumns;
-    const std::int64_t rows = std::min(kTileRows, a.size(0) - row);
-    const std::int64_t columns = std::min(kTileColumns, b.size(1) - column);
-    widened_product_into(a.narrow(0, row, rows), wide_b.narrow(1, column, columns),
-                         out.narrow(0, row, rows).narrow(1, column, columns));
-  });
+  by_tiles(a, b.to(at::kFloat), out, kTileRows, kTileColumns,
+           [](const at::Tensor& left, const at::Tensor& right, const at::Tensor& to) {
+             widened_product_into(left, right, to);
+           });
   return out;
 }
 

@@ -42,6 +42,8 @@ at::ScalarType product_dtype(const at::Tensor& operand);
 
 /// What     Whether products read such values by an index where they lie; elsewhere rows are gathered first.
 bool products_take_index(const at::Tensor& values);
+/// What     Whether product() computes such values by other means than ATen's whole product.
+bool products_are_own(const at::Tensor& values);
 /// What     Whether products of these are computed block by block here.
 bool multiplies_in_blocks(const RowSource& a, const RowSource& b);
 
@@ -54,7 +56,8 @@ void product_into(const RowSource& a, const RowSource& b, const at::Tensor& out,
 void widened_product_into(const RowSource& a, const RowSource& b, const at::Tensor& out,
                           Reuse reuse = Reuse::kSoon);
 
-/// What     a b, on all threads.
+/// What     a b, on all threads, tile by tile of the result where that is faster. Tiles depend on the shapes
+///          alone.
 /// Shape    a [X, I], b [I, O] -> [X, O] in the dtype of a; b may be in its product_dtype().
 at::Tensor product(const at::Tensor& a, const at::Tensor& b);
 /// The same by widening to fp32, tile by tile of the result, whatever the machine has. Tiles depend on the

@@ -14,6 +14,8 @@
 #include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
+#include <functional>
+
 #include "collegium/ops/column_block.h"
 #include "tests/support/product_ways.h"
 #include "tests/support/products.h"
@@ -72,6 +74,24 @@ TEST(Product, widens_every_number_of_rows_and_columns) {
   }
 }
 
+TEST(Product, multiplies_fp32_around_every_cut_of_its_tiles_and_beyond_its_depth) {
+  for (const auto& [rows, depth, columns] : {std::tuple{0, 5, 3},
+                                             {1, 5, 300},
+                                             {2, 1, 1},
+                                             {511, 3, 255},
+                                             {512, 3, 256},
+                                             {513, 3, 257},
+                                             {1025, 2, 513},
+                                             {5, 4096, 7},
+                                             {5, 4097, 7}}) {
+    const at::Tensor a = random_tensor("a", {rows, depth}, at::kFloat);
+    const at::Tensor b = random_tensor("b", {depth, columns}, at::kFloat);
+    const at::Tensor product = ops::product(a, b);
+    EXPECT_EQ(product.sizes(), (std::vector<std::int64_t>{rows, columns}));
+    if (rows > 0) expect_product(product, a, b);
+  }
+}
+
 TEST(Product, writes_nothing_around_its_result) {
   const at::Tensor a = random_tensor("a", {130, 17}, at::kBFloat16);
   const at::Tensor b = random_tensor("b", {17, 9}, at::kBFloat16);
@@ -106,17 +126,38 @@ TEST(Product, not_a_number_and_infinity_stay) {
   }
 }
 
+void expect_threads_change_nothing(const std::function<at::Tensor()>& multiply) {
+  const int threads = at::get_num_threads();
+  std::vector<at::Tensor> results;
+  for (const int count : {1, 2, 3, 7}) {
+    at::set_num_threads(count);
+    results.push_back(multiply());
+    EXPECT_TRUE(at::equal(results.front(), results.back())) << count << " threads";
+  }
+  at::set_num_threads(threads);
+}
+
 TEST(Product, widened_results_do_not_depend_on_threads) {
   const at::Tensor a = random_tensor("a", {300, 2048}, at::kBFloat16);
   const at::Tensor b = random_tensor("b", {2048, 21}, at::kBFloat16);
-  const int threads = at::get_num_threads();
-  std::vector<at::Tensor> results;
-  for (const int count : {1, 2, 3}) {
-    at::set_num_threads(count);
-    results.push_back(ops::widened_product(a, b));
-    EXPECT_TRUE(at::equal(results.front(), results.back()));
+  expect_threads_change_nothing([&] { return ops::widened_product(a, b); });
+}
+
+TEST(Product, tiles_do_not_depend_on_threads) {
+  const at::Tensor a = random_tensor("a", {1100, 40}, at::kFloat);
+  const at::Tensor b = random_tensor("b", {40, 600}, at::kFloat);
+  if (!ops::products_are_own(a)) GTEST_SKIP() << "ATen's whole product, which may depend on threads";
+  expect_threads_change_nothing([&] { return ops::product(a, b); });
+}
+
+TEST(Product, is_its_own_for_widened_bf16_and_for_panels_of_fp32) {
+  for (const auto ways : ops::kAllProductWays) {
+    const test::AssumeProductWays assume(ways);
+    EXPECT_EQ(ops::products_are_own(at::ones({1}, at::kBFloat16)), ways.widen_bf16);
+    EXPECT_EQ(ops::products_are_own(at::ones({1}, at::kFloat)),
+              ways.blocks && ops::ColumnBlock<float>::takes_index());
+    EXPECT_FALSE(ops::products_are_own(at::ones({1}, at::kDouble)));
   }
-  at::set_num_threads(threads);
 }
 
 TEST(Product, blocks_take_no_bf16_that_is_to_be_widened_and_no_single_row_of_fp32) {
