@@ -93,7 +93,7 @@ void add_prepare(CLI::App& app) {
   verb->add_option("--vocab-size", arguments->options.vocab_size, "pieces of the trained tokenizer")
       ->capture_default_str();
   verb->add_option("--validation-fraction", arguments->options.validation_fraction,
-                   "share of every domain's tokens, in whole documents")
+                   "share of every domain's tokens, in whole documents unless these are too long")
       ->capture_default_str();
   verb->add_flag("--force", arguments->options.force, "replace a folder that prepare made");
   verb->add_flag("--json", arguments->json, "print one JSON object");

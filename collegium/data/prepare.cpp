@@ -7,6 +7,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
+#include <utility>
 
 #include "collegium/base/error.h"
 #include "collegium/base/rng.h"
@@ -98,21 +100,44 @@ void read_token_file(const DomainPath& entry, std::int64_t vocab_size, Tokens& t
   tokens.index.documents.push_back(document);
 }
 
-// A lone document gives its tail to validation: it becomes two.
-void split_in_two(std::vector<Document>& documents, std::size_t lone, double fraction) {
-  Document& head = documents[lone];
-  const std::int64_t length = head.end - head.begin;
-  const auto tail_length = static_cast<std::int64_t>(std::ceil(static_cast<double>(length) * fraction));
+std::int64_t length_of(const Document& document) { return document.end - document.begin; }
+
+// A document gives the last of its tokens to validation: it becomes two.
+void split_in_two(std::vector<Document>& documents, std::size_t which, double tail_tokens) {
+  Document& head = documents[which];
   Document tail = head;
-  head.end -= tail_length;
+  head.end -= static_cast<std::int64_t>(std::ceil(tail_tokens));
   tail.begin = head.end;
   tail.name += " (tail)";
   tail.split = Split::kValidation;
-  documents.insert(documents.begin() + static_cast<std::ptrdiff_t>(lone) + 1, tail);
+  documents.insert(documents.begin() + static_cast<std::ptrdiff_t>(which) + 1, tail);
 }
 
 // In the order of their names' hashes, documents go to validation until it has its share of the domain's
-// tokens.
+// tokens. One that would make it more than twice the share stays; the first of these gives its tail where the
+// others do not suffice.
+void split_domain(DatasetIndex& index, std::vector<std::size_t> members, double wanted) {
+  const auto key = [&](std::size_t i) {
+    return hash_name(fs::path(index.documents[i].name).filename().string());
+  };
+  std::stable_sort(members.begin(), members.end(), [&](auto a, auto b) { return key(a) < key(b); });
+  double taken = 0.0;
+  std::size_t num_taken = 0;
+  std::optional<std::size_t> too_long;
+  for (std::size_t n = 0; n < members.size() && taken < wanted; ++n) {
+    Document& document = index.documents[members[n]];
+    const auto length = static_cast<double>(length_of(document));
+    if (taken + length > 2.0 * wanted) {
+      if (!too_long) too_long = members[n];
+    } else if (num_taken + 1 < members.size()) {  // one is left to train on
+      document.split = Split::kValidation;
+      taken += length;
+      ++num_taken;
+    }
+  }
+  if (taken < wanted && too_long) split_in_two(index.documents, *too_long, wanted - taken);
+}
+
 void split_documents(DatasetIndex& index, double fraction) {
   for (std::size_t domain = 0; domain < index.domains.size(); ++domain) {
     std::vector<std::size_t> members;
@@ -120,22 +145,13 @@ void split_documents(DatasetIndex& index, double fraction) {
     for (std::size_t i = 0; i < index.documents.size(); ++i) {
       if (index.documents[i].domain != static_cast<std::int64_t>(domain)) continue;
       members.push_back(i);
-      total += index.documents[i].end - index.documents[i].begin;
+      total += length_of(index.documents[i]);
     }
-    if (members.size() == 1) {
-      split_in_two(index.documents, members[0], fraction);
-      continue;
-    }
-    const auto key = [&](std::size_t i) {
-      return hash_name(fs::path(index.documents[i].name).filename().string());
-    };
-    std::stable_sort(members.begin(), members.end(), [&](auto a, auto b) { return key(a) < key(b); });
     const double wanted = static_cast<double>(total) * fraction;
-    double taken = 0.0;
-    for (std::size_t n = 0; n + 1 < members.size() && taken < wanted; ++n) {
-      Document& document = index.documents[members[n]];
-      document.split = Split::kValidation;
-      taken += static_cast<double>(document.end - document.begin);
+    if (members.size() == 1) {
+      split_in_two(index.documents, members[0], wanted);
+    } else {
+      split_domain(index, std::move(members), wanted);
     }
   }
 }
@@ -211,14 +227,37 @@ class TemporaryFolder {
   TemporaryFolder(const TemporaryFolder&) = delete;
   TemporaryFolder& operator=(const TemporaryFolder&) = delete;
   const fs::path& path() const { return path_; }
+  // An older corpus makes room under a temporary name: whatever fails, one of the two is complete.
   void move_to_final() {
-    fs::remove_all(final_);
-    fs::rename(path_, final_);
-    sync_folder(final_.parent_path());
+    fs::path replaced = path_;
+    replaced += "-replaced";
+    const bool replaces = fs::exists(final_);
+    if (replaces) rename(final_, replaced);
+    try {
+      rename(path_, final_);
+    } catch (const Error&) {
+      std::error_code ignored;
+      if (replaces) fs::rename(replaced, final_, ignored);
+      throw;
+    }
     path_.clear();
+    sync_folder(final_.parent_path());
+    std::error_code code;
+    fs::remove_all(replaced, code);
+    if (code) {
+      throw Error(fmt::format("{} is written, but what it replaced cannot be removed: {}: {}",
+                              final_.string(), replaced.string(), code.message()));
+    }
   }
 
  private:
+  static void rename(const fs::path& from, const fs::path& to) {
+    std::error_code code;
+    fs::rename(from, to, code);
+    if (code)
+      throw Error(fmt::format("cannot rename {} to {}: {}", from.string(), to.string(), code.message()));
+  }
+
   fs::path final_;
   fs::path path_;
 };
@@ -238,10 +277,7 @@ PrepareSummary prepare(const PrepareOptions& options,
     const fs::path model_file = folder.path() / "tokenizer.model";
     if (options.tokenizer.empty()) {
       progress(fmt::format("training a tokenizer of {} pieces", options.vocab_size));
-      std::vector<fs::path> files;
-      for (const auto& domain : corpus.domains)
-        files.insert(files.end(), domain.files.begin(), domain.files.end());
-      train_tokenizer(files, options.vocab_size, model_file);
+      train_tokenizer(corpus, options.vocab_size, model_file);
     } else {
       Tokenizer::load(options.tokenizer);  // an error names the user's file, not its copy
       write_file_atomically(model_file, read_file(options.tokenizer));

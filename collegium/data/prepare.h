@@ -32,9 +32,10 @@ struct PrepareSummary {
 
 /// What     Tokenises every text, splits documents into train and validation, and writes the folder under a
 ///          temporary name that is renamed at the end: a killed run leaves nothing that looks like a
-///          corpus.
+///          corpus. With `force`, the older folder is removed only after that.
 /// Order    A function of the files' paths and contents: reruns give the same bytes. A document's split
-///          follows from the hash of its name; a domain with one document gives its tail to validation.
+///          follows from the hash of its name, except that none is taken which would more than double its
+///          domain's share of validation; where no others suffice, a document gives its tail.
 /// Throws   ConfigError for wrong options, domains without a document, splits without a token and existing
 ///          folders; Error when the disk is full.
 PrepareSummary prepare(const PrepareOptions& options,

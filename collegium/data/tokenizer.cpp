@@ -8,6 +8,7 @@
 
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
+#include "collegium/data/training_lines.h"
 
 namespace collegium::data {
 
@@ -34,6 +35,18 @@ void refuse_other_kinds(const fs::path& directory) {
       "--ids (generate), --tokens (prepare)",
       directory.string()));
 }
+
+class LineIterator : public sentencepiece::SentenceIterator {
+ public:
+  explicit LineIterator(TrainingLines& lines) : lines_(lines) {}
+  bool done() const override { return lines_.done(); }
+  void Next() override { lines_.next(); }
+  const std::string& value() const override { return lines_.value(); }
+  sentencepiece::util::Status status() const override { return {}; }
+
+ private:
+  TrainingLines& lines_;
+};
 
 }  // namespace
 
@@ -87,36 +100,33 @@ std::int64_t Tokenizer::bos_id() const { return impl_->processor.bos_id(); }
 std::int64_t Tokenizer::eos_id() const { return impl_->processor.eos_id(); }
 const std::string& Tokenizer::checksum() const { return impl_->checksum; }
 
-void train_tokenizer(const std::vector<fs::path>& files, std::int64_t vocab_size,
-                     const fs::path& model_file) {
-  std::string inputs;
-  for (const fs::path& file : files) {
-    require_config(file.string().find(',') == std::string::npos,
-                   "{}: SentencePiece cannot train on a path with a comma in it", file.string());
-    if (!inputs.empty()) inputs.push_back(',');
-    inputs.append(file.string());
-  }
-  const std::string prefix = (model_file.parent_path() / model_file.stem()).string();
-  const std::unordered_map<std::string, std::string> options = {{"input", inputs},
-                                                                {"model_prefix", prefix},
-                                                                {"model_type", "bpe"},
-                                                                {"vocab_size", std::to_string(vocab_size)},
-                                                                {"byte_fallback", "true"},
-                                                                {"split_digits", "true"},
-                                                                {"allow_whitespace_only_pieces", "true"},
-                                                                {"remove_extra_whitespaces", "false"},
-                                                                {"add_dummy_prefix", "false"},
-                                                                {"normalization_rule_name", "identity"},
-                                                                {"character_coverage", "0.9995"},
-                                                                {"num_threads", "2"},
-                                                                {"input_sentence_size", "400000"},
-                                                                {"shuffle_input_sentence", "false"},
-                                                                {"max_sentence_length", "16384"},
-                                                                {"minloglevel", "2"}};
-  const auto status = sentencepiece::SentencePieceTrainer::Train(options);
+void train_tokenizer(const Corpus& corpus, std::int64_t vocab_size, const fs::path& model_file) {
+  constexpr std::int64_t kMaxLines = 400000;
+  constexpr std::size_t kMaxLineBytes = 16384;
+  const std::unordered_map<std::string, std::string> options = {
+      {"model_type", "bpe"},
+      {"vocab_size", std::to_string(vocab_size)},
+      {"byte_fallback", "true"},
+      {"split_digits", "true"},
+      {"allow_whitespace_only_pieces", "true"},
+      {"remove_extra_whitespaces", "false"},
+      {"add_dummy_prefix", "false"},
+      {"normalization_rule_name", "identity"},
+      {"character_coverage", "0.9995"},
+      {"num_threads", "2"},
+      {"input_sentence_size", std::to_string(kMaxLines)},
+      {"shuffle_input_sentence", "false"},
+      {"max_sentence_length", std::to_string(kMaxLineBytes)},
+      {"minloglevel", "2"}};
+  TrainingLines lines(corpus, kMaxLines, kMaxLineBytes);
+  LineIterator iterator(lines);
+  std::string model;
+  const auto status = sentencepiece::SentencePieceTrainer::Train(options, &iterator, &model);
+  std::size_t num_files = 0;
+  for (const Corpus::Domain& domain : corpus.domains) num_files += domain.files.size();
   require_config(status.ok(), "cannot train a tokenizer of vocab_size = {} on {} files: {}", vocab_size,
-                 files.size(), status.ToString());
-  fs::remove(prefix + ".vocab");
+                 num_files, status.ToString());
+  write_file_atomically(model_file, model);
 }
 
 }  // namespace collegium::data

@@ -8,6 +8,8 @@
 #include <string_view>
 #include <vector>
 
+#include "collegium/data/corpus.h"
+
 namespace collegium::data {
 
 /// What     Text to token ids and back, by a SentencePiece model (`tokenizer.model`).
@@ -36,9 +38,11 @@ class Tokenizer {
   std::unique_ptr<Impl> impl_;
 };
 
-/// What     Trains a byte-fallback BPE of `vocab_size` pieces on text files.
-/// Throws   ConfigError when the corpus is too small for the vocabulary, with both numbers.
-void train_tokenizer(const std::vector<std::filesystem::path>& files, std::int64_t vocab_size,
-                     const std::filesystem::path& model_file);
+/// What     Trains a byte-fallback BPE of `vocab_size` pieces on the texts of a corpus: on at most 400 000
+///          lines, as TrainingLines chooses them.
+/// Order    A function of the texts: the file holds no path and no time.
+/// Throws   ConfigError when the corpus is too small for the vocabulary, with both numbers; and that of
+///          read_texts().
+void train_tokenizer(const Corpus& corpus, std::int64_t vocab_size, const std::filesystem::path& model_file);
 
 }  // namespace collegium::data
