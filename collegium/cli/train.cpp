@@ -83,7 +83,7 @@ void run(const TrainArguments& arguments) {
     if (arguments.json) {
       fmt::print("{}\n", summary_json(summary).dump());
     } else {
-      print_summary(config, summary);
+      print_summary(config, arguments.request, summary);
     }
   });
 }
@@ -110,7 +110,9 @@ void add_train(CLI::App& app) {
   verb->add_flag("--help-config", arguments->help_config, "list every key of a run file, as Markdown");
   verb->add_flag("--json", arguments->json, "print one JSON object at the end");
   verb->footer(
-      "SIGINT and SIGTERM finish the step and write a checkpoint; the same command continues.\n"
+      "SIGINT and SIGTERM finish the step and write a checkpoint; the same command continues, without "
+      "--fresh\n"
+      "and --weights-only.\n"
       "Examples:\n"
       "  collegium train configs/demo.toml\n"
       "  collegium train configs/demo.toml --set train.steps=50 --set optimizer.learning_rate=2e-3\n"

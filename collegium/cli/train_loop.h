@@ -48,7 +48,7 @@ struct TrainSummary {
 TrainSummary run_training(const train::RunConfig& config, const TrainRequest& request,
                           const std::shared_ptr<comm::Communicator>& world);
 
-void print_summary(const train::RunConfig& config, const TrainSummary& summary);
+void print_summary(const train::RunConfig& config, const TrainRequest& request, const TrainSummary& summary);
 Json summary_json(const TrainSummary& summary);
 
 }  // namespace collegium::cli

@@ -4,9 +4,12 @@
 #include <fmt/format.h>
 
 #include <filesystem>
+#include <optional>
+#include <vector>
 
 #include "collegium/base/error.h"
 #include "collegium/base/log.h"
+#include "collegium/train/on_all_ranks.h"
 
 namespace collegium::cli {
 
@@ -14,6 +17,15 @@ namespace {
 
 // What a resumed run may not change: its losses would no longer be those of the uninterrupted one.
 void require_same_run(const Json& saved, const Json& wanted, const std::filesystem::path& checkpoint) {
+  const auto data_checksum = [](const Json& config) {
+    return config.value(Json::json_pointer("/data/checksum"), Json()).dump();
+  };
+  require_config(
+      data_checksum(saved) == data_checksum(wanted),
+      "{} was made with other data than is in {} now (checksum of its description: {}, now {}); "
+      "prepare the same again, start over with --fresh, or take its weights with --weights-only {}",
+      checkpoint.string(), wanted["data"]["path"].dump(), data_checksum(saved), data_checksum(wanted),
+      checkpoint.string());
   for (const char* section : {"model", "data", "batch", "optimizer", "schedule"}) {
     require_config(saved.value(section, Json()) == wanted[section],
                    "{} was made with another [{}] section; continue with the same one, start over with "
@@ -31,8 +43,22 @@ void require_same_run(const Json& saved, const Json& wanted, const std::filesyst
   }
 }
 
-void resume(const std::filesystem::path& folder, const TrainRequest& request, train::Trainer& trainer) {
+// A rank that sees another folder, or an older state of it, would go on from another step.
+std::optional<std::filesystem::path> latest_of_all_ranks(const std::filesystem::path& folder,
+                                                         comm::Communicator& world) {
   const auto latest = train::find_latest_checkpoint(folder);
+  const std::vector<Json> found =
+      train::on_all_ranks(world, [&] { return Json(latest ? latest->string() : "no checkpoint"); });
+  for (std::size_t rank = 1; rank < found.size(); ++rank) {
+    require_config(found[rank] == found[0],
+                   "run_folder = {}: rank {} finds {} there, rank 0 {}; all ranks must see the same folder",
+                   folder.string(), rank, found[rank].dump(), found[0].dump());
+  }
+  return latest;
+}
+
+void resume(const std::filesystem::path& folder, const TrainRequest& request, train::Trainer& trainer) {
+  const auto latest = latest_of_all_ranks(folder, *trainer.groups().world);
   if (!request.weights_only.empty()) {
     require_config(!latest || request.fresh,
                    "{} holds checkpoints; leave --weights-only out to continue from the last one, or pass "

@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cmath>
+#include <string>
+#include <vector>
 
 #include "collegium/base/units.h"
 #include "collegium/cli/train_loop.h"
@@ -10,6 +13,14 @@
 namespace collegium::cli {
 
 namespace {
+
+// Of what begins anew, the same command would begin anew again.
+std::string without_starting_over(const TrainRequest& request) {
+  std::vector<std::string> options;
+  if (request.fresh) options.emplace_back("--fresh");
+  if (!request.weights_only.empty()) options.emplace_back("--weights-only");
+  return options.empty() ? "" : fmt::format(" without {}", fmt::join(options, " and "));
+}
 
 void print_specialization(const TrainSummary& summary) {
   const auto& layers = summary.validation.specialization;
@@ -33,14 +44,14 @@ void print_specialization(const TrainSummary& summary) {
 
 }  // namespace
 
-void print_summary(const train::RunConfig& config, const TrainSummary& summary) {
+void print_summary(const train::RunConfig& config, const TrainRequest& request, const TrainSummary& summary) {
   if (summary.stop != Stop::kNot) {
     const std::string reason =
         summary.stop == Stop::kTime
             ? fmt::format("the time of train.max_minutes = {:g} is up", config.train.max_minutes)
             : "stopped";
-    fmt::print("{} after step {} of {}; run the same command to continue\n", reason, summary.steps,
-               config.train.steps);
+    fmt::print("{} after step {} of {}; run the same command{} to continue\n", reason, summary.steps,
+               config.train.steps, without_starting_over(request));
   }
   if (summary.stop != Stop::kSignal) {
     fmt::print("validation loss {:.4f} nats/token over {} tokens (unigram entropy {:.4f})\n",

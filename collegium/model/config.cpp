@@ -150,4 +150,12 @@ void validate(const ModelConfig& c, bool training) {
   if (any_moe) moe::validate(c.moe, "model.moe", /*causal=*/true, training);
 }
 
+std::int64_t layer_number(const ModelConfig& config, std::size_t moe_layer) {
+  std::size_t seen = 0;
+  for (std::size_t layer = 0; layer < config.moe_layers.size(); ++layer) {
+    if (config.moe_layers[layer] && seen++ == moe_layer) return static_cast<std::int64_t>(layer);
+  }
+  return -1;
+}
+
 }  // namespace collegium::model

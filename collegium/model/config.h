@@ -73,6 +73,9 @@ void describe(Fields& fields, ModelConfig& c) {
   fields("moe", c.moe, "the experts");
 }
 
+/// What     Number of the decoder's layer that is its `moe_layer`-th with experts; -1 without so many.
+std::int64_t layer_number(const ModelConfig& config, std::size_t moe_layer);
+
 /// What     Fills what may be left out: num_kv_heads, head_dim, moe_layers.
 void complete(ModelConfig& config);
 

@@ -322,8 +322,9 @@ void remove_temporary_folders(const fs::path& run_folder) {
 }
 
 void remove_checkpoints(const fs::path& run_folder) {
+  remove_temporary_folders(run_folder);
   for (const fs::path& path : list_folder(run_folder)) {
-    if (path.filename().string().starts_with("step-")) remove_checkpoint(path);
+    if (step_of(path.filename().string())) remove_checkpoint(path);
   }
 }
 

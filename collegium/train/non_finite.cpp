@@ -17,15 +17,6 @@ const char* kind_of(double value) { return std::isnan(value) ? "nan" : "infinite
 
 bool is_finite(const at::Tensor& tensor) { return at::isfinite(tensor).all().item<bool>(); }
 
-// Number of the model's layer that is its `moe_layer`-th with experts.
-std::int64_t layer_number(const model::ModelConfig& config, std::size_t moe_layer) {
-  std::size_t seen = 0;
-  for (std::size_t layer = 0; layer < config.moe_layers.size(); ++layer) {
-    if (config.moe_layers[layer] && seen++ == moe_layer) return static_cast<std::int64_t>(layer);
-  }
-  return -1;
-}
-
 // The cross-entropy is finite, so only sums over the routers' scores and logits can be at fault.
 [[noreturn]] void explain_balance(const NonFiniteLoss& loss, const model::ModelConfig& config) {
   std::string text = fmt::format("step {}: the balance loss is {}", loss.step, kind_of(loss.balance.total));
@@ -39,7 +30,7 @@ std::int64_t layer_number(const model::ModelConfig& config, std::size_t moe_laye
     text += fmt::format(
         ": the router's sums of layer {} are the first that are not finite; its largest logit "
         "here is {:.3g}",
-        layer_number(config, i), layer.local.max_abs_logit);
+        model::layer_number(config, i), layer.local.max_abs_logit);
     break;
   }
   throw Error(text);

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/train/run_config.h"
 
+#include <span>
+
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
 #include "collegium/base/machine.h"
@@ -134,6 +136,8 @@ void validate_batch(const RunConfig& c) {
       b.global_batch, c.data.sequence_length, kMaxStepTokens);
   const std::int64_t group = c.model.moe.capacity.group_sequences;
   const bool grouped = moe::tokens_interact_in_groups(c.model.moe);
+  require_config(!grouped || group >= 1, "model.moe.capacity.group_sequences = {}: must be at least 1",
+                 group);
   require_config(!grouped || (b.micro_sequences % group == 0 && b.global_batch % group == 0),
                  "model.moe.capacity.group_sequences = {}: must divide batch.micro_sequences = {} and "
                  "batch.global_batch = {}",
@@ -203,11 +207,13 @@ std::vector<FieldDoc> document_run_config() {
   return docs;
 }
 
-Json run_config_json(const RunConfig& config) {
+Json run_config_json(const RunConfig& config, const data::Dataset& dataset) {
   Json json = write_fields(Sections{config});
   json["model"] = write_fields(config.model);
   json["model"]["init"] = config.model_source.init;
   json["model"]["freeze"] = config.model_source.freeze;
+  const std::string index = write_fields(dataset.index()).dump();
+  json["data"]["checksum"] = checksum(std::as_bytes(std::span(index)));
   return json;
 }
 

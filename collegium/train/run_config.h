@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "collegium/base/fields.h"
+#include "collegium/data/dataset.h"
 #include "collegium/model/config.h"
 #include "collegium/optim/adamw.h"
 #include "collegium/optim/schedule.h"
@@ -137,9 +138,10 @@ RunConfig read_run_config(const std::filesystem::path& file, const std::vector<s
 /// Path, default and documentation of every key, in the order of the file.
 std::vector<FieldDoc> document_run_config();
 
-/// What     The whole configuration as JSON, every key present: what a checkpoint keeps and a resumed run
-///          is compared with.
-Json run_config_json(const RunConfig& config);
+/// What     The whole configuration as JSON, every key present, with a checksum of the data's description,
+///          which has those of its tokens and tokenizer: what a checkpoint keeps and a resumed run is
+///          compared with.
+Json run_config_json(const RunConfig& config, const data::Dataset& dataset);
 
 /// What     The first key in which two configurations (run_config_json) differ, as "train.seed = 3, not 4";
 ///          empty when they are equal.

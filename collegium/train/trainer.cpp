@@ -45,8 +45,8 @@ RunConfig with_vocabulary(RunConfig config, const data::Dataset& dataset) {
 }
 
 // Ranks that read different files, or were given different --set, would train different models.
-void require_same_config(comm::Communicator& world, const RunConfig& config) {
-  const std::vector<Json> configs = on_all_ranks(world, [&] { return run_config_json(config); });
+void require_same_config(comm::Communicator& world, const RunConfig& config, const data::Dataset& dataset) {
+  const std::vector<Json> configs = on_all_ranks(world, [&] { return run_config_json(config, dataset); });
   for (std::size_t rank = 1; rank < configs.size(); ++rank) {
     const std::string difference = first_difference(configs[rank], configs[0]);
     require_config(difference.empty(), "rank {} was given another run than rank 0: {}", rank, difference);
@@ -79,7 +79,7 @@ Trainer::Trainer(const RunConfig& config, const std::shared_ptr<comm::Communicat
       dataset_(config.data.path),
       sampler_(dataset_, data::Split::kTrain, config.data.sequence_length, config.train.seed) {
   config_ = with_vocabulary(config_, dataset_);
-  require_same_config(*groups_.world, config_);
+  require_same_config(*groups_.world, config_, dataset_);
   const at::ScalarType dtype = model::parse_dtype(config_.train.dtype, "train.dtype");
   parallel::require_memory(config_.model, groups_, static_cast<std::int64_t>(c10::elementSize(dtype)),
                            config_.batch.micro_sequences * config_.data.sequence_length);
@@ -96,7 +96,7 @@ Trainer::Trainer(const RunConfig& config, const std::shared_ptr<comm::Communicat
   decoder_ = std::make_unique<model::Decoder>(config_.model, std::move(parameters),
                                               parallel::make_transport(groups_, config_.parallel));
   build_optimizer_state();
-  state_.run_config = run_config_json(config_);
+  state_.run_config = run_config_json(config_, dataset_);
 }
 
 void Trainer::build_optimizer_state() {
@@ -349,7 +349,7 @@ void Trainer::resume(const std::filesystem::path& checkpoint, bool weights_only)
   if (weights_only) require_tokenizer_of(checkpoint);
   if (!weights_only) {
     state_ = load_checkpoint(checkpoint, *decoder_, *masters_, groups_);
-    state_.run_config = run_config_json(config_);
+    state_.run_config = run_config_json(config_, dataset_);
     return;
   }
   const auto weights =

@@ -77,8 +77,8 @@ class Validation {
       moe::MonitorSums sums(options.num_experts);
       sums.add(totals[layer], logits[static_cast<std::int64_t>(layer)].item<double>());
       result.monitors.push_back(sums.monitors(options));
-      result.specialization.push_back(
-          specialization(loads_[layer], static_cast<std::int64_t>(layer), num_domains_, kShuffles, 0));
+      result.specialization.push_back(specialization(
+          loads_[layer], model::layer_number(decoder_.config(), layer), num_domains_, kShuffles, 0));
     }
     result.hf_pooled = moe::hf_pooled_loss(options, totals, 0.0, {});
     fill_losses(domain_sums, result);
@@ -134,17 +134,32 @@ std::int64_t count_windows(const data::Dataset& dataset, const data::Sampler& sa
                            const ValidationShape& shape, std::int64_t unit) {
   const std::int64_t wanted = std::min(shape.max_sequences, sampler.num_windows());
   require_config(wanted >= unit,
-                 "{}: the validation split has {} sequences of {} tokens, fewer than one group of "
-                 "model.moe.capacity.group_sequences = {}",
-                 dataset.folder().string(), wanted, shape.sequence_length, unit);
+                 "{}: {} of the validation split's {} sequences of {} tokens are evaluated, fewer than one "
+                 "group of model.moe.capacity.group_sequences = {}",
+                 dataset.folder().string(), wanted, sampler.num_windows(), shape.sequence_length, unit);
   return wanted - wanted % unit;
+}
+
+// The i-th of `count` windows, spread evenly over the split.
+data::Window window_of(const data::Sampler& sampler, std::int64_t i, std::int64_t count) {
+  return sampler.window_in_order(i * sampler.num_windows() / count);
 }
 
 }  // namespace
 
 void require_validation(const data::Dataset& dataset, const ValidationShape& shape,
                         const moe::MoeOptions& options) {
-  count_windows(dataset, sampler_of(dataset, shape), shape, moe::indivisible_sequences(options));
+  const data::Sampler sampler = sampler_of(dataset, shape);
+  const std::int64_t count = count_windows(dataset, sampler, shape, moe::indivisible_sequences(options));
+  if (!dataset.index().has_loss_mask) return;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::vector<bool> is_target = window_of(sampler, i, count).is_target;
+    if (std::find(is_target.begin() + 1, is_target.end(), true) != is_target.end()) return;
+  }
+  throw ConfigError(fmt::format(
+      "{}: none of the {} sequences of {} tokens that are evaluated, of the validation split's {}, has a "
+      "target token: prompts alone are in them; evaluate more or longer ones",
+      dataset.folder().string(), count, shape.sequence_length, sampler.num_windows()));
 }
 
 void check_vocabulary(const data::Dataset& dataset, const model::ModelConfig& config) {
@@ -159,6 +174,7 @@ ValidationResult validate_model(const model::Decoder& decoder, const data::Datas
   const comm::WhereScope scope(groups.world->where(), {.step = -1, .layer = -1, .phase = "validation"});
   const data::Sampler sampler = sampler_of(dataset, shape);
   const std::int64_t unit = moe::indivisible_sequences(decoder.config().moe);
+  require_validation(dataset, shape, decoder.config().moe);
   const std::int64_t count = count_windows(dataset, sampler, shape, unit);
   const std::int64_t per_rank = std::max(unit, kSequencesPerRank - kSequencesPerRank % unit);
   const std::int64_t per_batch = per_rank * groups.dp->size();
@@ -168,15 +184,12 @@ ValidationResult validate_model(const model::Decoder& decoder, const data::Datas
     const parallel::Share share = parallel::share_of(all, unit, groups.dp->size(), groups.dp->rank());
     std::vector<data::Window> windows;
     for (std::int64_t i = begin + share.first; i < begin + share.first + share.count; ++i)
-      windows.push_back(sampler.window_in_order(i * sampler.num_windows() / count));
+      windows.push_back(window_of(sampler, i, count));
     MicroBatch batch = make_micro_batch(windows, shape.sequence_length, begin + share.first);
     batch.all_sequences = all;
     validation.add(batch, unit, shape.mask_documents);
   }
-  const ValidationResult result = validation.reduce();
-  require_config(result.num_targets > 0, "{}: the validation split has no target token",
-                 dataset.folder().string());
-  return result;
+  return validation.reduce();
 }
 
 }  // namespace collegium::train

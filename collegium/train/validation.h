@@ -32,7 +32,7 @@ struct ValidationShape {
 
 /// What     Refuses, before anything is trained, what validate_model() would refuse.
 /// Throws   ConfigError: the validation split has no window of sequence_length tokens, or fewer than one
-///          group of model.moe.capacity.group_sequences.
+///          group of model.moe.capacity.group_sequences, or the windows taken have no target token.
 void require_validation(const data::Dataset& dataset, const ValidationShape& shape,
                         const moe::MoeOptions& options);
 

@@ -11,7 +11,8 @@ import sys
 import tempfile
 import time
 
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 from small_run import collegium, prepare
 
 STEPS = 80
@@ -44,6 +45,26 @@ def final_tensors(folder: pathlib.Path) -> dict:
         **load_file(checkpoint / "model.safetensors"),
         **load_file(checkpoint / "training/optimizer-00000.safetensors"),
     }
+
+
+def expect_fresh_left_out_of_the_advice(binary: str, folder: pathlib.Path, run_file: pathlib.Path) -> None:
+    command = [binary, "train", str(run_file), "--fresh"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_steps(process, folder, 2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 0 and "run the same command without --fresh to continue" in output, output
+
+
+def expect_other_data_refused(binary: str, folder: pathlib.Path, run_file: pathlib.Path) -> None:
+    """Other tokens under the same path are another run."""
+    other = folder / "other.safetensors"
+    save_file({"input_ids": torch.arange(5000) % 23}, other)
+    arguments = ["--force", "--out", f"{folder}/data", "--tokens", f"up={other}", "--vocab-size", "23"]
+    done = collegium(binary, "prepare", *arguments)
+    assert done.returncode == 0, done.stderr
+    done = collegium(binary, "train", str(run_file))
+    assert done.returncode == 2 and "was made with other data than is in" in done.stderr, done.stderr
 
 
 def main() -> None:
@@ -79,6 +100,8 @@ def main() -> None:
         for name, tensor in reference.items():
             assert tensor.equal(ours[name]), f"{name} differs"
         assert not list((killed / "run").glob("*.tmp-*")), "temporary folders are left"
+        expect_other_data_refused(binary, killed, run_file)
+        expect_fresh_left_out_of_the_advice(binary, whole, whole / "run.toml")
     print(f"{KILLS} runs were killed; 1 passed, 0 failed")
 
 

@@ -64,7 +64,18 @@ def write_corpus(folder: pathlib.Path, out: str, seed: int) -> None:
             picks = torch.randint(0, len(choices), (400,), generator=generator)
             (texts / domain / f"{number}.txt").write_text(" ".join(choices[i] for i in picks) + f" {number * seed}\n")
     domains = [f"--domain={name}={texts / name}" for name in ("code", "prose")]
-    expect(0, "tokens of", "prepare", "--out", str(folder / out), *domains, "--vocab-size", "300")
+    expect(
+        0,
+        "tokens of",
+        "prepare",
+        "--out",
+        str(folder / out),
+        *domains,
+        "--vocab-size",
+        "300",
+        "--validation-fraction",
+        "0.3",
+    )
 
 
 def check_text(model: str, folder: pathlib.Path) -> None:
@@ -173,7 +184,7 @@ def check_refused_before_training(folder: pathlib.Path, run_file: pathlib.Path) 
     sample = "logging.sample_tokens = 60: with the "
     expect(2, sample, *train, "--fresh", "--set", "logging.sample_tokens=60")
     group = ["--set", "model.moe.capacity.drop_policy=position", "--set", "model.moe.capacity.group_sequences=4"]
-    few = "the validation split has 2 sequences of 32 tokens, fewer than one group of"
+    few = "sequences of 32 tokens are evaluated, fewer than one group of"
     expect(2, few, *train, "--fresh", "--set", "validation.sequences=2", *group)
     metrics = run / "metrics.jsonl"
     metrics.rename(run / "kept.jsonl")

@@ -106,6 +106,11 @@ TEST_F(Checkpoints, of_older_steps_are_pruned_and_leftovers_passed_over) {
   EXPECT_EQ(train::find_latest_checkpoint(folder())->filename(), "step-00000004");
   train::remove_temporary_folders(folder());
   EXPECT_EQ(folders(folder()), (std::set<std::string>{"step-00000003", "step-00000004", "step-00000008"}));
+  fs::create_directories(folder() / "step-00000009.tmp-1/training");
+  fs::create_directories(folder() / "step-00000004-best");
+  train::remove_checkpoints(folder());
+  EXPECT_EQ(folders(folder()), std::set<std::string>{"step-00000004-best"})
+      << "what is not a run's own stays";
 }
 
 class DamagedCheckpoint : public TemporaryFolder {

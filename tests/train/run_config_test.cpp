@@ -52,6 +52,7 @@ TEST_F(RunConfig, every_mistake_has_its_message) {
       {"model.moe.capacity.group_sequences=2",
        "model.moe.capacity.group_sequences = 2: must divide batch.micro_sequences = 3 and batch.global_batch "
        "= 6"},
+      {"model.moe.capacity.group_sequences=0", "model.moe.capacity.group_sequences = 0: must be at least 1"},
       {"model.moe.router.noise=jiter",
        "model.moe.router.noise = \"jiter\": must be one of none, jitter_router, jitter_input"},
       {"model.family=llama",
