@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
@@ -184,6 +185,7 @@ void backward_head(const Workspace& w, const at::Tensor& sums_S, const at::Tenso
 
 // ATen's copy of a transpose goes value by value and takes four to five times as long.
 void store_turned(const at::Tensor& from_AS, const at::Tensor& through_SA, const at::Tensor& to_SA) {
+  if (from_AS.scalar_type() == to_SA.scalar_type()) return ops::transpose_into(from_AS, to_SA);
   ops::transpose_into(from_AS, through_SA);
   to_SA.copy_(through_SA);
 }
@@ -247,8 +249,9 @@ class CausalAttention final : public torch::autograd::Function<CausalAttention> 
       for (std::int64_t h = j * times; h < (j + 1) * times; ++h) {
         load_queries(w, head(q, b, h));
         w.out_SA.copy_(head(grads[0], b, h));
-        const at::Tensor sums_S = (w.out_SA * head(out, b, h)).sum(-1);
-        backward_head(w, sums_S, head(log_sums_BHS, b, h));
+        at::Tensor products_SA = w.grad_q_SA;  // which is written later
+        at::mul_out(products_SA, w.out_SA, head(out, b, h));
+        backward_head(w, products_SA.sum(-1), head(log_sums_BHS, b, h));
         head(grad_q, b, h).copy_(w.grad_q_SA);
       }
       store_turned(w.grad_k_AS, w.k_SA, head(grad_k, b, j));

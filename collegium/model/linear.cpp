@@ -16,7 +16,9 @@ using torch::autograd::variable_list;
 class LinearFunction final : public torch::autograd::Function<LinearFunction> {
  public:
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x_TI, const at::Tensor& w_OI) {
-    context->save_for_backward({x_TI, w_OI});
+    // What only a frozen factor's gradient needs is not kept.
+    context->save_for_backward(
+        {w_OI.requires_grad() ? x_TI : at::Tensor(), x_TI.requires_grad() ? w_OI : at::Tensor()});
     return ops::product(x_TI, w_OI.t());
   }
   static variable_list backward(AutogradContext* context, variable_list grads) {

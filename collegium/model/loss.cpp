@@ -55,7 +55,7 @@ class CrossEntropyFunction final : public torch::autograd::Function<CrossEntropy
     const auto scaled = [&](const char* name) {
       const at::IValue& value = context->saved_data[name];
       const at::Tensor gradient = value.isTensor() ? value.toTensor() : at::Tensor();
-      return gradient.defined() ? (gradient * grads[0]).to(dtype) : at::Tensor();
+      return gradient.defined() ? gradient.mul_(grads[0]).to(dtype) : at::Tensor();
     };
     variable_list gradients = {scaled("hidden"), scaled("head"), {}, {}, {}};
     context->saved_data.clear();  // not kept until the whole graph goes

@@ -21,7 +21,7 @@ inline constexpr std::int64_t kMostWidened = std::int64_t{1} << 22;
 /// How this machine multiplies.
 struct ProductWays {
   bool widen_bf16;  ///< bf16 in fp32, for want of instructions
-  bool blocks;      ///< bf16 and fp32 products of tasks block by block (ops/block_product.h), else whole
+  bool blocks;      ///< bf16 and fp32 products block by block (ops/block_product.h), else whole
 };
 inline constexpr std::array<ProductWays, 4> kAllProductWays = {{{.widen_bf16 = false, .blocks = false},
                                                                 {.widen_bf16 = false, .blocks = true},
@@ -42,7 +42,7 @@ at::ScalarType product_dtype(const at::Tensor& operand);
 
 /// What     Whether products read such values by an index where they lie; elsewhere rows are gathered first.
 bool products_take_index(const at::Tensor& values);
-/// What     Whether product() computes such values by other means than ATen's whole product.
+/// What     Whether product() has other means for such values than ATen's whole product.
 bool products_are_own(const at::Tensor& values);
 /// What     Whether products of these are computed block by block here.
 bool multiplies_in_blocks(const RowSource& a, const RowSource& b);
@@ -56,8 +56,8 @@ void product_into(const RowSource& a, const RowSource& b, const at::Tensor& out,
 void widened_product_into(const RowSource& a, const RowSource& b, const at::Tensor& out,
                           Reuse reuse = Reuse::kSoon);
 
-/// What     a b, on all threads, tile by tile of the result where that is faster. Tiles depend on the shapes
-///          alone.
+/// What     a b, on all threads; tile by tile of the result where that is faster, and then the same whatever
+///          the tiles are.
 /// Shape    a [X, I], b [I, O] -> [X, O] in the dtype of a; b may be in its product_dtype().
 at::Tensor product(const at::Tensor& a, const at::Tensor& b);
 /// The same by widening to fp32, tile by tile of the result, whatever the machine has. Tiles depend on the

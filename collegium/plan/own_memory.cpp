@@ -114,7 +114,7 @@ OwnActivations own_activations(const OwnRun& run, double imbalance) {
   // read rows by an index (fp32 with AVX2 alone) and copy none.
   const double rows = top_k * imbalance * static_cast<double>(2 * m.hidden + 3 * m.expert_ffn) * b.compute *
                       padding(run, imbalance);
-  sum.backward = std::max(rows, 4.0 * static_cast<double>(m.heads * m.head_dim) * (b.compute + b.wide));
+  sum.backward = std::max(rows, 4.0 * static_cast<double>(m.heads * m.head_dim) * b.compute);
   return sum;
 }
 
@@ -133,7 +133,7 @@ OwnTensors own_tensors(const OwnRun& run, double imbalance) {
   // pass needs. When it has reached the first layer, the gradients of all others are there instead of what
   // they kept.
   const double embedding = static_cast<double>(run.model.vocab) * static_cast<double>(run.model.hidden);
-  const double head = embedding * (b.wide + b.compute);
+  const double head = embedding * (b.compute < b.wide ? b.wide + b.compute : b.wide);
   const double again = run.recompute ? (kept.layers - kept.recomputed) / layers : 0.0;
   const double logits = std::min(tokens, static_cast<double>(run.loss_tokens)) *
                             static_cast<double>(run.model.vocab) * b.compute +

@@ -92,13 +92,17 @@ TEST(CausalAttention, large_scores_neither_overflow_nor_lose_the_largest) {
 
 TEST(CausalAttention, results_do_not_depend_on_threads) {
   const int threads = at::get_num_threads();
-  std::vector<at::Tensor> results;
-  for (const int count : {1, 2, 3}) {
-    at::set_num_threads(count);
-    const Heads h(2, 4, 2, 200, at::kFloat);
-    model::causal_attention(h.q, h.k, h.v).backward(h.grad);
-    results.push_back(h.k.grad());
-    EXPECT_TRUE(at::equal(results.front(), results.back()));
+  // Several tasks, and one that has all threads.
+  for (const auto& [sequences, key_heads] : {std::pair{2, 2}, {1, 1}}) {
+    std::vector<Heads> results;
+    for (const int count : {1, 2, 3}) {
+      at::set_num_threads(count);
+      const Heads& h = results.emplace_back(sequences, 4, key_heads, 200, at::kFloat);
+      model::causal_attention(h.q, h.k, h.v).backward(h.grad);
+      EXPECT_TRUE(at::equal(h.q.grad(), results.front().q.grad())) << count << " threads";
+      EXPECT_TRUE(at::equal(h.k.grad(), results.front().k.grad())) << count << " threads";
+      EXPECT_TRUE(at::equal(h.v.grad(), results.front().v.grad())) << count << " threads";
+    }
   }
   at::set_num_threads(threads);
 }

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
@@ -167,7 +168,26 @@ TEST(Linear, and_its_gradients_equal_double_precision_with_and_without_bf16_inst
         const at::Tensor x_only = x.detach().requires_grad_(true);
         model::linear(x_only, frozen).backward(grad);
         EXPECT_TRUE(at::equal(x_only.grad(), x.grad()));
+        const at::Tensor w_only = w.detach().requires_grad_(true);
+        model::linear(x.detach(), w_only).backward(grad);
+        EXPECT_TRUE(at::equal(w_only.grad(), w.grad()));
+        const at::Tensor strided = at::stack({x.detach(), x.detach()}, 3).select(3, 0);
+        EXPECT_TRUE(at::equal(model::linear(strided, w), y));
       }
+    }
+  }
+}
+
+TEST(Linear, keeps_no_input_for_a_frozen_weight) {
+  for (const auto ways : ops::kAllProductWays) {
+    const test::AssumeProductWays assume(ways);
+    for (const auto dtype : kDtypes) {
+      const at::Tensor x = random_tensor("x", {130, 19}, dtype).requires_grad_(true);
+      const at::Tensor inner = x * 2;
+      const at::Tensor y = model::linear(inner, random_tensor("w", {23, 19}, dtype));
+      EXPECT_EQ(inner.storage().use_count(), 1U);
+      y.sum().backward();
+      EXPECT_TRUE(x.grad().defined());
     }
   }
 }

@@ -11,6 +11,7 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
@@ -75,21 +76,32 @@ TEST(Product, widens_every_number_of_rows_and_columns) {
 }
 
 TEST(Product, multiplies_fp32_around_every_cut_of_its_tiles_and_beyond_its_depth) {
-  for (const auto& [rows, depth, columns] : {std::tuple{0, 5, 3},
-                                             {1, 5, 300},
-                                             {2, 1, 1},
-                                             {511, 3, 255},
-                                             {512, 3, 256},
-                                             {513, 3, 257},
-                                             {1025, 2, 513},
-                                             {5, 4096, 7},
-                                             {5, 4097, 7}}) {
-    const at::Tensor a = random_tensor("a", {rows, depth}, at::kFloat);
-    const at::Tensor b = random_tensor("b", {depth, columns}, at::kFloat);
-    const at::Tensor product = ops::product(a, b);
-    EXPECT_EQ(product.sizes(), (std::vector<std::int64_t>{rows, columns}));
-    if (rows > 0) expect_product(product, a, b);
+  for (const std::string b_layout : {"plain", "turned", "piece"}) {
+    for (const auto& [rows, depth, columns] : {std::tuple{0, 5, 3},
+                                               {96, 5, 0},
+                                               {1, 5, 300},
+                                               {95, 600, 300},
+                                               {96, 600, 256},
+                                               {97, 600, 257},
+                                               {575, 3, 255},
+                                               {577, 513, 513},
+                                               {4000, 2, 20},
+                                               {100, 4096, 7},
+                                               {100, 4097, 7}}) {
+      const at::Tensor a = random_tensor("a", {rows, depth}, at::kFloat);
+      const at::Tensor b = matrix("b", depth, columns, at::kFloat, b_layout);
+      const at::Tensor product = ops::product(a, b);
+      EXPECT_EQ(product.sizes(), (std::vector<std::int64_t>{rows, columns}));
+      if (product.numel() > 0) expect_product(product, a, b);
+      // The same whatever the tiles are.
+      if (!ops::products_are_own(a) || rows < 96 || depth > 4096) continue;
+      const at::Tensor whole = at::empty({rows, columns}, at::kFloat);
+      ops::block_product_into(a, b, whole, ops::Reuse::kSoon);
+      EXPECT_TRUE(at::equal(product, whole)) << rows << " x " << depth << " x " << columns;
+    }
   }
+  const at::Tensor no_depth = ops::product(at::ones({100, 0}), at::ones({0, 3}));
+  EXPECT_TRUE(at::equal(no_depth, at::zeros({100, 3})));
 }
 
 TEST(Product, writes_nothing_around_its_result) {
@@ -148,16 +160,6 @@ TEST(Product, tiles_do_not_depend_on_threads) {
   const at::Tensor b = random_tensor("b", {40, 600}, at::kFloat);
   if (!ops::products_are_own(a)) GTEST_SKIP() << "ATen's whole product, which may depend on threads";
   expect_threads_change_nothing([&] { return ops::product(a, b); });
-}
-
-TEST(Product, is_its_own_for_widened_bf16_and_for_panels_of_fp32) {
-  for (const auto ways : ops::kAllProductWays) {
-    const test::AssumeProductWays assume(ways);
-    EXPECT_EQ(ops::products_are_own(at::ones({1}, at::kBFloat16)), ways.widen_bf16);
-    EXPECT_EQ(ops::products_are_own(at::ones({1}, at::kFloat)),
-              ways.blocks && ops::ColumnBlock<float>::takes_index());
-    EXPECT_FALSE(ops::products_are_own(at::ones({1}, at::kDouble)));
-  }
 }
 
 TEST(Product, blocks_take_no_bf16_that_is_to_be_widened_and_no_single_row_of_fp32) {
