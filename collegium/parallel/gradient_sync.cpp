@@ -7,6 +7,7 @@
 
 #include <array>
 #include <limits>
+#include <utility>
 
 #include "collegium/base/error.h"
 
@@ -48,7 +49,6 @@ GradientSync::GradientSync(const Groups& groups, const ParallelOptions& options,
   const auto bucket_bytes = overlap_ ? static_cast<std::int64_t>(options.bucket_mib * kMebibyte)
                                      : std::numeric_limits<std::int64_t>::max();
   // The backward pass gives the last parameters first, so buckets are filled from the end.
-  std::array<std::int64_t, 2> open = {-1, -1};
   std::array<std::int64_t, 2> end = {dense_.numel(), experts_.numel()};
   for (std::size_t i = slots_.size(); i-- > 0;) {
     const GradientSlot& slot = slots_[i];
@@ -57,15 +57,14 @@ GradientSync::GradientSync(const Groups& groups, const ParallelOptions& options,
     const auto is_full = [&](const Bucket& bucket) {
       return (bucket.end - bucket.begin + size) * slot.sum.element_size() > bucket_bytes;
     };
-    if (open[kind] < 0 || is_full(buckets_[static_cast<std::size_t>(open[kind])])) {
-      open[kind] = static_cast<std::int64_t>(buckets_.size());
-      buckets_.push_back({.expert = slot.expert, .begin = end[kind], .end = end[kind], .work = {}});
-    }
-    Bucket& bucket = buckets_[static_cast<std::size_t>(open[kind])];
+    std::vector<Bucket>& buckets = buckets_[kind];
+    if (buckets.empty() || is_full(buckets.back()))
+      buckets.push_back({.expert = slot.expert, .begin = end[kind], .end = end[kind], .work = {}});
+    Bucket& bucket = buckets.back();
     bucket.begin -= size;
     end[kind] = bucket.begin;
     ++bucket.num_slots;
-    bucket_of_[i] = static_cast<std::size_t>(open[kind]);
+    bucket_of_[i] = buckets.size() - 1;
     if (overlap_) torch::autograd::impl::set_post_acc_grad_hooks(slot.leaf, std::make_unique<Hook>(self_, i));
   }
 }
@@ -74,8 +73,10 @@ GradientSync::~GradientSync() { *self_ = nullptr; }
 
 void GradientSync::begin_last_backward() {
   if (!overlap_) return;
-  for (Bucket& bucket : buckets_) bucket.missing = bucket.num_slots;
-  next_bucket_ = 0;
+  for (std::vector<Bucket>& buckets : buckets_) {
+    for (Bucket& bucket : buckets) bucket.missing = bucket.num_slots;
+  }
+  next_bucket_ = {0, 0};
   armed_ = true;
 }
 
@@ -90,13 +91,11 @@ void GradientSync::add_gradient(std::size_t slot) {
 void GradientSync::on_gradient(std::size_t slot) {
   if (!armed_) return;
   add_gradient(slot);
-  --buckets_[bucket_of_[slot]].missing;
-  start_complete_buckets();
-}
-
-void GradientSync::start_complete_buckets() {
-  while (next_bucket_ < buckets_.size() && buckets_[next_bucket_].missing == 0)
-    start(buckets_[next_bucket_++]);
+  const std::size_t kind = slots_[slot].expert ? 1 : 0;
+  std::vector<Bucket>& buckets = buckets_[kind];
+  std::size_t& next = next_bucket_[kind];
+  --buckets[bucket_of_[slot]].missing;
+  while (next < buckets.size() && buckets[next].missing == 0) start(buckets[next++]);
 }
 
 void GradientSync::start(Bucket& bucket) {
@@ -114,10 +113,13 @@ void GradientSync::start(Bucket& bucket) {
 void GradientSync::finish(std::int64_t step) {
   armed_ = false;
   const comm::WhereScope scope(dp_->where(), {.step = step, .layer = -1, .phase = "gradients"});
-  for (; next_bucket_ < buckets_.size(); ++next_bucket_) start(buckets_[next_bucket_]);
-  for (Bucket& bucket : buckets_) bucket.work.wait();
-  for (Bucket& bucket : buckets_) bucket.work = comm::Work();
-  next_bucket_ = 0;
+  for (std::size_t kind = 0; kind < buckets_.size(); ++kind) {
+    for (std::size_t i = next_bucket_[kind]; i < buckets_[kind].size(); ++i) start(buckets_[kind][i]);
+  }
+  for (std::vector<Bucket>& buckets : buckets_) {
+    for (Bucket& bucket : buckets) std::exchange(bucket.work, comm::Work()).wait();
+  }
+  next_bucket_ = {0, 0};
 }
 
 }  // namespace collegium::parallel

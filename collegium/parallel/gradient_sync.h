@@ -7,6 +7,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -40,7 +41,8 @@ class GradientSync {
   ///          over ranks what is not under way, and waits.
   /// Comm     all_reduce of 4 bytes (fp64: 8) per dense parameter over dp and per held expert parameter over
   ///          edp, phase "gradients".
-  /// Order    Buckets hold the parameters from the last to the first, and start in that order on every rank.
+  /// Order    Buckets hold the parameters from the last to the first; dense ones start in that order on every
+  ///          rank, experts' on every rank of edp.
   void finish(std::int64_t step);
 
  private:
@@ -49,7 +51,6 @@ class GradientSync {
 
   void add_gradient(std::size_t slot);
   void on_gradient(std::size_t slot);
-  void start_complete_buckets();
   void start(Bucket& bucket);
 
   std::shared_ptr<comm::Communicator> dp_;
@@ -58,9 +59,11 @@ class GradientSync {
   std::vector<GradientSlot> slots_;
   at::Tensor dense_;
   at::Tensor experts_;
-  std::vector<Bucket> buckets_;
+  // Of dense parameters and of experts, each kind by itself: ranks that hold other experts cut these
+  // otherwise, which must not change when a dense bucket starts.
+  std::array<std::vector<Bucket>, 2> buckets_;
+  std::array<std::size_t, 2> next_bucket_ = {0, 0};
   std::vector<std::size_t> bucket_of_;
-  std::size_t next_bucket_ = 0;
   bool armed_ = false;
   std::shared_ptr<GradientSync*> self_;  ///< what the hooks hold: null once this object is gone
 };

@@ -211,5 +211,43 @@ TEST(GradientSync, sums_dense_over_all_and_experts_over_their_copies) {
     comm::run_ranks(4, [&](comm::Communicator& world) { sum_gradients(world, overlap); });
 }
 
+// Rank 0's experts fill two buckets, rank 1's one, which ends in the first layer only. Between the layers'
+// backward passes the ranks of ep meet; with the check, a dense bucket that rank 0 starts before, and rank 1
+// not, would wait there for ever.
+TEST(GradientSync, dense_sums_start_alike_on_ranks_that_hold_other_experts) {
+  constexpr std::chrono::seconds kTimeout{20};
+  const auto sum_on = [](comm::Communicator& world) {
+    parallel::ParallelOptions options = with_ep(2);
+    options.overlap_gradients = true;
+    options.check_collectives = true;
+    options.bucket_mib = 2.4e-4;  // 31 doubles
+    const parallel::Groups groups =
+        parallel::make_groups(world.shared_from_this(), options, with_experts(3, 2));
+    const std::int64_t size = world.rank() == 0 ? 25 : 10;  // of an expert
+    const at::Tensor dense = at::zeros({60}, at::kDouble);
+    const at::Tensor experts = at::zeros({2 * size}, at::kDouble);
+    std::vector<parallel::GradientSlot> slots;
+    for (const std::int64_t layer : {0, 1}) {
+      slots.push_back({.leaf = at::ones({30}, at::kDouble).requires_grad_(true),
+                       .sum = dense.narrow(0, 30 * layer, 30),
+                       .expert = false});
+      slots.push_back({.leaf = at::ones({size}, at::kDouble).requires_grad_(true),
+                       .sum = experts.narrow(0, size * layer, size),
+                       .expert = true});
+    }
+    const auto parameters = slots;
+    parallel::GradientSync sync(groups, options, std::move(slots), dense, experts);
+    const at::Tensor first = parameters[0].leaf.sum() + parameters[1].leaf.sum();
+    first.register_hook([&](const at::Tensor&) { groups.ep->barrier(); });
+    const at::Tensor loss = first + (parameters[2].leaf.sum() + parameters[3].leaf.sum());
+    sync.begin_last_backward();
+    loss.backward();
+    sync.finish(1);
+    EXPECT_TRUE((dense == 2.0).all().item<bool>());
+    EXPECT_TRUE((experts == 1.0).all().item<bool>());
+  };
+  comm::run_ranks(2, sum_on, {.timeout = kTimeout});
+}
+
 }  // namespace
 }  // namespace collegium
