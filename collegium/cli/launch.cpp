@@ -88,7 +88,9 @@ void validate(const LaunchOptions& o) {
   require_config(o.ranks >= 0, "--ranks {}: must be at least 1 (0 = the launcher's)", o.ranks);
   require_config(o.backend == "auto" || o.backend == "local" || o.backend == "mpi",
                  "--backend {}: must be auto, local or mpi", o.backend);
+  constexpr double kYear = 365.0 * 86400.0;
   require_config(o.timeout_s > 0.0, "--timeout {}: must be positive", o.timeout_s);
+  require_config(o.timeout_s <= kYear, "--timeout {}: must be at most {} s, a year", o.timeout_s, kYear);
   require_config(o.ranks_per_node >= 0, "--ranks-per-node {}: must not be negative (0 = machines)",
                  o.ranks_per_node);
   if (!o.emulate.empty()) comm::parse_network(o.emulate);

@@ -10,7 +10,7 @@ namespace collegium::comm {
 
 namespace {
 
-constexpr int kMaxTag = 32767;
+constexpr int kMaxTag = 4095;
 
 std::int64_t sum(std::span<const std::int64_t> values) {
   return std::accumulate(values.begin(), values.end(), std::int64_t{0});

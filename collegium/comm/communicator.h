@@ -84,7 +84,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   ///          the receiver has called recv.
   /// Shape    as the receiver's.
   /// Dtype    any.
-  /// Comm     bytes(tensor). `tag` is in [0, 32767].
+  /// Comm     bytes(tensor). `tag` is in [0, 4095].
   Work send(const at::Tensor& tensor, int destination, int tag = 0);
   /// What     The tensor that `source` sends with the same tag.
   Work recv(const at::Tensor& tensor, int source, int tag = 0);

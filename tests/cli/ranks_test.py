@@ -123,6 +123,7 @@ def check_messages(model: pathlib.Path, ids: str, scratch: pathlib.Path) -> None
         expect_message(1, "rank 0 of 3: cannot write", *evaluate, str(model), *launch, "--logits", "/nowhere/logits")
     expect_message(2, "--ranks -1: must be at least 1", *evaluate, str(model), "--ranks", "-1")
     expect_message(2, "--timeout 0: must be positive", *evaluate, str(model), "--timeout", "0")
+    expect_message(2, "must be at most 31536000 s, a year", *evaluate, str(model), "--timeout", "1e10")
     expect_message(2, "--backend gloo: must be auto, local or mpi", *evaluate, str(model), "--backend", "gloo")
     expect_message(2, 'intra = "": must be given', *evaluate, str(model), "--emulate", "nodes=3x1")
     if not MPIRUN:

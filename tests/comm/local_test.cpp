@@ -127,6 +127,7 @@ TEST(LocalArguments, impossible_ones_are_refused_before_communication) {
   EXPECT_THROW((void)comm->broadcast(at::ones({2}), 1), InternalError);
   EXPECT_THROW((void)comm->all_gather(at::ones({2}), at::ones({3})), InternalError);
   EXPECT_THROW((void)comm->send(at::ones({2}), 0, -1), InternalError);
+  EXPECT_THROW((void)comm->send(at::ones({2}), 0, 4096), InternalError);
   const RankBlocks own{.rows = {{2}}, .block_major = false, .stays = 0};
   const RankBlocks copied{.rows = {{2}}, .block_major = false, .stays = -1};
   const RankBlocks of_another{.rows = {{2}}, .block_major = false, .stays = 1};

@@ -221,6 +221,10 @@ MpiEngine::MpiEngine(const MpiOptions& options) : options_(options) {
                  provided, kNeeded);
   check(MPI_Comm_dup(MPI_COMM_WORLD, &comm_), "MPI_Comm_dup");
   MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN);
+  int* most_tag = nullptr;
+  int found = 0;
+  check(MPI_Comm_get_attr(MPI_COMM_WORLD, MPI_TAG_UB, &most_tag, &found), "MPI_Comm_get_attr");
+  most_tag_ = found != 0 ? *most_tag : 32767;  // what the standard promises
   MPI_Comm machine = MPI_COMM_NULL;
   check(MPI_Comm_split_type(comm_, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine), "MPI_Comm_split_type");
   int ranks_here = 1;

@@ -84,6 +84,8 @@ class MpiEngine {
   MPI_Comm comm() const { return comm_; }
   const MpiOptions& options() const { return options_; }
   Group world_group() const;
+  /// The largest tag of a message that this MPI takes: from 2^15 - 1 on, by the standard.
+  int most_tag() const { return most_tag_; }
   /// Context ids that are free on this rank from here on; see MpiCommunicator.
   int next_context() const { return next_context_; }
   void set_next_context(int context) { next_context_ = context; }
@@ -102,6 +104,7 @@ class MpiEngine {
 
   const MpiOptions options_;
   MPI_Comm comm_ = MPI_COMM_NULL;
+  int most_tag_ = 0;
   int next_context_ = 2;
   bool more_ranks_than_cores_ = false;
   std::mutex mutex_;

@@ -20,8 +20,7 @@ namespace {
 // A tag holds the group's context id and, below it, the number of the call or the user's tag. A group has two
 // contexts: one for collectives, one for messages. Numbers may wrap around: far fewer calls than that are
 // under way at once, and messages of one pair and tag arrive in order.
-constexpr int kTagBits = 17;
-constexpr int kMaxContexts = 1 << 13;
+constexpr int kTagBits = 12;
 constexpr std::uint64_t kTagMask = (1U << kTagBits) - 1U;
 constexpr int kCollective = 0;
 constexpr int kMessage = 1;
@@ -200,8 +199,13 @@ class MpiCommunicator final : public Communicator {
     *next.data_ptr<std::int64_t>() = engine_->next_context();
     all_reduce(next, ReduceOp::kMax).wait();
     const auto context = static_cast<int>(*next.data_ptr<std::int64_t>());
-    COLLEGIUM_CHECK(context + 2 <= kMaxContexts, "split '{}': {} groups were made, at most {} can be", name,
-                    context / 2, kMaxContexts / 2);
+    const int most = (engine_->most_tag() >> kTagBits) & ~1;
+    if (context + 2 > most) {
+      throw CommError(
+          fmt::format("split '{}': {} groups were made, and this MPI's largest tag (MPI_TAG_UB), "
+                      "{}, is enough for {}",
+                      name, context / 2, engine_->most_tag(), most / 2));
+    }
     engine_->set_next_context(context + 2);
     if (group.members.empty()) return nullptr;
     return std::make_shared<MpiCommunicator>(engine_, context, std::move(group));
