@@ -2,6 +2,7 @@
 #include "collegium/comm/local/local.h"
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/equal.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
 #include <gmock/gmock.h>
@@ -54,6 +55,19 @@ INSTANTIATE_TEST_SUITE_P(Local, LocalVerbs,
                            return verb_cases()[std::get<0>(test.param)].name + "_" +
                                   std::to_string(std::get<1>(test.param));
                          });
+
+// Who only asks moves the data too: no rank is in wait().
+TEST(Local, asking_whether_a_long_operation_is_done_comes_to_an_end) {
+  run_ranks(3, [](Communicator& comm) {
+    const at::Tensor sums = at::full({200000}, 1.0, at::kDouble);
+    Work work = comm.all_reduce(sums);
+    const auto deadline = Clock::now() + std::chrono::seconds(20);
+    while (!work.done() && Clock::now() < deadline) std::this_thread::yield();
+    EXPECT_TRUE(work.done());
+    work.wait();
+    EXPECT_TRUE(at::equal(sums, at::full({200000}, 3.0, at::kDouble)));
+  });
+}
 
 TEST(Local, single_rank_world_copies) {
   const auto comm = single_rank_world();

@@ -5,6 +5,9 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
@@ -19,18 +22,55 @@ namespace {
 using namespace collegium;        // NOLINT(google-build-using-namespace): the body of a test program
 using namespace collegium::comm;  // NOLINT(google-build-using-namespace)
 
+// More than the scratch memory of a reduction holds, cut so that slices end within parts. Sums are exact.
+void long_tensors_are_reduced_in_parts(Communicator& comm) {
+  const std::int64_t size = comm.size();
+  const at::Tensor ramp = at::arange(std::int64_t{5} * 1024 * 1024 + 3, at::kDouble).remainder(1009);
+  const at::Tensor expected = ramp * size + static_cast<double>(size * (size - 1) / 2);
+  const at::Tensor summed = ramp + comm.rank();
+  comm.all_reduce(summed).wait();
+  EXPECT_TRUE(at::equal(summed, expected));
+
+  // Rank r's slice has r shares of rows: none on rank 0, where there is more than one rank.
+  const std::int64_t shares = size == 1 ? 1 : size * (size - 1) / 2;
+  const std::int64_t share = ramp.numel() / 3 / shares;
+  std::vector<std::int64_t> rows;
+  std::int64_t begin = 0;
+  for (std::int64_t r = 0; r < size; ++r) {
+    rows.push_back(size == 1 ? share : r * share);
+    if (r < comm.rank()) begin += rows.back();
+  }
+  const at::Tensor input = (ramp + comm.rank()).narrow(0, 0, 3 * shares * share).view({-1, 3});
+  const std::int64_t own = rows[static_cast<std::size_t>(comm.rank())];
+  const at::Tensor output = at::full({own, 3}, -1.0, at::kDouble);
+  comm.reduce_scatter(input, output, ReduceOp::kSum, rows).wait();
+  EXPECT_TRUE(at::equal(output, expected.narrow(0, 3 * begin, 3 * own).view({-1, 3})));
+}
+
 void run_verbs(Communicator& comm) {
   for (const VerbCase& verb : verb_cases()) {
     const WhereScope scope(comm.where(), {.phase = verb.name});
     verb.body(comm);
   }
+  long_tensors_are_reduced_in_parts(comm);
 }
 
-// One rank stops answering; the others time out and one of them reports.
+// One rank stops answering; the others time out. None but the last has an element to reduce, yet all name the
+// rank that is missing.
 void stop_answering(Communicator& comm) {
   comm.where() = {.step = 1, .layer = 3, .phase = "dispatch"};
   if (comm.rank() == 1) std::this_thread::sleep_for(std::chrono::seconds(60));
-  comm.all_reduce(at::ones({10})).wait();
+  comm.all_reduce(at::ones({1})).wait();
+}
+
+// Rank 2 waits for rank 1, which has stopped, and rank 0 for rank 2: rank 2, which knows more, reports.
+void stop_one_of_a_chain(Communicator& comm) {
+  const auto last_two = comm.split(comm.rank() > 0 ? 0 : -1, comm.rank(), "last");
+  const auto others = comm.split(comm.rank() != 1 ? 0 : -1, comm.rank(), "others");
+  if (comm.rank() == 1) std::this_thread::sleep_for(std::chrono::seconds(60));
+  if (comm.rank() == 2) last_two->barrier();
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  others->barrier();
 }
 
 void fail_on_one_rank(Communicator& comm) {
@@ -52,6 +92,7 @@ int main(int argc, char** argv) {
   at::set_num_threads(1);
   const std::string name = argc > 1 ? argv[1] : "verbs";
   const auto body = name == "stop"       ? stop_answering
+                    : name == "chain"    ? stop_one_of_a_chain
                     : name == "fail"     ? fail_on_one_rank
                     : name == "killed"   ? be_killed
                     : name == "disagree" ? disagree_on_sizes

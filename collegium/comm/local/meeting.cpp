@@ -86,9 +86,15 @@ void Meeting::fail(std::exception_ptr error) {
   changed_.notify_all();
 }
 
-bool Meeting::done() const {
-  const std::lock_guard lock(mutex_);
-  return done_ || disagreement_ || (failure_ && !ready_);
+bool Meeting::done() {
+  std::unique_lock lock(mutex_);
+  if (done_ || disagreement_ || (failure_ && !ready_)) return true;
+  if (!ready_) return false;
+  // Somebody who only asks must come to an end too: no other rank may be in wait().
+  lock.unlock();
+  do_parts();
+  lock.lock();
+  return done_;
 }
 
 Timeline Meeting::timeline(std::size_t place) const {

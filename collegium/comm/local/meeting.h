@@ -36,7 +36,8 @@ class Meeting {
   /// What     Ends all waits, present and future, with this error, unless all calls came in.
   void fail(std::exception_ptr error);
 
-  bool done() const;
+  /// What     Whether wait_until() would return at once. Moves what is there to be moved.
+  bool done();
   Timeline timeline(std::size_t place) const;
   /// Places whose call is not there.
   std::vector<int> missing_ranks() const;

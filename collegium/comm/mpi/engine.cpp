@@ -165,37 +165,52 @@ void MpiOperation::complete(std::size_t index, const MPI_Status& status) {
                        bytes, message.bytes);
 }
 
+bool MpiOperation::messages_done() {
+  if (num_open_ == 0) return true;
+  std::vector<int> indices(requests_.size());
+  std::vector<MPI_Status> statuses(requests_.size());
+  int count = 0;
+  const int code = MPI_Testsome(static_cast<int>(requests_.size()), requests_.data(), &count, indices.data(),
+                                statuses.data());
+  if (code != MPI_SUCCESS && code != MPI_ERR_IN_STATUS) {
+    error_ = fmt::format("{}: {}", name_, mpi_text(code));
+    return false;
+  }
+  for (int i = 0; i < count && count != MPI_UNDEFINED; ++i) {
+    const auto index = static_cast<std::size_t>(indices[static_cast<std::size_t>(i)]);
+    const MPI_Status& status = statuses[static_cast<std::size_t>(i)];
+    if (code == MPI_ERR_IN_STATUS && status.MPI_ERROR != MPI_SUCCESS) {
+      const std::array<int, 1> peer = {messages_[index].peer};
+      error_ = fmt::format("{}: message of {} where {} bytes were expected: {}", name_,
+                           describe_ranks(group_, peer), messages_[index].bytes, mpi_text(status.MPI_ERROR));
+      return false;
+    }
+    complete(index, status);
+  }
+  return num_open_ == 0 && !error_;
+}
+
+// Whoever waits reports the error: the progress thread, which may be here too, has nobody to tell.
+void MpiOperation::begin_next_stage() {
+  requests_.clear();
+  messages_.clear();
+  try {
+    stages_[next_stage_++](*this);
+  } catch (const std::exception& error) {
+    error_ = error.what();
+  }
+  num_open_ = requests_.size();
+}
+
 void MpiOperation::advance() {
   while (!done_ && !error_) {
-    if (num_open_ > 0) {
-      std::vector<int> indices(requests_.size());
-      std::vector<MPI_Status> statuses(requests_.size());
-      int count = 0;
-      const int code = MPI_Testsome(static_cast<int>(requests_.size()), requests_.data(), &count,
-                                    indices.data(), statuses.data());
-      for (int i = 0; i < count && count != MPI_UNDEFINED; ++i) {
-        const auto index = static_cast<std::size_t>(indices[static_cast<std::size_t>(i)]);
-        const MPI_Status& status = statuses[static_cast<std::size_t>(i)];
-        if (code == MPI_ERR_IN_STATUS && status.MPI_ERROR != MPI_SUCCESS) {
-          const std::array<int, 1> peer = {messages_[index].peer};
-          error_ =
-              fmt::format("{}: message of {} where {} bytes were expected: {}", name_,
-                          describe_ranks(group_, peer), messages_[index].bytes, mpi_text(status.MPI_ERROR));
-          return;
-        }
-        complete(index, status);
-      }
-      if (num_open_ > 0 || error_) return;
-    }
+    if (!messages_done()) return;
     if (next_stage_ == stages_.size()) {
       done_ = true;
       timeline_.done = Clock::now();
       return;
     }
-    requests_.clear();
-    messages_.clear();
-    stages_[next_stage_++](*this);
-    num_open_ = requests_.size();
+    begin_next_stage();
   }
 }
 
@@ -306,9 +321,9 @@ void MpiEngine::wait(const std::shared_ptr<MpiOperation>& operation) {
     const auto waited = Clock::now() - start;
     if (waited > options_.timeout) {
       --num_waiting_;
-      throw CommError(fmt::format("{}: no answer within {:g} s from {}", operation->name(),
-                                  std::chrono::duration<double>(options_.timeout).count(),
-                                  describe_ranks(operation->group(), operation->missing_ranks())));
+      throw NoAnswer(fmt::format("{}: no answer within {:g} s from {}", operation->name(),
+                                 std::chrono::duration<double>(options_.timeout).count(),
+                                 describe_ranks(operation->group(), operation->missing_ranks())));
     }
     if (waited < kSpin && !more_ranks_than_cores_) continue;
     lock.unlock();

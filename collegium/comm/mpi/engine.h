@@ -19,6 +19,12 @@
 
 namespace collegium::comm {
 
+/// A wait has lasted as long as it may.
+class NoAnswer : public CommError {
+ public:
+  using CommError::CommError;
+};
+
 /// One operation: stages of messages; a stage begins when all messages of the former one are through.
 class MpiOperation {
  public:
@@ -56,6 +62,9 @@ class MpiOperation {
     bool receives = false;
   };
 
+  /// Whether all messages are through; what goes wrong with one becomes the error.
+  bool messages_done();
+  void begin_next_stage();
   void complete(std::size_t index, const MPI_Status& status);
 
   Call call_;
@@ -94,7 +103,7 @@ class MpiEngine {
   void give_up() { failed_ = true; }
 
   void start(const std::shared_ptr<MpiOperation>& operation);
-  /// Throws CommError: time-out, or what went wrong with a message.
+  /// Throws NoAnswer: time-out; CommError: what went wrong with a message.
   void wait(const std::shared_ptr<MpiOperation>& operation);
   bool done(const std::shared_ptr<MpiOperation>& operation);
 

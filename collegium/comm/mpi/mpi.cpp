@@ -25,26 +25,10 @@ constexpr std::uint64_t kTagMask = (1U << kTagBits) - 1U;
 constexpr int kCollective = 0;
 constexpr int kMessage = 1;
 
-// Every rank sends its block for rank r to rank r. Self-copies included. Blocks lie one after the other.
-void exchange(MpiOperation& operation, const char* input, const std::vector<std::int64_t>& send_bytes,
-              char* output, const std::vector<std::int64_t>& recv_bytes, int tag) {
-  const int size = operation.group().size();
-  const int self = operation.group().rank;
-  std::vector<std::int64_t> from(static_cast<std::size_t>(size) + 1, 0);
-  std::vector<std::int64_t> to(static_cast<std::size_t>(size) + 1, 0);
-  std::partial_sum(recv_bytes.begin(), recv_bytes.end(), from.begin() + 1);
-  std::partial_sum(send_bytes.begin(), send_bytes.end(), to.begin() + 1);
-  for (int step = 1; step < size; ++step) {
-    const auto source = static_cast<std::size_t>((self + size - step) % size);
-    operation.recv(output + from[source], recv_bytes[source], static_cast<int>(source), tag);
-  }
-  for (int step = 1; step < size; ++step) {
-    const auto target = static_cast<std::size_t>((self + step) % size);
-    operation.send(input + to[target], send_bytes[target], static_cast<int>(target), tag);
-  }
-  const auto own = static_cast<std::size_t>(self);
-  copy_bytes(output + from[own], input + to[own], std::min(recv_bytes[own], send_bytes[own]));
-}
+// What other ranks' contributions to a reduction take at most, over all ranks: longer tensors are reduced in
+// parts, which hold whole elements of every dtype.
+constexpr std::int64_t kMostScratchBytes = std::int64_t{32} << 20;
+constexpr std::int64_t kPartAlignment = 16;
 
 // all_to_all: every rank sends its pieces for rank r to rank r. Self-copies included, unless rows stay.
 void exchange_pieces(MpiOperation& operation, int tag) {
@@ -92,45 +76,87 @@ std::vector<std::int64_t> times(const std::vector<std::int64_t>& rows, std::int6
   return result;
 }
 
-// This rank's slice of all ranks' inputs, side by side, reduced in rank order into `output`.
-struct SliceReduction {
-  at::Tensor slices;  // uint8 [size, slice bytes]
-  std::int64_t elements = 0;
+// Every rank's slice of all inputs, which that rank reduces, in rank order, part by part.
+struct Reduction {
+  std::vector<std::int64_t> slice_bytes;  // of each rank; they follow one another in the input
+  char* output = nullptr;                 // where this rank's slice goes
+  at::Tensor parts;                       // uint8 [rank, bytes]: what the others hold of the part under way
+  int tag = 0;
 
-  void finish(const Call& call, int size, char* output) const {
+  std::int64_t part_bytes(int rank, std::int64_t begin) const {
+    return std::clamp<std::int64_t>(slice_bytes[static_cast<std::size_t>(rank)] - begin, 0, parts.size(1));
+  }
+
+  const char* part_of_input(const Call& call, int rank, std::int64_t begin) const {
+    const auto slices = slice_bytes.begin();
+    const std::int64_t slice = std::accumulate(slices, slices + rank, std::int64_t{0});
+    return bytes_of(call.input) + slice + std::min(begin, slices[rank]);
+  }
+
+  // Empty parts are sent too: so every rank names a rank that does not answer, not only those that need its
+  // numbers, while the others name these.
+  void exchange(MpiOperation& operation, std::int64_t begin) const {
+    const int size = operation.group().size();
+    const int self = operation.group().rank;
+    for (int step = 1; step < size; ++step) {
+      const int source = (self + size - step) % size;
+      operation.recv(bytes_of(parts) + source * parts.size(1), part_bytes(self, begin), source, tag, true);
+    }
+    for (int step = 1; step < size; ++step) {
+      const int target = (self + step) % size;
+      operation.send(part_of_input(operation.call(), target, begin), part_bytes(target, begin), target, tag,
+                     true);
+    }
+  }
+
+  void reduce(const Call& call, int self, std::int64_t begin) const {
     std::vector<const void*> inputs;
-    for (int rank = 0; rank < size; ++rank) inputs.push_back(bytes_of(slices) + rank * slices.size(1));
-    const std::vector<void*> outputs = {output};
-    reduce_elements(inputs, outputs, elements, call.dtype, call.reduce);
+    for (int rank = 0; rank < parts.size(0); ++rank) {
+      const char* theirs = bytes_of(parts) + rank * parts.size(1);
+      inputs.push_back(rank == self ? part_of_input(call, self, begin) : theirs);
+    }
+    const std::vector<void*> outputs = {output + begin};
+    const std::int64_t elements =
+        part_bytes(self, begin) / static_cast<std::int64_t>(c10::elementSize(call.dtype));
+    if (elements > 0) reduce_elements(inputs, outputs, elements, call.dtype, call.reduce);
   }
 };
 
-void add_reduce_scatter(MpiOperation& operation, const std::vector<std::int64_t>& send_bytes,
-                        std::int64_t own_elements, char* output, const at::Tensor& scratch, int tag) {
-  const int size = operation.group().size();
-  const std::int64_t own_bytes = send_bytes[static_cast<std::size_t>(operation.group().rank)];
-  const SliceReduction reduction = {.slices = scratch.narrow(0, 0, size * own_bytes).view({size, own_bytes}),
-                                    .elements = own_elements};
-  operation.add_stage([=](MpiOperation& op) {
-    const std::vector<std::int64_t> recv_bytes(static_cast<std::size_t>(size), own_bytes);
-    exchange(op, bytes_of(op.call().input), send_bytes, bytes_of(reduction.slices), recv_bytes, tag);
-  });
-  operation.add_stage([=](MpiOperation& op) { reduction.finish(op.call(), size, output); });
+std::int64_t longest_of(const std::vector<std::int64_t>& slice_bytes) {
+  return *std::max_element(slice_bytes.begin(), slice_bytes.end());
 }
 
-void add_all_reduce(MpiOperation& operation, const at::Tensor& scratch, int first_tag, int second_tag) {
+void add_reduction(MpiOperation& operation, Reduction what) {
+  const auto reduction = std::make_shared<const Reduction>(std::move(what));
+  const std::int64_t longest = longest_of(reduction->slice_bytes);
+  std::int64_t begin = 0;
+  do {
+    operation.add_stage([=](MpiOperation& op) { reduction->exchange(op, begin); });
+    operation.add_stage([=](MpiOperation& op) { reduction->reduce(op.call(), op.group().rank, begin); });
+    begin += reduction->parts.size(1);
+  } while (begin < longest);
+}
+
+// Where all_reduce cuts: slices of almost equal size.
+std::vector<std::int64_t> equal_slices(const Call& call, int size) {
+  std::vector<std::int64_t> bytes;
+  for (int r = 0; r < size; ++r) {
+    const std::int64_t elements =
+        slice_begin(call.elements, size, r + 1) - slice_begin(call.elements, size, r);
+    bytes.push_back(elements * call.row_bytes());
+  }
+  return bytes;
+}
+
+void add_all_reduce(MpiOperation& operation, const std::vector<std::int64_t>& slice_bytes,
+                    const at::Tensor& parts, int first_tag, int second_tag) {
   const Call& call = operation.call();
-  const int size = operation.group().size();
-  const int self = operation.group().rank;
-  std::vector<std::int64_t> slice_bytes;
-  for (int r = 0; r < size; ++r)
-    slice_bytes.push_back((slice_begin(call.elements, size, r + 1) - slice_begin(call.elements, size, r)) *
-                          call.row_bytes());
-  const std::int64_t own_bytes = slice_bytes[static_cast<std::size_t>(self)];
-  char* own = bytes_of(call.output) + slice_begin(call.elements, size, self) * call.row_bytes();
-  add_reduce_scatter(operation, slice_bytes, own_bytes / call.row_bytes(), own, scratch, first_tag);
+  const auto self = static_cast<std::size_t>(operation.group().rank);
+  char* own = bytes_of(call.output) +
+              slice_begin(call.elements, operation.group().size(), operation.group().rank) * call.row_bytes();
+  add_reduction(operation, {.slice_bytes = slice_bytes, .output = own, .parts = parts, .tag = first_tag});
   operation.add_stage([=](MpiOperation& op) {
-    spread(op, own, own_bytes, bytes_of(op.call().output), slice_bytes, second_tag);
+    spread(op, own, slice_bytes[self], bytes_of(op.call().output), slice_bytes, second_tag);
   });
 }
 
@@ -229,23 +255,29 @@ class MpiCommunicator final : public Communicator {
   // Where other ranks' contributions to a reduction are put. Fresh memory would cost more than the reduction
   // (its pages are touched for the first time by the transfer), so it is kept, unless an operation under way
   // uses it.
-  at::Tensor scratch(std::int64_t bytes) {
+  at::Tensor scratch(const std::vector<std::int64_t>& slice_bytes) {
+    const std::int64_t most = kMostScratchBytes / size() / kPartAlignment * kPartAlignment;
+    const std::int64_t part = std::min(longest_of(slice_bytes), most);
+    const std::int64_t bytes = part * size();
     if (!scratch_.defined() || scratch_.numel() < bytes || scratch_.storage().use_count() > 1)
       scratch_ = at::empty({bytes}, at::kByte);
-    return scratch_;
+    return scratch_.narrow(0, 0, bytes).view({size(), part});
   }
 
   void add_stages(MpiOperation& operation, int first_tag, int second_tag) {
     const Call& call = operation.call();
     switch (call.operation) {
       case Operation::kAllReduce: {
-        const std::int64_t slice = call.elements / size() + 1;
-        return add_all_reduce(operation, scratch(slice * size() * call.row_bytes()), first_tag, second_tag);
+        const std::vector<std::int64_t> slices = equal_slices(call, size());
+        return add_all_reduce(operation, slices, scratch(slices), first_tag, second_tag);
       }
-      case Operation::kReduceScatter:
-        return add_reduce_scatter(
-            operation, times(call.send_rows, call.row_bytes()), call.output.numel(), bytes_of(call.output),
-            scratch(call.output.numel() * call.output.element_size() * size()), first_tag);
+      case Operation::kReduceScatter: {
+        const std::vector<std::int64_t> slices = times(call.send_rows, call.row_bytes());
+        return add_reduction(operation, {.slice_bytes = slices,
+                                         .output = bytes_of(call.output),
+                                         .parts = scratch(slices),
+                                         .tag = first_tag});
+      }
       case Operation::kBroadcast:
         return add_broadcast(operation, first_tag);
       case Operation::kBarrier:
@@ -280,16 +312,21 @@ void run_mpi_world(const std::function<void(Communicator&)>& fn, const MpiOption
   const auto engine = std::make_shared<MpiEngine>(options);
   const Group group = engine->world_group();
   refuse_foreign_launcher(group.size(), find_launcher());
+  const std::string own_name = fmt::format("rank {} of {}: ", group.rank, group.size());
   // Rank 0 first, so that the first to report ends the others before they do.
   const auto my_turn = [&] {
     engine->give_up();
     if (group.rank > 0) std::this_thread::sleep_for(std::chrono::milliseconds(200 + 20 * group.rank));
-    return fmt::format("rank {} of {}: ", group.rank, group.size());
+    return own_name;
   };
   try {
     const auto world = std::make_shared<MpiCommunicator>(engine, 0, group);
     fn(*world);
     world->barrier();
+  } catch (const NoAnswer& error) {
+    // Who has waited longest waits for the rank that is missing, the others for those that wait for it.
+    engine->give_up();
+    throw CommError(own_name + error.what());
   } catch (const CommError& error) {
     throw CommError(my_turn() + error.what());
   } catch (const ConfigError& error) {
