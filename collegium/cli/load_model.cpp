@@ -19,11 +19,11 @@ std::string find_model(const std::string& directory) {
 LoadedModel load_model(const std::string& directory, const model::ModelConfig& config, at::ScalarType dtype,
                        const std::shared_ptr<comm::Communicator>& world) {
   // A run that goes on may have written another checkpoint while the ranks looked for the newest one.
-  const std::vector<Json> found = train::on_all_ranks(*world, [&] { return Json(directory); });
-  for (std::size_t rank = 1; rank < found.size(); ++rank) {
-    require_config(found[rank] == found[0], "rank {} found {}, rank 0 {}: name a checkpoint", rank,
-                   found[rank].dump(), found[0].dump());
-  }
+  train::require_same_on_all_ranks(*world, directory,
+                                   [](std::size_t rank, const Json& theirs, const Json& first) {
+                                     return fmt::format("rank {} found {}, rank 0 {}: name a checkpoint",
+                                                        rank, theirs.dump(), first.dump());
+                                   });
   parallel::ParallelOptions options;
   // The fewest exchanges: generation sends few tokens at a time.
   options.dispatcher.kind = moe::DispatcherKind::kUneven;

@@ -13,6 +13,7 @@
 #include "collegium/model/account.h"
 #include "collegium/model/tensor_io.h"
 #include "collegium/parallel/rank_card.h"
+#include "collegium/train/freeze.h"
 
 namespace collegium::cli {
 
@@ -41,6 +42,7 @@ void print_plan(const train::RunConfig& config, int num_ranks, bool json) {
   if (resolved.model.vocab_size == 0)
     resolved.model.vocab_size = data::Dataset(config.data.path).index().vocab_size;
   model::validate(resolved.model, /*training=*/true);
+  train::find_frozen(resolved.model, resolved.model_source.freeze);
   const model::ParameterAccount a = model::count_parameters(resolved.model);
   const double flops = model::training_flops_per_token(resolved.model, resolved.data.sequence_length);
   const auto value_bytes =

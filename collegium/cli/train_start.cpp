@@ -47,13 +47,13 @@ void require_same_run(const Json& saved, const Json& wanted, const std::filesyst
 std::optional<std::filesystem::path> latest_of_all_ranks(const std::filesystem::path& folder,
                                                          comm::Communicator& world) {
   const auto latest = train::find_latest_checkpoint(folder);
-  const std::vector<Json> found =
-      train::on_all_ranks(world, [&] { return Json(latest ? latest->string() : "no checkpoint"); });
-  for (std::size_t rank = 1; rank < found.size(); ++rank) {
-    require_config(found[rank] == found[0],
-                   "run_folder = {}: rank {} finds {} there, rank 0 {}; all ranks must see the same folder",
-                   folder.string(), rank, found[rank].dump(), found[0].dump());
-  }
+  train::require_same_on_all_ranks(
+      world, latest ? latest->string() : "no checkpoint",
+      [&](std::size_t rank, const Json& theirs, const Json& first) {
+        return fmt::format(
+            "run_folder = {}: rank {} finds {} there, rank 0 {}; all ranks must see the same folder",
+            folder.string(), rank, theirs.dump(), first.dump());
+      });
   return latest;
 }
 
@@ -86,8 +86,8 @@ void make_run_folder(const std::filesystem::path& folder) {
 void start_or_resume(const train::RunConfig& config, const TrainRequest& request, train::Trainer& trainer) {
   const std::filesystem::path folder = config.run_folder;
   const bool root = trainer.groups().is_root();
-  if (!request.replay_routing.empty()) trainer.replay_routing(request.replay_routing);
   resume(folder, request, trainer);
+  if (!request.replay_routing.empty()) trainer.replay_routing(request.replay_routing, config.train.steps);
   trainer.groups().world->barrier();
   if (root) make_run_folder(folder);
   if (!request.record_routing.empty()) trainer.record_routing(request.record_routing);

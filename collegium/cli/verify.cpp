@@ -101,6 +101,8 @@ void add_verify(CLI::App& app) {
       "ranks, and so must reruns. Exit code 1 when a bound is exceeded. Two ranks where neither --ranks, a "
       "launcher nor "
       "--emulate says how many.\n"
+      "The others wait while rank 0 computes the one-rank run: with a large --config give a longer "
+      "--timeout.\n"
       "Examples:\n"
       "  collegium verify --ranks 4\n"
       "  collegium verify --ranks 8 --backend local --ranks-per-node 2\n"

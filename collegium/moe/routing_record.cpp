@@ -80,8 +80,8 @@ RoutingReplay::RoutingReplay(const std::filesystem::path& path) : path_(path), f
   }
 }
 
-at::Tensor RoutingReplay::ids_TK(const RoutingKey& key, std::int64_t num_tokens, std::int64_t width,
-                                 std::int64_t num_experts) const {
+void RoutingReplay::require(const RoutingKey& key, std::int64_t num_tokens, std::int64_t width,
+                            std::int64_t num_experts) const {
   const auto found = records_.find(key);
   require_config(found != records_.end(), "{}: no routing of step {}, micro-step {}, layer {}",
                  path_.string(), key.step, key.micro_step, key.layer);
@@ -91,6 +91,12 @@ at::Tensor RoutingReplay::ids_TK(const RoutingKey& key, std::int64_t num_tokens,
       "{}: step {}, micro-step {}, layer {} holds {} tokens x {} of {} experts, this run needs {} x {} of {}",
       path_.string(), key.step, key.micro_step, key.layer, record.sizes[0], record.sizes[1], record.sizes[2],
       num_tokens, width, num_experts);
+}
+
+at::Tensor RoutingReplay::ids_TK(const RoutingKey& key, std::int64_t num_tokens, std::int64_t width,
+                                 std::int64_t num_experts) const {
+  require(key, num_tokens, width, num_experts);
+  const Record& record = records_.at(key);
   at::Tensor ids_TK = at::empty({num_tokens, width}, at::kInt);
   if (ids_TK.nbytes() > 0)
     std::memcpy(ids_TK.mutable_data_ptr(), file_.bytes().data() + record.offset, ids_TK.nbytes());

@@ -54,9 +54,11 @@ class RoutingReplay {
  public:
   /// Throws ConfigError naming the path and position for a file of another kind or a corrupt record.
   explicit RoutingReplay(const std::filesystem::path& path);
+  /// Throws   ConfigError when the record is missing or has other sizes (with both numbers).
+  void require(const RoutingKey& key, std::int64_t num_tokens, std::int64_t width,
+               std::int64_t num_experts) const;
   /// What     int32 [T, record_width].
-  /// Throws   ConfigError when the record is missing, has other sizes (with both numbers), or names an expert
-  ///          that does not exist.
+  /// Throws   ConfigError like require(), and when the record names an expert that does not exist.
   at::Tensor ids_TK(const RoutingKey& key, std::int64_t num_tokens, std::int64_t width,
                     std::int64_t num_experts) const;
   std::size_t num_records() const { return records_.size(); }

@@ -53,17 +53,13 @@ struct StepBatches::Part {
 
 StepBatches::Part StepBatches::part(std::int64_t index) const {
   const std::int64_t begin = index * shape_.micro_sequences;
-  const std::int64_t all = std::min(shape_.micro_sequences, shape_.global_batch - begin);
+  const std::int64_t all = shape_.sequences_of(index);
   const parallel::Share share = parallel::share_of(all, shape_.group_sequences, num_ranks_, rank_);
   return {.all = all,
           .first = begin + share.first,
           .offset = share.first,
           .count = share.count,
           .first_sample = (step_ - 1) * shape_.global_batch + begin + share.first};
-}
-
-std::int64_t StepBatches::num_micro_steps() const {
-  return (shape_.global_batch + shape_.micro_sequences - 1) / shape_.micro_sequences;
 }
 
 MicroBatch StepBatches::micro_step(std::int64_t index) const {

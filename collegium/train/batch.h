@@ -5,6 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -33,6 +34,12 @@ struct StepShape {
   std::int64_t global_batch = 0;     ///< sequences of an optimizer step
   std::int64_t micro_sequences = 0;  ///< of a micro-step (the last may be shorter), over all ranks
   std::int64_t group_sequences = 1;  ///< whole groups of so many go to one rank
+
+  std::int64_t num_micro_steps() const { return (global_batch + micro_sequences - 1) / micro_sequences; }
+  /// Sequences of micro-step `index`, over all ranks.
+  std::int64_t sequences_of(std::int64_t index) const {
+    return std::min(micro_sequences, global_batch - index * micro_sequences);
+  }
 };
 
 /// One rank's part of an optimizer step. Micro-steps are made when they are asked for: only one need be in
@@ -44,7 +51,7 @@ class StepBatches {
               int rank)
       : sampler_(sampler), step_(step), shape_(shape), num_ranks_(num_ranks), rank_(rank) {}
 
-  std::int64_t num_micro_steps() const;
+  std::int64_t num_micro_steps() const { return shape_.num_micro_steps(); }
   /// What     Micro-step `index` (0, 1, …).
   /// Order    A function of (sampler, step): which sequences it holds does not depend on the number of ranks.
   MicroBatch micro_step(std::int64_t index) const;

@@ -89,10 +89,11 @@ void require_finite(const optim::MasterWeights& masters) {
 }
 
 void remove_checkpoint(const fs::path& folder) {
-  // Without its manifest a half-removed folder is no checkpoint.
-  std::error_code absent;
-  if (fs::exists(folder / kManifest, absent)) fs::remove(folder / kManifest);
-  fs::remove_all(folder);
+  // Half removed, it is called a temporary folder, which the next run removes.
+  const fs::path aside = folder.string() + ".tmp-removed";
+  fs::remove_all(aside);
+  fs::rename(folder, aside);
+  fs::remove_all(aside);
 }
 
 void prune(const fs::path& run_folder, std::int64_t keep_last) {
@@ -172,13 +173,13 @@ class CheckpointWriter {
   }
 
   // The rest, by rank 0, when all parts are there. The manifest is last.
-  void commit(const std::vector<fs::path>& companions, std::int64_t keep_last) {
+  void commit(const std::vector<CompanionFile>& companions, std::int64_t keep_last) {
     together([&] {
       if (!groups_.is_root()) return Json();
       const std::vector<std::string> description =
           model::write_model_description(temporary_, decoder_.config(), decoder_.dtype(), index_);
       for (const std::string& name : description) list_file(temporary_, name, files_);
-      for (const fs::path& file : companions) add_file(file.filename().string(), read_file(file));
+      for (const CompanionFile& file : companions) add_file(file.name, file.content);
       add_file(kState, state_json().dump(1));
       write_file_atomically(temporary_ / kManifest, Json{{"version", 1}, {"files", files_}}.dump(1));
       publish();
@@ -293,7 +294,7 @@ TrainingState read_state(const fs::path& checkpoint) {
 
 fs::path save_checkpoint(const fs::path& run_folder, const model::Decoder& decoder,
                          const optim::MasterWeights& masters, const TrainingState& state,
-                         const std::vector<fs::path>& companions, std::int64_t keep_last,
+                         const std::vector<CompanionFile>& companions, std::int64_t keep_last,
                          const parallel::Groups& groups) {
   const comm::WhereScope where(groups.world->where(),
                                {.step = state.step, .layer = -1, .phase = "checkpoint"});

@@ -31,9 +31,15 @@ struct TrainingState {
   Json run_config = Json::object();
 };
 
+/// A file that is not ours but belongs to the model: its tokenizer and the like.
+struct CompanionFile {
+  std::string name;
+  std::string content;
+};
+
 /// What     Writes RUN/step-N and removes checkpoints beyond the newest `keep_last` (0 = keep all). World
 ///          rank 0 writes what all ranks have; the experts are written by the ranks of their first copy
-///          (edp = 0). `companions` (tokenizer and the like) are copied under their names.
+///          (edp = 0). Rank 0's `companions` are written beside them.
 /// Comm     collective over the world: three gathers of a few bytes per tensor; nobody commits before every
 ///          rank has written.
 /// Returns  its folder.
@@ -42,8 +48,8 @@ struct TrainingState {
 ///          the others.
 std::filesystem::path save_checkpoint(const std::filesystem::path& run_folder, const model::Decoder& decoder,
                                       const optim::MasterWeights& masters, const TrainingState& state,
-                                      const std::vector<std::filesystem::path>& companions,
-                                      std::int64_t keep_last, const parallel::Groups& groups);
+                                      const std::vector<CompanionFile>& companions, std::int64_t keep_last,
+                                      const parallel::Groups& groups);
 
 /// What     The newest committed checkpoint of a run folder; uncommitted and temporary folders are passed
 ///          over.
@@ -51,7 +57,8 @@ std::optional<std::filesystem::path> find_latest_checkpoint(const std::filesyste
 
 /// What     Removes what killed runs left: temporary folders.
 void remove_temporary_folders(const std::filesystem::path& run_folder);
-/// What     Removes every checkpoint of a run, the manifest of each first.
+/// What     Removes every checkpoint of a run. Each is a temporary folder first, so that nothing half removed
+///          is taken for one.
 void remove_checkpoints(const std::filesystem::path& run_folder);
 
 /// What     Checks every file against the manifest.

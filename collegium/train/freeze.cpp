@@ -3,8 +3,6 @@
 
 #include <ATen/ops/zeros.h>
 
-#include <set>
-
 #include "collegium/base/error.h"
 
 namespace collegium::train {
@@ -17,36 +15,39 @@ bool matches(std::string_view pattern, std::string_view text) {
   return !text.empty() && pattern.front() == text.front() && matches(pattern.substr(1), text.substr(1));
 }
 
-void freeze_parameters(const model::ModelConfig& config, const std::vector<std::string>& patterns,
-                       std::vector<model::Parameter>& held) {
+Freezing find_frozen(const model::ModelConfig& config, const std::vector<std::string>& patterns) {
   // Of the whole model, so that every rank says the same of a pattern.
   const std::vector<model::Parameter> parameters = model::list_parameters(config);
   const auto disk_tensors = model::list_disk_tensors(config, parameters);
-  std::set<std::string> frozen;
+  Freezing freezing;
   for (const std::string& pattern : patterns) {
     bool any = false;
     for (const model::DiskTensor& disk : disk_tensors) {
       if (!matches(pattern, disk.name)) continue;
-      frozen.insert(disk.name);
+      freezing.disk_names.insert(disk.name);
       any = true;
     }
     require_config(any, "model.freeze \"{}\": matches no tensor (names are those on disk, such as {})",
                    pattern, disk_tensors.front().name);
   }
-  std::vector<bool> trained(parameters.size(), false);
+  freezing.trained.assign(parameters.size(), false);
   for (const model::DiskTensor& disk : disk_tensors) {
-    if (!frozen.contains(disk.name)) trained[disk.parameter] = true;
+    if (!freezing.disk_names.contains(disk.name)) freezing.trained[disk.parameter] = true;
   }
   bool left = false;
-  for (std::size_t i = 0; i < held.size(); ++i) {
-    left = left || (trained[i] && parameters[i].trainable);
-    held[i].trainable = held[i].trainable && trained[i];
-  }
+  for (std::size_t i = 0; i < parameters.size(); ++i)
+    left = left || (freezing.trained[i] && parameters[i].trainable);
   require_config(left, "model.freeze: nothing is left to train");
+  return freezing;
+}
+
+void freeze_parameters(const model::ModelConfig& config, const Freezing& freezing,
+                       std::vector<model::Parameter>& held) {
+  for (std::size_t i = 0; i < held.size(); ++i) held[i].trainable = held[i].trainable && freezing.trained[i];
   for (const model::DiskTensor& disk : model::list_disk_tensors(config, held)) {
     model::Parameter& parameter = held[disk.parameter];
-    const bool whole = !trained[disk.parameter] && parameter.kind != model::ParameterKind::kBuffer;
-    if (whole || !frozen.contains(disk.name)) continue;
+    const bool whole = !freezing.trained[disk.parameter] && parameter.kind != model::ParameterKind::kBuffer;
+    if (whole || !freezing.disk_names.contains(disk.name)) continue;
     if (!parameter.frozen.defined()) parameter.frozen = at::zeros(parameter.shape, at::kBool);
     model::disk_view(disk, parameter.frozen).fill_(true);
   }

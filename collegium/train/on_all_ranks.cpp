@@ -62,4 +62,13 @@ std::vector<Json> on_all_ranks(comm::Communicator& world, const std::function<Js
   return results;
 }
 
+void require_same_on_all_ranks(
+    comm::Communicator& world, const Json& own,
+    const std::function<std::string(std::size_t rank, const Json& theirs, const Json& first)>& explain) {
+  const std::vector<Json> all = on_all_ranks(world, [&] { return own; });
+  for (std::size_t rank = 1; rank < all.size(); ++rank) {
+    if (all[rank] != all[0]) throw ConfigError(explain(rank, all[rank], all[0]));
+  }
+}
+
 }  // namespace collegium::train

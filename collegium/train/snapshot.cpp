@@ -93,7 +93,7 @@ Snapshot take_snapshot(const RunConfig& config, const std::shared_ptr<comm::Comm
                        std::int64_t steps, const RoutingFiles& routing) {
   Trainer trainer(config, world);
   if (!routing.record.empty()) trainer.record_routing(routing.record);
-  if (!routing.replay.empty()) trainer.replay_routing(routing.replay);
+  if (!routing.replay.empty()) trainer.replay_routing(routing.replay, steps);
   Snapshot snapshot;
   for (std::int64_t step = 1; step <= steps; ++step) {
     StepReport report = trainer.compute_gradients();

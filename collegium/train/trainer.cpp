@@ -12,6 +12,7 @@
 #include <optional>
 
 #include "collegium/base/error.h"
+#include "collegium/base/file.h"
 #include "collegium/comm/local/local.h"
 #include "collegium/model/checkpoint_io.h"
 #include "collegium/model/tensor_io.h"
@@ -46,11 +47,11 @@ RunConfig with_vocabulary(RunConfig config, const data::Dataset& dataset) {
 
 // Ranks that read different files, or were given different --set, would train different models.
 void require_same_config(comm::Communicator& world, const RunConfig& config, const data::Dataset& dataset) {
-  const std::vector<Json> configs = on_all_ranks(world, [&] { return run_config_json(config, dataset); });
-  for (std::size_t rank = 1; rank < configs.size(); ++rank) {
-    const std::string difference = first_difference(configs[rank], configs[0]);
-    require_config(difference.empty(), "rank {} was given another run than rank 0: {}", rank, difference);
-  }
+  require_same_on_all_ranks(world, run_config_json(config, dataset),
+                            [](std::size_t rank, const Json& theirs, const Json& first) {
+                              return fmt::format("rank {} was given another run than rank 0: {}", rank,
+                                                 first_difference(theirs, first));
+                            });
 }
 
 // The ledger's name for what only comparisons send.
@@ -83,6 +84,9 @@ Trainer::Trainer(const RunConfig& config, const std::shared_ptr<comm::Communicat
   const at::ScalarType dtype = model::parse_dtype(config_.train.dtype, "train.dtype");
   parallel::require_memory(config_.model, groups_, static_cast<std::int64_t>(c10::elementSize(dtype)),
                            config_.batch.micro_sequences * config_.data.sequence_length);
+  // All that may be refused, before the weights take their memory.
+  const Freezing freezing = find_frozen(config_.model, config_.model_source.freeze);
+  moe::ExpertTransport transport = parallel::make_transport(groups_, config_.parallel);
   const model::ExpertRange held = groups_.held_experts();
   std::vector<model::Parameter> parameters;
   require_tokenizer_of(config_.model_source.init);
@@ -92,11 +96,11 @@ Trainer::Trainer(const RunConfig& config, const std::shared_ptr<comm::Communicat
   } else {
     parameters = model::load_parameters(config_.model_source.init, config_.model, dtype, held);
   }
-  freeze_parameters(config_.model, config_.model_source.freeze, parameters);
-  decoder_ = std::make_unique<model::Decoder>(config_.model, std::move(parameters),
-                                              parallel::make_transport(groups_, config_.parallel));
+  freeze_parameters(config_.model, freezing, parameters);
+  decoder_ = std::make_unique<model::Decoder>(config_.model, std::move(parameters), std::move(transport));
   build_optimizer_state();
   state_.run_config = run_config_json(config_, dataset_);
+  if (groups_.is_root()) companions_ = read_companions();
 }
 
 void Trainer::build_optimizer_state() {
@@ -127,15 +131,7 @@ model::ForwardOptions Trainer::forward_options(const MicroBatch& batch, std::int
                      .training = true,
                      .padding_T = {}};
   if (config_.data.mask_documents) options.document_ids_BS = batch.document_ids_BS;
-  if (!replay_) return options;
-  const moe::MoeOptions& moe = config_.model.moe;
-  const std::int64_t length = config_.data.sequence_length;
-  for (std::int64_t layer = 0; layer < decoder_->num_moe_layers(); ++layer) {
-    const at::Tensor all_ids_TK = replay_->ids_TK({step, micro_step, layer}, batch.all_sequences * length,
-                                                  moe::record_width(moe), moe.num_experts);
-    options.replayed_ids.push_back(
-        all_ids_TK.narrow(0, batch.offset * length, batch.ids_BS.size(0) * length));
-  }
+  if (replay_) options.replayed_ids = replay_->ids_of_layers(batch, step, micro_step);
   return options;
 }
 
@@ -334,8 +330,12 @@ void Trainer::record_routing(const std::filesystem::path& file) {
   recording_ = true;
   if (groups_.is_root()) recorder_ = std::make_unique<moe::RoutingRecorder>(file, state_.step);
 }
-void Trainer::replay_routing(const std::filesystem::path& file) {
-  replay_ = std::make_unique<moe::RoutingReplay>(file);
+void Trainer::replay_routing(const std::filesystem::path& file, std::int64_t last_step) {
+  replay_ = std::make_unique<Replay>(file, ReplayRequest{.shape = step_shape(config_),
+                                                         .moe = config_.model.moe,
+                                                         .num_moe_layers = decoder_->num_moe_layers(),
+                                                         .first_step = state_.step + 1,
+                                                         .last_step = last_step});
 }
 
 // Weights learned the meaning of another tokenizer's ids.
@@ -361,9 +361,12 @@ void Trainer::resume(const std::filesystem::path& checkpoint, bool weights_only)
 
 // The tokenizer that made the tokens, and what else came with the model that the run started from. Files of
 // another tokenizer stay behind.
-std::vector<std::filesystem::path> Trainer::companions() const {
-  std::vector<std::filesystem::path> files;
-  if (dataset_.has_tokenizer()) files.push_back(dataset_.tokenizer_file());
+std::vector<CompanionFile> Trainer::read_companions() const {
+  std::vector<CompanionFile> files;
+  const auto add = [&](const std::filesystem::path& file) {
+    files.push_back({.name = file.filename().string(), .content = read_file(file)});
+  };
+  if (dataset_.has_tokenizer()) add(dataset_.tokenizer_file());
   const std::filesystem::path init = config_.model_source.init;
   if (init.empty()) return files;
   std::vector<const char*> names = {"generation_config.json", "chat_template.jinja"};
@@ -374,14 +377,14 @@ std::vector<std::filesystem::path> Trainer::companions() const {
     if (!dataset_.has_tokenizer()) names.push_back("tokenizer.model");
   }
   for (const char* name : names) {
-    if (std::filesystem::exists(init / name)) files.push_back(init / name);
+    if (std::filesystem::exists(init / name)) add(init / name);
   }
   return files;
 }
 
 std::filesystem::path Trainer::save(double elapsed_seconds) {
   state_.elapsed_seconds = elapsed_seconds;
-  return save_checkpoint(config_.run_folder, *decoder_, *masters_, state_, companions(),
+  return save_checkpoint(config_.run_folder, *decoder_, *masters_, state_, companions_,
                          config_.checkpoint.keep_last, groups_);
 }
 

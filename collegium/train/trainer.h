@@ -22,6 +22,7 @@
 #include "collegium/train/batch.h"
 #include "collegium/train/checkpoint.h"
 #include "collegium/train/prediction.h"
+#include "collegium/train/replay.h"
 #include "collegium/train/run_config.h"
 
 namespace collegium::train {
@@ -84,7 +85,9 @@ class Trainer {
 
   /// Writes the steps from here on; records of earlier steps in the file stay.
   void record_routing(const std::filesystem::path& file);
-  void replay_routing(const std::filesystem::path& file);
+  /// Takes the experts of the steps from here to `last_step` from a record.
+  /// Throws   ConfigError when the record lacks one of these steps or is of another shape.
+  void replay_routing(const std::filesystem::path& file, std::int64_t last_step);
   /// Continues from a checkpoint; with `weights_only` from its weights alone, at step 0.
   void resume(const std::filesystem::path& checkpoint, bool weights_only);
   std::filesystem::path save(double elapsed_seconds);
@@ -109,7 +112,7 @@ class Trainer {
   void reduce_norm_and_monitors(StepReport& report);
   void update_biases();
   void require_tokenizer_of(const std::filesystem::path& model_folder) const;
-  std::vector<std::filesystem::path> companions() const;
+  std::vector<CompanionFile> read_companions() const;
   CommReport report_communication();
 
   RunConfig config_;
@@ -121,10 +124,11 @@ class Trainer {
   std::unique_ptr<parallel::GradientSync> gradient_sync_;
   std::vector<moe::MonitorSums> monitors_;  ///< of the step under way, per MoE layer
   TrainingState state_;
+  std::vector<CompanionFile> companions_;           ///< on rank 0, as they were when the run began
   std::unique_ptr<moe::RoutingRecorder> recorder_;  ///< on rank 0
   bool recording_ = false;
   std::optional<plan::RoutingCounts> audited_;  ///< what this step's rows were sent by
-  std::unique_ptr<moe::RoutingReplay> replay_;
+  std::unique_ptr<Replay> replay_;
 };
 
 }  // namespace collegium::train

@@ -285,6 +285,22 @@ def check_launchers(model: pathlib.Path, ids: str) -> None:
         passed(done.stderr.count(message) == 1, f"{options}: not one message: {done.stderr}")
 
 
+def check_separate_folders(run_file: pathlib.Path, scratch: pathlib.Path) -> None:
+    """Ranks without a shared file system: the checkpoint is where rank 0 is, and rank 1 has none."""
+    arguments = ["train", str(run_file), "--set", "run_folder=run"]
+    here, there = scratch / "here", scratch / "there"
+    here.mkdir()
+    there.mkdir()
+    done = subprocess.run([BINARY, *arguments], cwd=here, capture_output=True, text=True, check=False, timeout=60)
+    passed(done.returncode == 0, done.stderr)
+    rank = [BINARY, *arguments]
+    each = ["-n", "1", "--wdir", str(here), *rank, ":", "-n", "1", "--wdir", str(there), *rank]
+    done = subprocess.run([*MPIRUN_COMMAND, *each], capture_output=True, text=True, check=False, timeout=60)
+    message = 'run_folder = run: rank 1 finds "no checkpoint" there, rank 0 "run/step-00000006"'
+    passed(done.returncode == 2 and done.stderr.count(message) == 1, f"{done.returncode}: {done.stderr}")
+    passed(not (there / "run").exists(), "a refused rank wrote something")
+
+
 def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as temporary:
@@ -306,6 +322,7 @@ def main() -> None:
         check_launchers(model, ids)
         if MPIRUN:
             check_lost_ranks(endless)
+            check_separate_folders(run_file, folder)
     print(f"{CHECKS} passed, 0 failed")
 
 

@@ -143,8 +143,7 @@ train::TrainingState state_of(std::int64_t step) {
 void save(const fs::path& run_folder, const Layout& layout, std::int64_t num_experts, at::ScalarType dtype,
           std::int64_t step, std::int64_t keep_last) {
   fs::create_directories(run_folder);
-  const fs::path tokenizer = run_folder / "tokenizer.model";
-  write_file_atomically(tokenizer, "pieces");
+  const train::CompanionFile tokenizer{.name = "tokenizer.model", .content = "pieces"};
   comm::run_ranks(layout.ranks, [&](comm::Communicator& world) {
     const Rank rank(world, layout.ep, num_experts, dtype, step);
     const fs::path path = train::save_checkpoint(run_folder, rank.decoder, rank.masters, state_of(step),

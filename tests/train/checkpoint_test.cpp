@@ -226,7 +226,7 @@ class FailedSave : public TemporaryFolder {
   // Four ranks save step 8 beside step 7; `change` may spoil a rank first. Step 7 must stay all there is.
   template <typename E>
   void expect_failed(const std::string& text, const std::function<void(Rank&)>& change,
-                     const std::vector<fs::path>& companions = {}) const {
+                     const std::vector<train::CompanionFile>& companions = {}) const {
     save(folder(), {4, 2}, 6, at::kBFloat16, 7);
     expect_failure<E>(4, text, [&](comm::Communicator& world) {
       Rank rank(world, 2, 6, at::kBFloat16, 8);
@@ -255,7 +255,8 @@ TEST_F(FailedSave, rank_that_cannot_write_its_part) {
 }
 
 TEST_F(FailedSave, root_that_cannot_commit) {
-  expect_failed<Error>("rank 0 of 4: cannot read", [](Rank&) {}, {folder() / "no_such_tokenizer"});
+  expect_failed<Error>("rank 0 of 4: cannot write", [](Rank&) {},
+                       {{.name = "no_such_folder/tokenizer.model", .content = "pieces"}});
 }
 
 TEST_F(FailedSave, file_in_place_of_the_run_folder) {

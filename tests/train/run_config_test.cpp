@@ -110,9 +110,8 @@ TEST(Freeze, mistakes_are_named) {
   config.vocab_size = config.hidden_size = config.num_layers = config.num_heads = 2;
   config.moe.ffn_size = 2;
   model::complete(config);
-  auto parameters = model::list_parameters(config);
-  EXPECT_THROW(train::freeze_parameters(config, {"nothing.like.this"}, parameters), ConfigError);
-  EXPECT_THROW(train::freeze_parameters(config, {"*"}, parameters), ConfigError);
+  EXPECT_THROW(train::find_frozen(config, {"nothing.like.this"}), ConfigError);
+  EXPECT_THROW(train::find_frozen(config, {"*"}), ConfigError);
 }
 
 }  // namespace

@@ -87,9 +87,30 @@ TEST_F(Training, replayed_routing_gives_the_recorded_run) {
   recorded.record_routing(folder_ / "routing");
   train::Trainer replayed(config());
   for (int i = 0; i < 2; ++i) recorded.step();
-  replayed.replay_routing(folder_ / "routing");
+  replayed.replay_routing(folder_ / "routing", 2);
   for (int i = 0; i < 2; ++i) replayed.step();
   EXPECT_TRUE(at::equal(all_masters(replayed), all_masters(recorded)));
+}
+
+// Before the first step, not after an hour of training.
+TEST_F(Training, record_that_is_too_short_or_of_another_shape_is_refused_beforehand) {
+  {
+    train::Trainer recorded(config());
+    recorded.record_routing(folder_ / "routing");
+    for (int i = 0; i < 2; ++i) recorded.step();
+  }
+  const auto refusal = [&](const std::vector<std::string>& overrides, std::int64_t last_step) {
+    train::Trainer replayed(config(overrides));
+    try {
+      replayed.replay_routing(folder_ / "routing", last_step);
+    } catch (const ConfigError& error) {
+      return std::string(error.what());
+    }
+    return std::string("accepted");
+  };
+  EXPECT_EQ(refusal({}, 2), "accepted");
+  EXPECT_THAT(refusal({}, 3), testing::HasSubstr("routing: no routing of step 3, micro-step 0, layer 0"));
+  EXPECT_THAT(refusal({"model.moe.top_k=3"}, 2), testing::HasSubstr("this run needs"));
 }
 
 TEST_F(Training, expert_choice_is_recorded_with_every_expert) {
@@ -100,7 +121,7 @@ TEST_F(Training, expert_choice_is_recorded_with_every_expert) {
   recorded.record_routing(folder_ / "routing");
   train::Trainer replayed(config(overrides));
   recorded.step();
-  replayed.replay_routing(folder_ / "routing");
+  replayed.replay_routing(folder_ / "routing", 1);
   replayed.step();
   EXPECT_TRUE(at::equal(all_masters(replayed), all_masters(recorded)));
 }
@@ -122,7 +143,7 @@ TEST_F(Training, record_of_a_resumed_run_is_that_of_the_whole_run) {
   second.record_routing(folder_ / "parts");
   for (int i = 2; i < 4; ++i) second.step();
   train::Trainer replayed(config());
-  replayed.replay_routing(folder_ / "parts");
+  replayed.replay_routing(folder_ / "parts", 4);
   for (int i = 0; i < 4; ++i) replayed.step();
   EXPECT_EQ(read_file(folder_ / "parts"), read_file(folder_ / "whole"));
 }
@@ -160,6 +181,8 @@ TEST_F(Training, what_belongs_to_the_tokenizer_is_carried_over) {
                                                    start.string() + "\"\n");
   fs::create_directories(folder_ / "tuned");
   train::Trainer tuned(train::read_run_config(folder_ / "tune.toml", {"train.dtype=float64"}));
+  // Whatever becomes of the files while the run is under way: the tokens were made by what it found.
+  for (const std::string& name : names) write_file_atomically(start / name, "another one");
   const fs::path checkpoint = tuned.save(0.0);
   for (const std::string& name : names) EXPECT_EQ(read_file(checkpoint / name), "of the model: " + name);
   train::verify_checkpoint(checkpoint);
