@@ -163,7 +163,7 @@ EvalResult evaluate_ids(const EvalArguments& arguments, const LoadedModel& loade
   const model::ModelConfig& config = decoder.config();
   comm::Communicator& dp = *loaded.groups.dp;
   const comm::WhereScope scope(dp.where(), {.step = -1, .layer = -1, .phase = "evaluation"});
-  const std::int64_t unit = moe::indivisible_sequences(config.moe);
+  const std::int64_t unit = moe::indivisible_sequences(config.moe, /*training=*/false);
   require_config(all_ids_BS.size(0) % unit == 0,
                  "{}: {} sequences, must be a multiple of model.moe.capacity.group_sequences = {}",
                  arguments.input, all_ids_BS.size(0), unit);

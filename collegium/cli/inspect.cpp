@@ -43,8 +43,11 @@ Tokens read_tokens(const InspectArguments& arguments, const model::ModelConfig& 
   require_config(given == 1, "inspect: give one of --text, --file and --input");
   Tokens tokens;
   if (!arguments.input.empty()) {
-    const at::Tensor ids =
-        model::read_tensor(SafetensorsFile(arguments.input), "input_ids").reshape({-1}).contiguous();
+    const at::Tensor all_ids = model::read_tensor(SafetensorsFile(arguments.input), "input_ids");
+    require_config(all_ids.dim() <= 1 || all_ids.numel() == all_ids.size(-1),
+                   "{}: input_ids has shape [{}]: inspect takes one sequence", arguments.input,
+                   fmt::join(all_ids.sizes(), ", "));
+    const at::Tensor ids = all_ids.reshape({-1}).contiguous();
     require_config(ids.scalar_type() == at::kLong, "{}: input_ids must be int64", arguments.input);
     tokens.ids.assign(ids.const_data_ptr<std::int64_t>(), ids.const_data_ptr<std::int64_t>() + ids.numel());
     for (const std::int64_t id : tokens.ids) tokens.pieces.push_back(std::to_string(id));

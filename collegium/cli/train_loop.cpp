@@ -222,8 +222,16 @@ class Sample {
     tokenizer_ = data::Tokenizer::load(trainer.dataset().tokenizer_file());
     ids_ = tokenizer_->encode(config.logging.sample_prompt, /*add_bos=*/true);
     const auto length = static_cast<std::int64_t>(ids_.size());
+    require_config(length > 0, "logging.sample_prompt = \"{}\": the tokenizer makes no token of it",
+                   config.logging.sample_prompt);
+    const moe::MoeOptions& moe = trainer.decoder().config().moe;
+    require_config(
+        moe::indivisible_sequences(moe, /*training=*/false) == 1,
+        "logging.sample_prompt: text is generated one sequence at a time, but with "
+        "capacity.drop_in_evaluation = true groups of capacity.group_sequences = {} belong together",
+        moe.capacity.group_sequences);
     const std::int64_t most = trainer.decoder().config().max_positions;
-    require_config(length + config.logging.sample_tokens <= most,
+    require_config(config.logging.sample_tokens <= most - length,
                    "logging.sample_tokens = {}: with the {} tokens of logging.sample_prompt more than "
                    "model.max_positions = {}",
                    config.logging.sample_tokens, length, most);

@@ -83,8 +83,9 @@ std::vector<std::int64_t> Tokenizer::encode(std::string_view text, bool add_bos)
 std::string Tokenizer::decode(const std::vector<std::int64_t>& ids) const {
   std::vector<int> narrow;
   for (const std::int64_t id : ids) {
-    COLLEGIUM_CHECK(id >= 0 && id < vocab_size(), "token {} of a vocabulary of {}", id, vocab_size());
-    narrow.push_back(static_cast<int>(id));
+    COLLEGIUM_CHECK(id >= 0, "token {}", id);
+    // A model may have more rows than its tokenizer has pieces, and sample one of them.
+    narrow.push_back(id < vocab_size() ? static_cast<int>(id) : impl_->processor.unk_id());
   }
   std::string text;
   const auto status = impl_->processor.Decode(narrow, &text);

@@ -208,7 +208,7 @@ std::vector<Parameter> load_parameters(const fs::path& directory, const ModelCon
   for (const DiskTensor& disk : list_disk_tensors(config, list_parameters(config))) {
     const bool elsewhere =
         disk.expert >= 0 && (disk.expert < held.first || disk.expert >= held.end(config.moe.num_experts));
-    if (elsewhere && !fused.contains(disk.parameter)) loader.pass_over(disk.name);
+    if (elsewhere && !fused.contains(disk.parameter)) loader.pass_over(name_in(loader, disk.name));
   }
   if (config.tie_embeddings) loader.accept_copy("lm_head.weight", parameters[0].value);
   loader.refuse_unused();

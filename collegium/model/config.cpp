@@ -109,6 +109,8 @@ Json write_model_config(const ModelConfig& config, const std::string& dtype_name
     json["model_type"] = "collegium_moe";
     json["architectures"] = Json::array();
     json["collegium"] = write_fields(config);
+    json["output_router_logits"] = config.output_router_logits;
+    json["router_aux_loss_coef"] = config.router_aux_loss_coef;
     return json;
   }
   write_family(config, json);
@@ -145,6 +147,9 @@ void validate(const ModelConfig& c, bool training) {
   for (const bool is_moe : c.moe_layers) {
     any_moe = any_moe || is_moe;
     require_config(is_moe || c.dense_ffn_size >= 1, "model.dense_ffn_size = {}: dense layers need at least 1",
+                   c.dense_ffn_size);
+    constexpr std::int64_t kMaxWidth = std::int64_t{1} << 31;
+    require_config(is_moe || c.dense_ffn_size < kMaxWidth, "model.dense_ffn_size = {}: must be below 2^31",
                    c.dense_ffn_size);
   }
   if (any_moe) moe::validate(c.moe, "model.moe", /*causal=*/true, training);

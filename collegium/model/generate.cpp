@@ -54,7 +54,7 @@ std::vector<std::int64_t> generate(const Decoder& decoder, const std::vector<std
                    config.vocab_size);
   }
   const auto length = static_cast<std::int64_t>(prompt.size());
-  require_config(length + options.max_tokens <= config.max_positions,
+  require_config(options.max_tokens <= config.max_positions - length,
                  "{} prompt tokens and --max-tokens {}: more than the model's max_positions = {}", length,
                  options.max_tokens, config.max_positions);
   const at::NoGradGuard no_grad;

@@ -5,7 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "collegium/base/fields.h"
@@ -45,7 +45,10 @@ class MonitorSums {
 
   /// `totals` of all ranks, and the largest |logit|, of this rank or of all.
   void add(const RouterTotals& totals, double max_abs_logit);
-  void raise_max_abs_logit(double value) { max_abs_logit_ = std::max(max_abs_logit_, value); }
+  /// A NaN stays.
+  void raise_max_abs_logit(double value) {
+    if (!std::isnan(max_abs_logit_) && !(value <= max_abs_logit_)) max_abs_logit_ = value;
+  }
   double max_abs_logit() const { return max_abs_logit_; }
   const RouterTotals& totals() const { return totals_; }
   LayerMonitors monitors(const MoeOptions& options) const;

@@ -8,6 +8,8 @@ namespace collegium::moe {
 
 namespace {
 
+constexpr std::int64_t kMaxWidth = std::int64_t{1} << 31;
+
 void validate_sizes(const MoeOptions& o, const std::string& path) {
   constexpr std::int64_t kMaxExperts = std::int64_t{1} << 20;
   require_config(o.num_experts >= 1, "{}.num_experts = {}: must be at least 1", path, o.num_experts);
@@ -15,13 +17,14 @@ void validate_sizes(const MoeOptions& o, const std::string& path) {
                  kMaxExperts);
   require_config(o.top_k >= 1 && o.top_k <= o.num_experts,
                  "{}.top_k = {}: must lie between 1 and num_experts = {}", path, o.top_k, o.num_experts);
-  constexpr std::int64_t kMaxWidth = std::int64_t{1} << 31;
   require_config(o.ffn_size >= 1, "{}.ffn_size = {}: must be at least 1", path, o.ffn_size);
   require_config(o.ffn_size < kMaxWidth, "{}.ffn_size = {}: must be below 2^31", path, o.ffn_size);
   const SharedExpertOptions& shared = o.shared_expert;
   require_config(shared.kind == SharedExpert::kNone || shared.ffn_size >= 1,
                  "{}.shared_expert.ffn_size = {}: must be at least 1 for kind = \"{}\"", path,
                  shared.ffn_size, enum_name(shared.kind));
+  require_config(shared.ffn_size < kMaxWidth, "{}.shared_expert.ffn_size = {}: must be below 2^31", path,
+                 shared.ffn_size);
 }
 
 void validate_groups(const MoeOptions& o, const std::string& path) {
@@ -108,18 +111,28 @@ void validate_losses(const MoeOptions& o, const std::string& path) {
   require_config(b.load_cv2 == 0.0 || o.router.noise == Noise::kNoisyTopK,
                  "{}.balance.load_cv2 = {}: the smooth load needs router.noise = \"noisy_top_k\", not \"{}\"",
                  path, b.load_cv2, enum_name(o.router.noise));
+  require_config(b.load_cv2 == 0.0 || chooses_largest_logits(o),
+                 "{}.balance.load_cv2 = {}: the smooth load is that of router.selection = \"top_k\" without "
+                 "bias_balancing, over all groups",
+                 path, b.load_cv2);
 }
 
 }  // namespace
 
-bool tokens_interact_in_groups(const MoeOptions& options) {
-  return options.capacity.drop_policy != DropPolicy::kNone ||
-         options.router.selection == Selection::kSinkhorn ||
+bool chooses_largest_logits(const MoeOptions& options) {
+  const RouterOptions& r = options.router;
+  return r.selection == Selection::kTopK && !r.bias_balancing && r.top_groups == r.num_groups;
+}
+
+bool tokens_interact_in_groups(const MoeOptions& options, bool training) {
+  const CapacityOptions& capacity = options.capacity;
+  const bool drops = capacity.drop_policy != DropPolicy::kNone && (training || capacity.drop_in_evaluation);
+  return drops || (training && options.router.selection == Selection::kSinkhorn) ||
          options.router.selection == Selection::kExpertChoice;
 }
 
-std::int64_t indivisible_sequences(const MoeOptions& options) {
-  return tokens_interact_in_groups(options) ? options.capacity.group_sequences : 1;
+std::int64_t indivisible_sequences(const MoeOptions& options, bool training) {
+  return tokens_interact_in_groups(options, training) ? options.capacity.group_sequences : 1;
 }
 
 void validate(const MoeOptions& options, const std::string& path, bool causal, bool training) {
@@ -133,7 +146,8 @@ void validate(const MoeOptions& options, const std::string& path, bool causal, b
   constexpr std::int64_t kMostPlaces = std::int64_t{1} << 31;
   require_config(capacity.min_capacity >= 0 && capacity.min_capacity <= kMostPlaces,
                  "{}.capacity.min_capacity = {}: must lie between 0 and 2^31", path, capacity.min_capacity);
-  require_config(capacity.group_sequences >= 1, "{}.capacity.group_sequences = {}: must be at least 1", path,
+  require_config(capacity.group_sequences >= 1 && capacity.group_sequences <= kMostPlaces,
+                 "{}.capacity.group_sequences = {}: must lie between 1 and 2^31", path,
                  capacity.group_sequences);
   require_config(
       options.router.renormalize != Renormalize::kAfterDrop || capacity.drop_policy != DropPolicy::kNone ||

@@ -177,12 +177,15 @@ void describe(Fields& fields, MoeOptions& o) {
 /// Throws   ConfigError naming field (prefixed by `path`), value, rule and the other number.
 void validate(const MoeOptions& options, const std::string& path, bool causal, bool training);
 
-/// What     Whether the tokens of a capacity group influence each other's experts: groups must then stay
-///          whole.
-bool tokens_interact_in_groups(const MoeOptions& options);
+/// What     Whether a token's experts are its K largest (noisy) logits, of all experts and unbiased: what the
+///          smooth load is the probability of.
+bool chooses_largest_logits(const MoeOptions& options);
+/// What     Whether the tokens of a capacity group influence each other's experts, in training or in
+///          evaluation: groups must then stay whole.
+bool tokens_interact_in_groups(const MoeOptions& options, bool training);
 /// What     Consecutive sequences that must stay on one rank: those of a group where its tokens influence
 ///          each other, else one.
-std::int64_t indivisible_sequences(const MoeOptions& options);
+std::int64_t indivisible_sequences(const MoeOptions& options, bool training);
 
 }  // namespace collegium::moe
 

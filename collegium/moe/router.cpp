@@ -8,6 +8,7 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/where.h>
@@ -64,7 +65,9 @@ const at::Tensor& logits(const RouterState& state) {
 void compute_scores(RouterState& state) {
   if (state.options.router.score == ScoreFunction::kSigmoid) {
     state.scores_TE = at::sigmoid(logits(state));
-    state.score_sum_T1 = state.scores_TE.sum(1, true);
+    // All scores of a token may underflow: its probabilities are 0 then, not 0/0.
+    const at::Tensor sum_T1 = state.scores_TE.sum(1, true);
+    state.score_sum_T1 = at::where(sum_T1.eq(0), at::ones_like(sum_T1), sum_T1);
     state.lse_T1 = at::logsumexp(state.clean_TE, {1}, true);
     return;
   }

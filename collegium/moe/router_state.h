@@ -26,7 +26,7 @@ struct RouterState {
   SmoothLoad load;
 
   at::Tensor scores_TE;          ///< softmax or sigmoid of the (noisy) logits
-  at::Tensor score_sum_T1;       ///< sigmoid only: the sum that normalises the statistics' probabilities
+  at::Tensor score_sum_T1;       ///< sigmoid only: what normalises the statistics' probabilities; not 0
   at::Tensor lse_T1;             ///< logsumexp of the clean logits
   at::Tensor entropy_T1;         ///< softmax only: of the scores, in nats
   at::Tensor valid_T1;           ///< 1 = a token, 0 = padding; undefined = all tokens

@@ -127,11 +127,14 @@ at::Tensor forced_ids(const MoeOptions& options, const TokenContext& context) {
   for (std::int64_t token = 0; token < context.num_tokens(); ++token) {
     const std::int64_t global = context.first_token() + token;
     // Bresenham's line: the hot tokens are spread evenly, and any prefix has the right share.
-    const bool hot = std::floor(static_cast<double>(global + 1) * hot_share) >
-                     std::floor(static_cast<double>(global) * hot_share);
+    const auto hot_before = static_cast<std::int64_t>(std::floor(static_cast<double>(global) * hot_share));
+    const bool hot =
+        std::floor(static_cast<double>(global + 1) * hot_share) > static_cast<double>(hot_before);
     for (std::int64_t k = 0; k < top_k; ++k) {
       std::int64_t expert = (global * top_k + k) % num_experts;
-      if (skewed) expert = hot && k == 0 ? 0 : 1 + (global * top_k + k) % (num_experts - 1);
+      // All choices but the hot ones, numbered through, go round the other experts.
+      const std::int64_t number = global * top_k + k - hot_before - (hot ? 1 : 0);
+      if (skewed) expert = hot && k == 0 ? 0 : 1 + number % (num_experts - 1);
       ids[token * top_k + k] = static_cast<std::int32_t>(expert);
     }
   }

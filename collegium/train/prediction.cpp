@@ -104,7 +104,7 @@ plan::OwnRun own_run(const RunConfig& config, const model::ModelConfig& model,
   run.sequence_length = config.data.sequence_length;
   run.global_batch = config.batch.global_batch;
   run.micro_sequences = config.batch.micro_sequences;
-  run.group_sequences = moe::indivisible_sequences(moe);
+  run.group_sequences = moe::indivisible_sequences(moe, /*training=*/true);
   if (moe.capacity.drop_policy != moe::DropPolicy::kNone)
     run.capacity_rows = moe::expert_capacity(moe, moe.capacity.group_sequences * run.sequence_length);
   return run;

@@ -135,7 +135,7 @@ void validate_batch(const RunConfig& c) {
       "batch.global_batch = {}: with data.sequence_length = {} a step would have more than {} tokens",
       b.global_batch, c.data.sequence_length, kMaxStepTokens);
   const std::int64_t group = c.model.moe.capacity.group_sequences;
-  const bool grouped = moe::tokens_interact_in_groups(c.model.moe);
+  const bool grouped = moe::tokens_interact_in_groups(c.model.moe, /*training=*/true);
   require_config(!grouped || group >= 1, "model.moe.capacity.group_sequences = {}: must be at least 1",
                  group);
   require_config(!grouped || (b.micro_sequences % group == 0 && b.global_batch % group == 0),

@@ -61,7 +61,7 @@ StepShape step_shape(const RunConfig& config) {
   return {.sequence_length = config.data.sequence_length,
           .global_batch = config.batch.global_batch,
           .micro_sequences = config.batch.micro_sequences,
-          .group_sequences = moe::indivisible_sequences(config.model.moe)};
+          .group_sequences = moe::indivisible_sequences(config.model.moe, /*training=*/true)};
 }
 
 }  // namespace

@@ -150,7 +150,8 @@ data::Window window_of(const data::Sampler& sampler, std::int64_t i, std::int64_
 void require_validation(const data::Dataset& dataset, const ValidationShape& shape,
                         const moe::MoeOptions& options) {
   const data::Sampler sampler = sampler_of(dataset, shape);
-  const std::int64_t count = count_windows(dataset, sampler, shape, moe::indivisible_sequences(options));
+  const std::int64_t count =
+      count_windows(dataset, sampler, shape, moe::indivisible_sequences(options, /*training=*/false));
   if (!dataset.index().has_loss_mask) return;
   for (std::int64_t i = 0; i < count; ++i) {
     const std::vector<bool> is_target = window_of(sampler, i, count).is_target;
@@ -173,7 +174,7 @@ ValidationResult validate_model(const model::Decoder& decoder, const data::Datas
   const at::NoGradGuard no_grad;
   const comm::WhereScope scope(groups.world->where(), {.step = -1, .layer = -1, .phase = "validation"});
   const data::Sampler sampler = sampler_of(dataset, shape);
-  const std::int64_t unit = moe::indivisible_sequences(decoder.config().moe);
+  const std::int64_t unit = moe::indivisible_sequences(decoder.config().moe, /*training=*/false);
   require_validation(dataset, shape, decoder.config().moe);
   const std::int64_t count = count_windows(dataset, sampler, shape, unit);
   const std::int64_t per_rank = std::max(unit, kSequencesPerRank - kSequencesPerRank % unit);

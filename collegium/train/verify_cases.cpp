@@ -167,6 +167,8 @@ OptionCase make_case(const std::filesystem::path& folder, const std::vector<Opti
     if (choice.name.empty()) continue;
     made.name += (made.name.empty() ? "" : "; ") + choice.name;
   }
+  moe::MoeOptions& moe = made.config.model.moe;
+  if (!moe::chooses_largest_logits(moe)) moe.balance.load_cv2 = 0.0;
   return made;
 }
 

@@ -91,7 +91,9 @@ def check_eval(model: pathlib.Path, ids: str, scratch: pathlib.Path) -> None:
 def check_text_verbs(model: pathlib.Path, ids: str, data: str) -> None:
     sampled = ["--ids", "1,2,3", "--temperature", "0.8", "--max-tokens", "9", "--dtype", "float64", "--json"]
     generate = ["generate", "--model", str(model), *sampled]
-    inspect = ["inspect", "--model", str(model), "--input", ids, "--dtype", "float64"]
+    row = str(pathlib.Path(data).parent / "row.safetensors")
+    save_file({"input_ids": load_file(ids)["input_ids"][:1].contiguous()}, row)
+    inspect = ["inspect", "--model", str(model), "--input", row, "--dtype", "float64"]
     evaluate = ["eval", "--model", str(model), "--data", data, "--sequence-length", "16", "--dtype", "float64"]
     tokens = json.loads(run(*generate).stdout)["ids"]
     routed = [run(*inspect).stdout, run(*inspect, "--json").stdout]
@@ -122,6 +124,10 @@ def check_messages(model: pathlib.Path, ids: str, scratch: pathlib.Path) -> None
         expect_message(2, "cannot read nowhere", *evaluate, "nowhere", *launch)
         expect_message(1, "rank 0 of 3: cannot write", *evaluate, str(model), *launch, "--logits", "/nowhere/logits")
     expect_message(2, "--ranks -1: must be at least 1", *evaluate, str(model), "--ranks", "-1")
+    several = ["inspect", "--model", str(model), "--input", ids]
+    expect_message(2, "input_ids has shape [5, 11]: inspect takes one sequence", *several)
+    many = ["generate", "--model", str(model), "--ids", "1,2", "--max-tokens", str(2**63 - 1)]
+    expect_message(2, "more than the model's max_positions = 64", *many)
     expect_message(2, "--timeout 0: must be positive", *evaluate, str(model), "--timeout", "0")
     expect_message(2, "must be at most 31536000 s, a year", *evaluate, str(model), "--timeout", "1e10")
     expect_message(2, "--backend gloo: must be auto, local or mpi", *evaluate, str(model), "--backend", "gloo")

@@ -205,9 +205,11 @@ def main() -> None:
             "--max-tokens",
             "64",
         )
-        routed = json.loads(expect(0, "layers", "inspect", "--model", str(checkpoint), "--input", ids, "--json"))
+        row = str(folder / "row.safetensors")
+        save_file({"input_ids": (torch.arange(22) % 23).view(1, 22)}, row)
+        routed = json.loads(expect(0, "layers", "inspect", "--model", str(checkpoint), "--input", row, "--json"))
         assert len(routed["layers"]) == 2 and len(routed["layers"][0]["experts"]) == 22
-        expect(0, "load per expert", "inspect", "--model", str(checkpoint), "--input", ids)
+        expect(0, "load per expert", "inspect", "--model", str(checkpoint), "--input", row)
         check_bad_models(checkpoint, ids, folder / "bad")
     print(f"{CHECKS} passed, 0 failed")
 

@@ -79,6 +79,9 @@ TEST_F(Corpus, text_survives_the_round_trip) {
   for (std::int64_t i = first.begin; i < first.end; ++i) ids.push_back(dataset.token(i));
   EXPECT_EQ(tokenizer.decode(ids), read_file(first.name));
   EXPECT_EQ(tokenizer.decode(tokenizer.encode(prose(), true)), prose());
+  // A model with more rows than the tokenizer has pieces may sample any of them.
+  EXPECT_THAT(tokenizer.decode({tokenizer.vocab_size(), tokenizer.vocab_size() + 7}),
+              testing::HasSubstr("\u2047"));
 }
 
 TEST_F(Corpus, split_is_by_document_and_a_lone_document_gives_its_tail) {

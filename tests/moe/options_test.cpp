@@ -2,6 +2,7 @@
 #include "collegium/moe/options.h"
 
 #include <ATen/ops/arange.h>
+#include <ATen/ops/bincount.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/tensor.h>
@@ -10,6 +11,8 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <set>
+#include <tuple>
 
 #include "collegium/moe/balance.h"
 #include "collegium/moe/capacity.h"
@@ -46,6 +49,21 @@ void expect_refused(const std::vector<Mistake>& mistakes) {
       EXPECT_THAT(error.what(), testing::StartsWith(mistake.message));
     }
   }
+}
+
+TEST(MoeOptions, combinations_and_sizes_without_a_meaning_are_refused) {
+  using namespace moe;
+  expect_refused({{"moe.balance.load_cv2 = 0.1: the smooth load is that of",
+                   [](MoeOptions& o) {
+                     o.balance.load_cv2 = 0.1;
+                     o.router.noise = Noise::kNoisyTopK;
+                     o.router.bias_balancing = true;
+                   }},
+                  {"moe.capacity.group_sequences = 4611686018427387904: must lie between",
+                   [](MoeOptions& o) { o.capacity.group_sequences = std::int64_t{1} << 62; }},
+                  {"moe.shared_expert.ffn_size = 4611686018427387904: must be below 2^31", [](MoeOptions& o) {
+                     o.shared_expert = {.kind = moe::SharedExpert::kSum, .ffn_size = std::int64_t{1} << 62};
+                   }}});
 }
 
 TEST(MoeOptions, every_mistake_has_its_message) {
@@ -192,6 +210,43 @@ TEST(ForcedSkew, the_hottest_expert_has_the_load_that_was_asked_for) {
     const at::Tensor ids_N = moe::forced_ids(options, context).reshape({-1});
     EXPECT_EQ((ids_N == 0).sum().item<std::int64_t>(), static_cast<std::int64_t>(skew * 1200 / 6));
   }
+}
+
+// Also where K and E - 1 have a common factor, or hot tokens come as often as the others go round.
+TEST(ForcedSkew, the_other_experts_share_the_rest_evenly) {
+  for (const auto& [experts, top_k, skew] :
+       {std::tuple{6, 2, 3.0}, std::tuple{4, 3, 1.0}, std::tuple{64, 6, 4.0}, std::tuple{7, 3, 7.0 / 3.0}}) {
+    moe::MoeOptions options = test::base_options();
+    options.num_experts = experts;
+    options.top_k = top_k;
+    options.router.selection = moe::Selection::kForcedSkew;
+    options.router.forced_skew = skew;
+    moe::TokenContext context;
+    context.num_sequences = 1;
+    context.sequence_length = 1000;
+    const at::Tensor ids_TK = moe::forced_ids(options, context);
+    const at::Tensor counts_E = at::bincount(ids_TK.reshape({-1}), {}, experts);
+    const at::Tensor others = counts_E.narrow(0, 1, experts - 1);
+    EXPECT_LE((others.max() - others.min()).item<std::int64_t>(), 1) << experts << " experts, top " << top_k;
+    for (std::int64_t t = 0; t < 1000; ++t) {
+      const auto* ids = ids_TK.const_data_ptr<std::int32_t>() + t * top_k;
+      EXPECT_EQ(std::set<std::int32_t>(ids, ids + top_k).size(), static_cast<std::size_t>(top_k)) << t;
+    }
+  }
+}
+
+// Sinkhorn and, by default, capacity are for training alone: any number of sequences can be evaluated.
+TEST(Groups, bind_evaluation_only_where_they_matter_there) {
+  moe::MoeOptions options = test::base_options();
+  options.capacity = {.drop_policy = moe::DropPolicy::kPosition, .group_sequences = 4};
+  EXPECT_EQ(moe::indivisible_sequences(options, /*training=*/true), 4);
+  EXPECT_EQ(moe::indivisible_sequences(options, /*training=*/false), 1);
+  options.capacity.drop_in_evaluation = true;
+  EXPECT_EQ(moe::indivisible_sequences(options, /*training=*/false), 4);
+  options.capacity.drop_policy = moe::DropPolicy::kNone;
+  options.router.selection = moe::Selection::kSinkhorn;
+  EXPECT_EQ(moe::indivisible_sequences(options, /*training=*/true), 4);
+  EXPECT_EQ(moe::indivisible_sequences(options, /*training=*/false), 1);
 }
 
 TEST(Capacity, group_that_straddles_ranks_is_refused) {

@@ -150,7 +150,7 @@ def draw(family: str, dice: random.Random) -> dict:
         if not set(layers) - set(options["mlp_only_layers"]):
             options["output_router_logits"] = False  # transformers has no auxiliary loss of no layer
         window = dice.choice([None, 3])
-        options.update({"use_sliding_window": window is not None, "sliding_window": window})
+        options.update({"use_sliding_window": window is not None or dice.random() < 0.5, "sliding_window": window})
     return options
 
 

@@ -321,9 +321,11 @@ void MpiEngine::wait(const std::shared_ptr<MpiOperation>& operation) {
     const auto waited = Clock::now() - start;
     if (waited > options_.timeout) {
       --num_waiting_;
+      const std::vector<int> missing = operation->missing_ranks();
       throw NoAnswer(fmt::format("{}: no answer within {:g} s from {}", operation->name(),
                                  std::chrono::duration<double>(options_.timeout).count(),
-                                 describe_ranks(operation->group(), operation->missing_ranks())));
+                                 describe_ranks(operation->group(), missing)),
+                     missing.size());
     }
     if (waited < kSpin && !more_ranks_than_cores_) continue;
     lock.unlock();

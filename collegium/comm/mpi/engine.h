@@ -22,7 +22,12 @@ namespace collegium::comm {
 /// A wait has lasted as long as it may.
 class NoAnswer : public CommError {
  public:
-  using CommError::CommError;
+  NoAnswer(const std::string& message, std::size_t num_missing)
+      : CommError(message), num_missing_(num_missing) {}
+  std::size_t num_missing() const { return num_missing_; }
+
+ private:
+  std::size_t num_missing_;
 };
 
 /// One operation: stages of messages; a stage begins when all messages of the former one are through.

@@ -324,8 +324,12 @@ void run_mpi_world(const std::function<void(Communicator&)>& fn, const MpiOption
     fn(*world);
     world->barrier();
   } catch (const NoAnswer& error) {
-    // Who has waited longest waits for the rank that is missing, the others for those that wait for it.
+    // Who has waited longest waits for the rank that is missing, others perhaps for those that wait for it.
+    // Who is a call ahead has begun to wait at the same moment, but misses more ranks.
     engine->give_up();
+    constexpr std::size_t kMost = 6;
+    const std::size_t others = std::clamp<std::size_t>(error.num_missing(), 1, kMost) - 1;
+    std::this_thread::sleep_for(std::chrono::milliseconds(100 * others));
     throw CommError(own_name + error.what());
   } catch (const CommError& error) {
     throw CommError(my_turn() + error.what());

@@ -20,9 +20,10 @@ ModelConfig parse_qwen3_moe(const HfReader& reader) {
   c.moe.ffn_size = reader.get<std::int64_t>("moe_intermediate_size", 768);
   c.dense_ffn_size = reader.get<std::int64_t>("intermediate_size", 6144);
   c.qk_norm = QkNorm::kPerHead;
-  c.sliding_window = reader.get("use_sliding_window", false)
-                         ? reader.get<std::int64_t>("sliding_window", 4096)
-                         : std::int64_t{0};
+  // null means none, also where windows are switched on
+  const bool windows = reader.get("use_sliding_window", false) &&
+                       (reader.has("sliding_window") || !reader.json().contains("sliding_window"));
+  c.sliding_window = windows ? reader.get<std::int64_t>("sliding_window", 4096) : std::int64_t{0};
   c.moe.router.renormalize =
       reader.get("norm_topk_prob", false) ? moe::Renormalize::kBeforeDrop : moe::Renormalize::kNever;
   const auto step = reader.get<std::int64_t>("decoder_sparse_step", 1);

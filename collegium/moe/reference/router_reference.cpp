@@ -151,9 +151,10 @@ std::vector<int> skewed_choice(const MoeOptions& o, std::uint64_t global) {
   const bool hot = std::floor(static_cast<double>(global + 1) * share) > before;
   std::vector<int> chosen;
   chosen.reserve(unsign(o.top_k));
-  for (std::uint64_t k = 0; k < unsign(o.top_k); ++k)
-    chosen.push_back(static_cast<int>(1 + (global * unsign(o.top_k) + k) % (unsign(o.num_experts) - 1)));
-  if (hot) chosen[0] = 0;
+  if (hot) chosen.push_back(0);
+  std::uint64_t number = global * unsign(o.top_k) - static_cast<std::uint64_t>(before);
+  while (chosen.size() < unsign(o.top_k))
+    chosen.push_back(static_cast<int>(1 + number++ % (unsign(o.num_experts) - 1)));
   return chosen;
 }
 
