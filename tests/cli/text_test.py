@@ -184,8 +184,11 @@ def check_refused_before_training(folder: pathlib.Path, run_file: pathlib.Path) 
     sample = "logging.sample_tokens = 60: with the "
     expect(2, sample, *train, "--fresh", "--set", "logging.sample_tokens=60")
     group = ["--set", "model.moe.capacity.drop_policy=position", "--set", "model.moe.capacity.group_sequences=4"]
+    group += ["--set", "model.moe.capacity.drop_in_evaluation=true"]
     few = "sequences of 32 tokens are evaluated, fewer than one group of"
     expect(2, few, *train, "--fresh", "--set", "validation.sequences=2", *group)
+    alone = "logging.sample_prompt: text is generated one sequence at a time"
+    expect(2, alone, *train, "--fresh", "--set", "validation.sequences=4", *group)
     metrics = run / "metrics.jsonl"
     metrics.rename(run / "kept.jsonl")
     metrics.mkdir()

@@ -55,8 +55,8 @@ void run_verbs(Communicator& comm) {
   long_tensors_are_reduced_in_parts(comm);
 }
 
-// One rank stops answering; the others time out. None but the last has an element to reduce, yet all name the
-// rank that is missing.
+// One rank stops answering; the others time out. None but the first has an element to reduce, yet all name
+// the rank that is missing.
 void stop_answering(Communicator& comm) {
   comm.where() = {.step = 1, .layer = 3, .phase = "dispatch"};
   if (comm.rank() == 1) std::this_thread::sleep_for(std::chrono::seconds(60));

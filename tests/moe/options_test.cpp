@@ -109,7 +109,7 @@ TEST(MoeOptions, every_mistake_has_its_message) {
           o.router.selection = Selection::kForcedSkew;
           o.router.forced_skew = 4;
         }},
-       {"moe.capacity.group_sequences = 0: must be at least 1",
+       {"moe.capacity.group_sequences = 0: must lie between 1 and 2^31",
         [](MoeOptions& o) { o.capacity.group_sequences = 0; }},
        {"moe.router.renormalize = \"after_drop\": nothing is dropped",
         [](MoeOptions& o) { o.router.renormalize = Renormalize::kAfterDrop; }},
