@@ -20,15 +20,12 @@ constexpr std::string_view kEndOfLiveLine = "\x1b[K";
 // Written by the event library when mpirun ends ranks while it still reads their output.
 constexpr std::string_view kWarning = "[warn] Epoll ";
 
-// A rank's last word. Ranks that wait for the same one may all have it before they are ended.
-constexpr std::string_view kReport = "collegium: rank ";
-
 bool may_be_kept(std::string_view line) {
   const auto begins = [&](std::string_view whole) {
     const std::size_t length = std::min(line.size(), whole.size());
     return line.substr(0, length) == whole.substr(0, length);
   };
-  return (line.size() <= frame().size() && begins(frame())) || begins(kWarning) || begins(kReport);
+  return (line.size() <= frame().size() && begins(frame())) || begins(kWarning);
 }
 
 }  // namespace
@@ -38,9 +35,6 @@ void MpirunOutput::end_line(std::string& shown) {
     in_notice_ = !in_notice_;
   } else if (in_notice_) {
     notices_ += line_ + "\n";
-  } else if (line_.starts_with(kReport)) {
-    if (!reported_) shown += line_ + "\n";
-    reported_ = true;
   } else if (!line_.starts_with(kWarning)) {
     shown += line_ + "\n";
   }

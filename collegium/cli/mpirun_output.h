@@ -17,8 +17,7 @@ struct EndedBySignal {
   std::string name;  ///< "Killed"
 };
 
-/// Keeps the notices back, and of the ranks' reports of a failure all but the first, and passes everything
-/// else on as it comes.
+/// Keeps the notices back and passes everything else on as it comes.
 class MpirunOutput {
  public:
   /// What     The part of `text` (and of what was kept before) that is to be shown now.
@@ -35,7 +34,6 @@ class MpirunOutput {
   std::string line_;         ///< the current line, as long as it may be one to keep back
   bool line_shown_ = false;  ///< its beginning was passed on already
   bool in_notice_ = false;
-  bool reported_ = false;
   std::string notices_;
 };
 

@@ -90,6 +90,7 @@ Trainer::Trainer(const RunConfig& config, const std::shared_ptr<comm::Communicat
   const model::ExpertRange held = groups_.held_experts();
   std::vector<model::Parameter> parameters;
   require_tokenizer_of(config_.model_source.init);
+  if (groups_.is_root()) companions_ = read_companions();
   if (config_.model_source.init.empty()) {
     parameters = model::list_parameters(config_.model, held);
     model::initialize_parameters(config_.model, config_.train.seed, dtype, parameters);
@@ -100,7 +101,6 @@ Trainer::Trainer(const RunConfig& config, const std::shared_ptr<comm::Communicat
   decoder_ = std::make_unique<model::Decoder>(config_.model, std::move(parameters), std::move(transport));
   build_optimizer_state();
   state_.run_config = run_config_json(config_, dataset_);
-  if (groups_.is_root()) companions_ = read_companions();
 }
 
 void Trainer::build_optimizer_state() {

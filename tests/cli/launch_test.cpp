@@ -58,15 +58,6 @@ TEST(MpirunOutput, a_notice_after_a_live_line_is_kept) {
   EXPECT_FALSE(output.ended_by_signal().has_value());
 }
 
-TEST(MpirunOutput, one_rank_reports_a_failure) {
-  const std::string first = "collegium: rank 2 of 3: no answer\n";
-  const std::string text = "\rstep 1\x1b[K\n" + first + "collegium: rank 0 of 3: no answer\nnot that\n";
-  for (const std::size_t size : {std::size_t{1}, std::size_t{9}, text.size()}) {
-    cli::MpirunOutput output;
-    EXPECT_EQ(shown_in_pieces(output, text, size), "\rstep 1\x1b[K\n" + first + "not that\n");
-  }
-}
-
 TEST(Launcher, of_slurm_only_a_step_counts) {
   EXPECT_FALSE(claim_of({}).has_value());
   EXPECT_FALSE(claim_of({{"SLURM_NTASKS", "4"}, {"SLURM_PROCID", "0"}}).has_value());

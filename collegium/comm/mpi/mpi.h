@@ -31,7 +31,8 @@ bool has_mpi();
 ///          Once per process.
 /// Throws   What fn throws, with "rank R of N: " in front, ConfigError staying ConfigError. Ranks throw one
 ///          after the other, rank 0 first, so that a caller that reports and calls abort_mpi_world() at once
-///          reports for all. ConfigError: no MPI in this build, or a launcher of another MPI.
+///          reports for all; after a time-out in no order of ranks, who misses the fewest ranks first.
+///          ConfigError: no MPI in this build, or a launcher of another MPI.
 void run_mpi_world(const std::function<void(Communicator&)>& fn, const MpiOptions& options = {});
 
 /// What     Ends all ranks of the MPI world with this exit code. For the program's main after a failure of
