@@ -8,6 +8,7 @@
 #include <xxhash.h>
 
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <utility>
 
@@ -37,6 +38,28 @@ std::filesystem::path follow_links(std::filesystem::path path) {
     path = path.parent_path() / target;  // an absolute target replaces the whole
   }
   return path;
+}
+
+void rename_folder(const std::filesystem::path& from, const std::filesystem::path& to) {
+  if (::rename(from.c_str(), to.c_str()) != 0)
+    throw Error(fmt::format("cannot rename {} to {}: {}", from.string(), to.string(), system_reason()));
+}
+
+// Returns where the folder that was called `to` is now.
+std::filesystem::path take_name(const std::filesystem::path& from, const std::filesystem::path& to) {
+  if (::renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), RENAME_EXCHANGE) == 0) return from;
+  if (errno != EINVAL && errno != ENOSYS)
+    throw Error(fmt::format("cannot rename {} to {}: {}", from.string(), to.string(), system_reason()));
+  std::filesystem::path former = from;
+  former += "-replaced";
+  rename_folder(to, former);
+  try {
+    rename_folder(from, to);
+  } catch (const Error&) {
+    rename_folder(former, to);
+    throw;
+  }
+  return former;
 }
 
 }  // namespace
@@ -111,6 +134,23 @@ void sync_folder(const std::filesystem::path& folder) {
   const std::string reason = status == 0 ? std::string() : system_reason();
   ::close(descriptor);
   if (status != 0) throw Error(fmt::format("cannot sync folder {}: {}", target.string(), reason));
+}
+
+void replace_folder(const std::filesystem::path& from, const std::filesystem::path& to) {
+  std::error_code code;
+  std::filesystem::path former;
+  if (std::filesystem::exists(to, code)) {
+    former = take_name(from, to);
+  } else {
+    rename_folder(from, to);
+  }
+  sync_folder(to.parent_path());
+  if (former.empty()) return;
+  std::filesystem::remove_all(former, code);
+  if (code) {
+    throw Error(fmt::format("{} is written, but what it replaced cannot be removed: {}: {}", to.string(),
+                            former.string(), code.message()));
+  }
 }
 
 MappedFile::MappedFile(const std::filesystem::path& path) {

@@ -14,6 +14,7 @@
 #include "collegium/base/log.h"
 #include "collegium/cli/mpirun.h"
 #include "collegium/cli/verb.h"
+#include "collegium/comm/errors.h"
 #include "collegium/comm/launcher.h"
 #include "collegium/comm/mpi/mpi.h"
 #include "collegium/ops/arena.h"
@@ -30,19 +31,21 @@ int launched_rank() {
 }
 
 // Of the ranks of a launcher the first reports, and its end ends the others before it is their turn:
-// processes start up to half a second apart, and mpirun takes as long again to end them.
-void wait_for_turn() {
+// processes start up to half a second apart, and mpirun takes as long again to end them. Who knows best is
+// first, then rank 0: `others_know` is how many ranks may know better.
+void wait_for_turn(std::size_t others_know = 0) {
   constexpr std::chrono::milliseconds kHeadStart{1000};
   constexpr std::chrono::milliseconds kDistance{20};
-  if (const int rank = launched_rank(); rank > 0)
-    std::this_thread::sleep_for(kHeadStart + kDistance * std::min(rank, 50));
+  const int rank = launched_rank();
+  const auto place = rank > 0 ? kHeadStart + kDistance * std::min(rank, 50) : std::chrono::milliseconds(0);
+  std::this_thread::sleep_for(2 * kHeadStart * std::min<std::size_t>(others_know, 3) + place);
 }
 
 // Shows what went wrong and ends the program, and with it the ranks that would wait for it: at once, because
 // ranks that are threads may still be running.
-[[noreturn]] void fail(const std::string& message, int exit_code) {
+[[noreturn]] void fail(const std::string& message, int exit_code, std::size_t others_know = 0) {
   if (!collegium::cli::report_to_starter(message, exit_code)) {
-    wait_for_turn();
+    wait_for_turn(others_know);
     fmt::print(stderr, "collegium: {}\n", message);
   }
   std::fflush(nullptr);
@@ -98,6 +101,8 @@ int run(int argc, char** argv) {
     fail(error.what(), error.exit_code());
   } catch (const collegium::ConfigError& error) {
     fail(error.what(), kWrongUsage);
+  } catch (const collegium::comm::NoAnswer& error) {
+    fail(error.what(), kFailed, std::max<std::size_t>(error.num_missing(), 1) - 1);
   } catch (const c10::Error& error) {
     fail(fmt::format("internal error: {}", error.what_without_backtrace()), kFailed);
   } catch (const std::exception& error) {

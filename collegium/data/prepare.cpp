@@ -227,37 +227,12 @@ class TemporaryFolder {
   TemporaryFolder(const TemporaryFolder&) = delete;
   TemporaryFolder& operator=(const TemporaryFolder&) = delete;
   const fs::path& path() const { return path_; }
-  // An older corpus makes room under a temporary name: whatever fails, one of the two is complete.
   void move_to_final() {
-    fs::path replaced = path_;
-    replaced += "-replaced";
-    const bool replaces = fs::exists(final_);
-    if (replaces) rename(final_, replaced);
-    try {
-      rename(path_, final_);
-    } catch (const Error&) {
-      std::error_code ignored;
-      if (replaces) fs::rename(replaced, final_, ignored);
-      throw;
-    }
+    replace_folder(path_, final_);
     path_.clear();
-    sync_folder(final_.parent_path());
-    std::error_code code;
-    fs::remove_all(replaced, code);
-    if (code) {
-      throw Error(fmt::format("{} is written, but what it replaced cannot be removed: {}: {}",
-                              final_.string(), replaced.string(), code.message()));
-    }
   }
 
  private:
-  static void rename(const fs::path& from, const fs::path& to) {
-    std::error_code code;
-    fs::rename(from, to, code);
-    if (code)
-      throw Error(fmt::format("cannot rename {} to {}: {}", from.string(), to.string(), code.message()));
-  }
-
   fs::path final_;
   fs::path path_;
 };

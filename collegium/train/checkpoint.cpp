@@ -93,6 +93,7 @@ void remove_checkpoint(const fs::path& folder) {
   const fs::path aside = folder.string() + ".tmp-removed";
   fs::remove_all(aside);
   fs::rename(folder, aside);
+  sync_folder(folder.parent_path());
   fs::remove_all(aside);
 }
 
@@ -182,7 +183,7 @@ class CheckpointWriter {
       for (const CompanionFile& file : companions) add_file(file.name, file.content);
       add_file(kState, state_json().dump(1));
       write_file_atomically(temporary_ / kManifest, Json{{"version", 1}, {"files", files_}}.dump(1));
-      publish();
+      replace_folder(temporary_, final_);
       prune(run_folder_, keep_last);
       return Json();
     });
@@ -215,16 +216,6 @@ class CheckpointWriter {
             {"tokens", state_.tokens},
             {"elapsed_seconds", state_.elapsed_seconds},
             {"run_config", state_.run_config}};
-  }
-
-  // A checkpoint of the same step makes room under a temporary name, so that no half-removed folder is ever
-  // called a checkpoint.
-  void publish() {
-    const fs::path replaced = temporary_.string() + "-replaced";
-    if (fs::exists(final_)) fs::rename(final_, replaced);
-    fs::rename(temporary_, final_);
-    sync_folder(run_folder_);
-    fs::remove_all(replaced);
   }
 
   fs::path run_folder_;

@@ -97,6 +97,24 @@ TEST_F(File, device_and_pipe_are_written_to_and_stay) {
   EXPECT_THROW(write_file_atomically(folder_, "a folder"), Error);
 }
 
+TEST_F(File, folder_takes_a_name_and_what_was_called_so_is_gone) {
+  for (const char* content : {"first", "second"}) {
+    fs::create_directory(folder_ / "new");
+    write_file_atomically(folder_ / "new" / content, content);
+    replace_folder(folder_ / "new", folder_ / "final");
+    EXPECT_EQ(read_file(folder_ / "final" / content), content);
+    EXPECT_EQ(entries(), 1U);
+  }
+  EXPECT_FALSE(fs::exists(folder_ / "final" / "first"));
+  try {
+    replace_folder(folder_ / "none", folder_ / "final");
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_THAT(error.what(), testing::HasSubstr("none to "));
+  }
+  EXPECT_EQ(read_file(folder_ / "final" / "second"), "second");
+}
+
 TEST_F(File, empty_file_maps_to_no_bytes) {
   write_file_atomically(folder_ / "a", "");
   EXPECT_TRUE(MappedFile(folder_ / "a").bytes().empty());

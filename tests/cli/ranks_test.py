@@ -136,10 +136,10 @@ def check_messages(model: pathlib.Path, ids: str, scratch: pathlib.Path) -> None
         expect_message(2, "this build has no MPI", *evaluate, str(model), "--ranks", "2", "--backend", "mpi")
 
 
-def start(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
+def start(*arguments: str, environment: dict[str, str] | None = None, prefix: tuple = ()) -> subprocess.Popen:
     variables = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"} | (environment or {})
     return subprocess.Popen(
-        [BINARY, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables
+        [*prefix, BINARY, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables
     )
 
 
@@ -155,12 +155,20 @@ def rank_processes(parent: subprocess.Popen, count: int) -> dict[int, int]:
                 continue
             variables = dict(entry.split(b"=", 1) for entry in environment if b"=" in entry)
             rank = variables.get(b"OMPI_COMM_WORLD_RANK")  # mpirun has the starter's variables too
-            if rank and variables.get(b"COLLEGIUM_STARTER") == f"/proc/{parent.pid}".encode():
+            started_here = variables.get(b"COLLEGIUM_STARTER") == f"/proc/{parent.pid}".encode()
+            if rank and (started_here or parent_of(int(process.name)) == parent.pid):
                 ranks[int(rank)] = int(process.name)
         if len(ranks) == count and all(cpu_seconds(pid) > 0.5 for pid in ranks.values()):
             return ranks
         time.sleep(0.05)
     raise AssertionError(f"{count} ranks did not start: {ranks}")
+
+
+def parent_of(pid: int) -> int:
+    try:
+        return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return 0
 
 
 def is_running(pid: int) -> bool:
@@ -195,6 +203,16 @@ def check_lost_ranks(endless: list[str]) -> None:
         while any(is_running(pid) for pid in ranks.values()):
             assert time.monotonic() - began < 15, f"{name}: ranks are left"
             time.sleep(0.05)
+
+
+def check_lost_rank_of_mpirun(endless: list[str]) -> None:
+    """Under the user's own mpirun too: one message, and it names the rank that has stopped."""
+    process = start(*endless, "--timeout", "3", prefix=(*MPIRUN_COMMAND, "-n", "3"))
+    ranks = rank_processes(process, 3)
+    os.kill(ranks[1], signal.SIGSTOP)
+    _, errors = process.communicate(timeout=30)
+    lines = [line for line in errors.splitlines() if line.startswith("collegium: ")]
+    passed(process.returncode != 0 and len(lines) == 1 and "no answer within 3 s from rank 1" in lines[0], errors)
 
 
 def check_threads(endless: list[str]) -> None:
@@ -328,6 +346,7 @@ def main() -> None:
         check_launchers(model, ids)
         if MPIRUN:
             check_lost_ranks(endless)
+            check_lost_rank_of_mpirun(endless)
             check_separate_folders(run_file, folder)
     print(f"{CHECKS} passed, 0 failed")
 

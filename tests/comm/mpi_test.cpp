@@ -47,12 +47,30 @@ void long_tensors_are_reduced_in_parts(Communicator& comm) {
   EXPECT_TRUE(at::equal(output, expected.narrow(0, 3 * begin, 3 * own).view({-1, 3})));
 }
 
+// Who posts an operation moves on those that are under way: nobody waits for this sum or looks whether it is
+// through. Each of its stages needs that the other ranks have begun theirs.
+void later_operations_advance_earlier_ones(Communicator& comm) {
+  const at::Tensor sum = at::ones({64 * 1024}, at::kDouble);
+  Work work = comm.all_reduce(sum);
+  std::vector<Work> later;
+  const at::Tensor small = at::ones({8});
+  for (int i = 0; i < 6; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(40));
+    later.push_back(comm.all_reduce(small.clone()));
+  }
+  EXPECT_NE(work.timeline().done, Clock::time_point{});
+  work.wait();
+  EXPECT_TRUE(at::equal(sum, at::full({64 * 1024}, static_cast<double>(comm.size()), at::kDouble)));
+  for (Work& other : later) other.wait();
+}
+
 void run_verbs(Communicator& comm) {
   for (const VerbCase& verb : verb_cases()) {
     const WhereScope scope(comm.where(), {.phase = verb.name});
     verb.body(comm);
   }
   long_tensors_are_reduced_in_parts(comm);
+  later_operations_advance_earlier_ones(comm);
 }
 
 // One rank stops answering; the others time out. None but the first has an element to reduce, yet all name
@@ -69,8 +87,16 @@ void stop_one_of_a_chain(Communicator& comm) {
   const auto others = comm.split(comm.rank() != 1 ? 0 : -1, comm.rank(), "others");
   if (comm.rank() == 1) std::this_thread::sleep_for(std::chrono::seconds(60));
   if (comm.rank() == 2) last_two->barrier();
-  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  std::this_thread::sleep_for(std::chrono::milliseconds(400));
   others->barrier();
+}
+
+// Nobody has a row for anybody, and yet the missing rank is missed here, not at the next collective.
+void exchange_nothing(Communicator& comm) {
+  if (comm.rank() == 1) std::this_thread::sleep_for(std::chrono::seconds(60));
+  const at::Tensor nothing = at::ones({0, 4});
+  const std::vector<std::int64_t> rows(static_cast<std::size_t>(comm.size()), 0);
+  comm.all_to_all(nothing, nothing.clone(), rows, rows).wait();
 }
 
 void fail_on_one_rank(Communicator& comm) {
@@ -85,6 +111,12 @@ void be_killed(Communicator& comm) {
 
 void disagree_on_sizes(Communicator& comm) { comm.broadcast(at::ones({10 + comm.rank()}), 0).wait(); }
 
+// Far beyond the scratch memory of a reduction, by other parts of it.
+void disagree_on_lengths(Communicator& comm) {
+  const std::int64_t mebibyte = 1024 * 1024;
+  comm.all_reduce(at::ones({(20 + 6 * comm.rank()) * mebibyte})).wait();
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -96,6 +128,8 @@ int main(int argc, char** argv) {
                     : name == "fail"     ? fail_on_one_rank
                     : name == "killed"   ? be_killed
                     : name == "disagree" ? disagree_on_sizes
+                    : name == "lengths"  ? disagree_on_lengths
+                    : name == "nothing"  ? exchange_nothing
                                          : run_verbs;
   MpiOptions options;
   options.timeout = std::chrono::milliseconds(name == "verbs" || name == "progress" ? 60000 : 1500);

@@ -121,6 +121,7 @@ MPI_Datatype scattered_type(const std::vector<Piece>& runs, std::int64_t row_byt
 
 void MpiOperation::send_pieces(const char* base, const std::vector<Piece>& pieces, std::int64_t row_bytes,
                                int to, int tag) {
+  if (total_bytes(pieces, row_bytes) == 0) return send(base, 0, to, tag, true);
   const bool alone = travel_alone(pieces, row_bytes);
   const std::vector<Piece> runs = alone ? pieces : join_neighbours(pieces);
   if (alone || runs.size() == 1) {
@@ -138,6 +139,7 @@ void MpiOperation::send_pieces(const char* base, const std::vector<Piece>& piece
 
 void MpiOperation::recv_pieces(char* base, const std::vector<Piece>& pieces, std::int64_t row_bytes, int from,
                                int tag) {
+  if (total_bytes(pieces, row_bytes) == 0) return recv(base, 0, from, tag, true);
   const bool alone = travel_alone(pieces, row_bytes);
   const std::vector<Piece> runs = alone ? pieces : join_neighbours(pieces);
   if (alone || runs.size() == 1) {
@@ -207,6 +209,7 @@ void MpiOperation::advance() {
     if (!messages_done()) return;
     if (next_stage_ == stages_.size()) {
       done_ = true;
+      stages_.clear();
       timeline_.done = Clock::now();
       return;
     }
@@ -223,7 +226,6 @@ std::vector<int> MpiOperation::missing_ranks() const {
 }
 
 void MpiOperation::release() {
-  stages_.clear();
   call_.input = at::Tensor();
   call_.output = at::Tensor();
 }
@@ -299,8 +301,8 @@ void MpiEngine::advance_all() {
 void MpiEngine::start(const std::shared_ptr<MpiOperation>& operation) {
   {
     const std::lock_guard lock(mutex_);
-    operation->advance();
-    if (!operation->done()) active_.push_back(operation);
+    active_.push_back(operation);
+    advance_all();
   }
   if (progress_.joinable()) work_to_do_.notify_one();
 }

@@ -19,17 +19,6 @@
 
 namespace collegium::comm {
 
-/// A wait has lasted as long as it may.
-class NoAnswer : public CommError {
- public:
-  NoAnswer(const std::string& message, std::size_t num_missing)
-      : CommError(message), num_missing_(num_missing) {}
-  std::size_t num_missing() const { return num_missing_; }
-
- private:
-  std::size_t num_missing_;
-};
-
 /// One operation: stages of messages; a stage begins when all messages of the former one are through.
 class MpiOperation {
  public:
@@ -42,7 +31,8 @@ class MpiOperation {
   void send(const void* data, std::int64_t bytes, int to, int tag, bool even_empty = false);
   void recv(void* data, std::int64_t bytes, int from, int tag, bool even_empty = false);
 
-  /// The rows of `pieces`, in order, from or into their places behind `base`. Both sides cut alike.
+  /// The rows of `pieces`, in order, from or into their places behind `base`. Both sides cut alike; where
+  /// there are no rows, an empty message goes all the same.
   void send_pieces(const char* base, const std::vector<Piece>& pieces, std::int64_t row_bytes, int to,
                    int tag);
   void recv_pieces(char* base, const std::vector<Piece>& pieces, std::int64_t row_bytes, int from, int tag);
@@ -54,7 +44,8 @@ class MpiOperation {
   bool done() const { return done_; }
   const std::optional<std::string>& error() const { return error_; }
 
-  /// What     Looks at the messages once and begins the next stage when it may.
+  /// What     Looks at the messages once and begins the next stage when it may. After the last the stages and
+  ///          the memory they hold are gone.
   void advance();
   /// Ranks whose messages are not through.
   std::vector<int> missing_ranks() const;
@@ -107,6 +98,7 @@ class MpiEngine {
   /// This rank failed: the end of the engine must wait for nobody.
   void give_up() { failed_ = true; }
 
+  /// Begins the operation, and moves on those that are under way.
   void start(const std::shared_ptr<MpiOperation>& operation);
   /// Throws NoAnswer: time-out; CommError: what went wrong with a message.
   void wait(const std::shared_ptr<MpiOperation>& operation);

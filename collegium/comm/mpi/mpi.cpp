@@ -53,9 +53,10 @@ void exchange_pieces(MpiOperation& operation, int tag) {
   }
 }
 
-// Every rank sends the same block to all others.
+// Every rank sends the same block to all others; empty ones where nothing before has made sure that all
+// answer.
 void spread(MpiOperation& operation, const char* block, std::int64_t block_bytes, char* output,
-            const std::vector<std::int64_t>& recv_bytes, int tag) {
+            const std::vector<std::int64_t>& recv_bytes, int tag, bool even_empty) {
   const int self = operation.group().rank;
   std::int64_t offset = 0;
   for (int rank = 0; rank < operation.group().size(); ++rank) {
@@ -63,8 +64,8 @@ void spread(MpiOperation& operation, const char* block, std::int64_t block_bytes
     if (rank == self) {
       if (output + offset != block) copy_bytes(output + offset, block, bytes);
     } else {
-      operation.recv(output + offset, bytes, rank, tag);
-      operation.send(block, block_bytes, rank, tag);
+      operation.recv(output + offset, bytes, rank, tag, even_empty);
+      operation.send(block, block_bytes, rank, tag, even_empty);
     }
     offset += bytes;
   }
@@ -83,8 +84,18 @@ struct Reduction {
   at::Tensor parts;                       // uint8 [rank, bytes]: what the others hold of the part under way
   int tag = 0;
 
+  std::int64_t longest() const { return *std::max_element(slice_bytes.begin(), slice_bytes.end()); }
+
+  // Where the part that starts at `begin` ends. The first is what the others, which are full, leave: so ranks
+  // that come with tensors of other lengths see it in their first message, not by waiting for a last one.
+  std::int64_t end_of_part(std::int64_t begin) const {
+    const std::int64_t full = parts.size(1);
+    return full == 0 ? 0 : longest() - (longest() - begin - 1) / full * full;
+  }
+
   std::int64_t part_bytes(int rank, std::int64_t begin) const {
-    return std::clamp<std::int64_t>(slice_bytes[static_cast<std::size_t>(rank)] - begin, 0, parts.size(1));
+    const std::int64_t rest = slice_bytes[static_cast<std::size_t>(rank)] - begin;
+    return std::clamp<std::int64_t>(rest, 0, end_of_part(begin) - begin);
   }
 
   const char* part_of_input(const Call& call, int rank, std::int64_t begin) const {
@@ -122,19 +133,14 @@ struct Reduction {
   }
 };
 
-std::int64_t longest_of(const std::vector<std::int64_t>& slice_bytes) {
-  return *std::max_element(slice_bytes.begin(), slice_bytes.end());
-}
-
 void add_reduction(MpiOperation& operation, Reduction what) {
   const auto reduction = std::make_shared<const Reduction>(std::move(what));
-  const std::int64_t longest = longest_of(reduction->slice_bytes);
   std::int64_t begin = 0;
   do {
     operation.add_stage([=](MpiOperation& op) { reduction->exchange(op, begin); });
     operation.add_stage([=](MpiOperation& op) { reduction->reduce(op.call(), op.group().rank, begin); });
-    begin += reduction->parts.size(1);
-  } while (begin < longest);
+    begin = reduction->end_of_part(begin);
+  } while (begin < reduction->longest());
 }
 
 // Where all_reduce cuts: slices of almost equal size.
@@ -156,7 +162,7 @@ void add_all_reduce(MpiOperation& operation, const std::vector<std::int64_t>& sl
               slice_begin(call.elements, operation.group().size(), operation.group().rank) * call.row_bytes();
   add_reduction(operation, {.slice_bytes = slice_bytes, .output = own, .parts = parts, .tag = first_tag});
   operation.add_stage([=](MpiOperation& op) {
-    spread(op, own, slice_bytes[self], bytes_of(op.call().output), slice_bytes, second_tag);
+    spread(op, own, slice_bytes[self], bytes_of(op.call().output), slice_bytes, second_tag, false);
   });
 }
 
@@ -174,9 +180,9 @@ void add_broadcast(MpiOperation& operation, int tag) {
   operation.add_stage([tag](MpiOperation& op) {
     const Call& call = op.call();
     const std::int64_t bytes = call.elements * call.row_bytes();
-    if (call.peer != op.group().rank) return op.recv(bytes_of(call.output), bytes, call.peer, tag);
+    if (call.peer != op.group().rank) return op.recv(bytes_of(call.output), bytes, call.peer, tag, true);
     for (int rank = 0; rank < op.group().size(); ++rank) {
-      if (rank != call.peer) op.send(bytes_of(call.input), bytes, rank, tag);
+      if (rank != call.peer) op.send(bytes_of(call.input), bytes, rank, tag, true);
     }
   });
 }
@@ -257,7 +263,7 @@ class MpiCommunicator final : public Communicator {
   // uses it.
   at::Tensor scratch(const std::vector<std::int64_t>& slice_bytes) {
     const std::int64_t most = kMostScratchBytes / size() / kPartAlignment * kPartAlignment;
-    const std::int64_t part = std::min(longest_of(slice_bytes), most);
+    const std::int64_t part = std::min(*std::max_element(slice_bytes.begin(), slice_bytes.end()), most);
     const std::int64_t bytes = part * size();
     if (!scratch_.defined() || scratch_.numel() < bytes || scratch_.storage().use_count() > 1)
       scratch_ = at::empty({bytes}, at::kByte);
@@ -286,7 +292,7 @@ class MpiCommunicator final : public Communicator {
         return operation.add_stage([first_tag](MpiOperation& op) {
           const Call& c = op.call();
           spread(op, bytes_of(c.input), c.elements * static_cast<std::int64_t>(c10::elementSize(c.dtype)),
-                 bytes_of(c.output), times(c.recv_rows, c.row_bytes()), first_tag);
+                 bytes_of(c.output), times(c.recv_rows, c.row_bytes()), first_tag, true);
         });
       case Operation::kAllToAll:
         return operation.add_stage([first_tag](MpiOperation& op) { exchange_pieces(op, first_tag); });
@@ -330,7 +336,7 @@ void run_mpi_world(const std::function<void(Communicator&)>& fn, const MpiOption
     constexpr std::size_t kMost = 6;
     const std::size_t others = std::clamp<std::size_t>(error.num_missing(), 1, kMost) - 1;
     std::this_thread::sleep_for(std::chrono::milliseconds(100 * others));
-    throw CommError(own_name + error.what());
+    throw NoAnswer(own_name + error.what(), error.num_missing());
   } catch (const CommError& error) {
     throw CommError(my_turn() + error.what());
   } catch (const ConfigError& error) {
