@@ -9,7 +9,9 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/ones_like.h>
+#include <ATen/ops/zeros.h>
 #include <fmt/format.h>
+#include <sched.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -19,13 +21,15 @@
 #include <fstream>
 #include <functional>
 #include <numeric>
-#include <thread>
+#include <set>
 
 #include "collegium/base/error.h"
 #include "collegium/base/machine.h"
 #include "collegium/cli/verb.h"
+#include "collegium/model/tensor_io.h"
 #include "collegium/ops/gemm_peak.h"
 #include "collegium/ops/product.h"
+#include "collegium/ops/threads.h"
 
 namespace collegium::cli {
 
@@ -142,9 +146,31 @@ std::vector<int> ranks_of_this_machine(comm::Communicator& world) {
   return ranks;
 }
 
+namespace {
+
+// Whether the threads of this machine's ranks are more than the cores that they may run on.
+bool ranks_share_cores(comm::Communicator& world) {
+  const at::Tensor own = at::zeros({1, CPU_SETSIZE}, at::kLong);
+  for (const ops::ThreadBinding& binding : ops::thread_bindings()) {
+    for (const int core : binding.cores) own.mutable_data_ptr<std::int64_t>()[core] = 1;
+  }
+  const at::Tensor all = at::empty({world.size(), CPU_SETSIZE}, at::kLong);
+  world.all_gather(own, all).wait();
+  const std::vector<int> ranks = ranks_of_this_machine(world);
+  std::set<int> cores;
+  for (const int rank : ranks) {
+    const auto* row = all.const_data_ptr<std::int64_t>() + std::int64_t{rank} * CPU_SETSIZE;
+    for (int core = 0; core < CPU_SETSIZE; ++core) {
+      if (row[core] != 0) cores.insert(core);
+    }
+  }
+  return ranks.size() * static_cast<std::size_t>(at::get_num_threads()) > cores.size();
+}
+
+}  // namespace
+
 double gemm_peak_of_all_ranks(comm::Communicator& world, at::ScalarType dtype) {
-  const int threads = static_cast<int>(ranks_of_this_machine(world).size()) * at::get_num_threads();
-  const bool shared = threads > static_cast<int>(std::thread::hardware_concurrency());
+  const bool shared = ranks_share_cores(world);
   return sum_over_ranks(world, {shared ? mean_gemm_rate(dtype) : ops::measure_gemm_peak(dtype)})[0];
 }
 

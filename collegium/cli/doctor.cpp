@@ -13,7 +13,6 @@
 #include <fstream>
 #include <memory>
 #include <set>
-#include <thread>
 
 #include "collegium/base/fields.h"
 #include "collegium/base/units.h"
@@ -69,12 +68,13 @@ double memcpy_bytes_per_s() {
 }
 
 Json examine() {
+  const std::size_t cores = ops::allowed_cores().size();
   ops::bind_threads();
   bool bound = true;
   for (const ops::ThreadBinding& binding : ops::thread_bindings()) bound = bound && binding.cores.size() == 1;
   const double pages =
       static_cast<double>(::sysconf(_SC_PHYS_PAGES)) * static_cast<double>(::sysconf(_SC_PAGE_SIZE));
-  return {{"cores", std::thread::hardware_concurrency()},
+  return {{"cores", cores},
           {"instruction_sets", instruction_sets()},
           {"memory_bytes", pages},
           {"threads", at::get_num_threads()},

@@ -161,7 +161,9 @@ void launch(const LaunchOptions& options, const RankFunction& fn) {
   if (count == 1) return rank(comm::single_rank_world());
   if (comm::find_launcher()) {
     comm::run_mpi_world([&](comm::Communicator& world) { rank(world.shared_from_this()); },
-                        {.timeout = timeout_of(options), .ranks_per_node = options.ranks_per_node});
+                        {.timeout = timeout_of(options),
+                         .ranks_per_node = options.ranks_per_node,
+                         .cores = ops::allowed_cores()});
     return;
   }
   const std::string mpirun = choose_mpirun(options);

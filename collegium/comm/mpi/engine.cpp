@@ -2,11 +2,13 @@
 #include "collegium/comm/mpi/engine.h"
 
 #include <fmt/format.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <array>
 #include <set>
 
+#include "collegium/base/machine.h"
 #include "collegium/comm/launcher.h"
 
 namespace collegium::comm {
@@ -39,6 +41,20 @@ std::string mpi_text(int code) {
 
 void check(int code, std::string_view what) {
   if (code != MPI_SUCCESS) throw CommError(fmt::format("{}: {}", what, mpi_text(code)));
+}
+
+// Whether the ranks of a machine are more than the cores that any of them may run on.
+bool are_more_than_cores(MPI_Comm machine, const std::vector<int>& own_cores) {
+  cpu_set_t cores;
+  CPU_ZERO(&cores);
+  for (const int core : own_cores) CPU_SET(static_cast<std::size_t>(core), &cores);
+  if (own_cores.empty()) {
+    for (int core = 0; core < machine_cores(); ++core) CPU_SET(static_cast<std::size_t>(core), &cores);
+  }
+  check(MPI_Allreduce(MPI_IN_PLACE, &cores, sizeof(cores), MPI_BYTE, MPI_BOR, machine), "MPI_Allreduce");
+  int ranks = 1;
+  MPI_Comm_size(machine, &ranks);
+  return ranks > CPU_COUNT(&cores);
 }
 
 }  // namespace
@@ -244,10 +260,8 @@ MpiEngine::MpiEngine(const MpiOptions& options) : options_(options) {
   most_tag_ = found != 0 ? *most_tag : 32767;  // what the standard promises
   MPI_Comm machine = MPI_COMM_NULL;
   check(MPI_Comm_split_type(comm_, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine), "MPI_Comm_split_type");
-  int ranks_here = 1;
-  MPI_Comm_size(machine, &ranks_here);
+  more_ranks_than_cores_ = are_more_than_cores(machine, options.cores);
   MPI_Comm_free(&machine);
-  more_ranks_than_cores_ = ranks_here > static_cast<int>(std::thread::hardware_concurrency());
   if (options_.progress_interval.count() > 0) progress_ = std::thread([this] { run_progress(); });
 }
 
