@@ -13,6 +13,7 @@
 #include <array>
 #include <cmath>
 #include <filesystem>
+#include <map>
 
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
@@ -115,11 +116,18 @@ class ClusterBench {
 
   // The ranks of this rank's node, and those with its place in their nodes: they work at the same time.
   void group_by_node() {
-    const int own = world_.node(world_.rank());
+    std::map<int, int> ranks_of_nodes;
     int place = 0;
+    const int own = world_.node(world_.rank());
     for (int rank = 0; rank < world_.size(); ++rank) {
-      ranks_of_node_ += world_.node(rank) == own ? 1 : 0;
-      place += rank < world_.rank() && world_.node(rank) == own ? 1 : 0;
+      if (rank == world_.rank()) place = ranks_of_nodes[own];
+      ++ranks_of_nodes[world_.node(rank)];
+    }
+    ranks_of_node_ = ranks_of_nodes.begin()->second;
+    for (const auto& [node, ranks] : ranks_of_nodes) {
+      require_config(ranks == ranks_of_node_,
+                     "bench cluster: node {} has {} ranks and node {} has {}; every node must have as many",
+                     ranks_of_nodes.begin()->first, ranks_of_node_, node, ranks);
     }
     node_ = world_.split(own, world_.rank(), "node");
     across_ = world_.split(place, world_.rank(), "across");
