@@ -15,6 +15,12 @@ PEERS_PYTHON = ROOT / ".venv-peers/bin/python"
 WITHOUT_DEPENDENCIES = "# without dependencies: "
 
 
+def pinned_version(package: str) -> str:
+    """Of a peer: what make_environment() installs."""
+    lines = (line.removeprefix(WITHOUT_DEPENDENCIES) for line in REQUIREMENTS.read_text().splitlines())
+    return next(line.split("==")[1] for line in lines if line.startswith(f"{package}=="))
+
+
 def install(*arguments: str) -> None:
     # No operator is compiled at installation: those that DeepSpeed-MoE runs on a CPU are torch's.
     environment = os.environ | {"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}

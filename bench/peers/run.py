@@ -21,7 +21,7 @@ import sys
 import time
 
 import table
-from environment import PYTHON, ROOT, make_environment
+from environment import PYTHON, ROOT, make_environment, pinned_version
 from shapes import DTYPES, LAYERS, STEPS
 from systems import LAYER_SYSTEMS, PEERS, STEP_SYSTEMS, Setting, System, environment_of
 
@@ -43,8 +43,11 @@ def facts_of(arguments: argparse.Namespace) -> dict:
     return {
         "CPU": cpu,
         "threads": arguments.threads,
+        "seconds": arguments.seconds,
         "torch": torch,
         "transformers": transformers,
+        "deepspeed": pinned_version("deepspeed"),
+        "torchtitan": pinned_version("torchtitan"),
         "binary": hashlib.sha256(arguments.collegium.read_bytes()).hexdigest()[:12],
     }
 
@@ -92,12 +95,18 @@ def plan(arguments: argparse.Namespace) -> list[dict]:
     return todo
 
 
-def open_session(arguments: argparse.Namespace) -> dict:
-    session = {"facts": facts_of(arguments), "records": []}
-    if arguments.out.exists():
-        before = json.loads(arguments.out.read_text())
-        if before["facts"] != session["facts"]:
-            sys.exit(f"{arguments.out} is of another binary, machine or version: {before['facts']}; name another file")
+def open_session(out: pathlib.Path, facts: dict) -> dict:
+    """That of the file, which must have been measured alike, or a new one."""
+    session = {"facts": facts, "records": []}
+    if out.exists():
+        before = json.loads(out.read_text())
+        other = [
+            f"{key} was {before['facts'].get(key, 'not recorded')}, is {value}"
+            for key, value in facts.items()
+            if before["facts"].get(key) != value
+        ]
+        if other:
+            sys.exit(f"{out} was measured otherwise: {'; '.join(other)}; name another file with --out")
         session["records"] = [record for record in before["records"] if "result" in record]
     return session
 
@@ -112,7 +121,7 @@ def check_parameters(record: dict) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    session = open_session(arguments)
+    session = open_session(arguments.out, facts_of(arguments))
     keys = ("work", "shape", "dtype", "repetition", "system")
     done = {tuple(record[key] for key in keys) for record in session["records"]}
     todo = [item for item in plan(arguments) if tuple(item[key] for key in keys) not in done]
