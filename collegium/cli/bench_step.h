@@ -47,7 +47,8 @@ struct PhaseSums {
   double waiting_s = 0.0;
 };
 
-/// Memory of one rank in bytes: tensors as counted, the program as measured.
+/// Memory of one rank in bytes: tensors as counted, the program as measured in the fullest process (of ranks
+/// that are threads, its equal parts).
 struct StepMemory {
   double program =
       0.0;  ///< resident after the first step besides tensors: code, libraries, generated kernels
@@ -81,14 +82,15 @@ struct StepBenchResult {
   double all_to_all_exposed_s = 0.0;
   double hidden_share = 0.0;  ///< of all communication
   std::vector<PhaseSums> phases;
-  double peak_rss_bytes = 0.0;          ///< of all processes
-  StepMemory memory;                    ///< of rank 0
+  double peak_rss_bytes = 0.0;  ///< of all processes
+  StepMemory memory;
   double activations_counted = 0.0;     ///< bytes per token and layer, as the run has it
-  double activations_measured = 0.0;    ///< the same, of a forward pass
+  double activations_measured = 0.0;    ///< the same, of a forward pass on the step's tokens, all ranks
   double activations_recomputed = 0.0;  ///< counted, with every block recomputed
 };
 
-/// What     Writes a corpus of random tokens, and times steps for about `seconds`. The folder is removed.
+/// What     Writes a corpus of random tokens, and times steps for about `seconds`. The folder is removed
+///          before that.
 /// Comm     collective over `world`.
 /// Returns  complete on rank 0.
 StepBenchResult run_step_bench(train::RunConfig config, double seconds,

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <ATen/Parallel.h>
 #include <ATen/ops/scalar_tensor.h>
-#include <ATen/ops/zeros.h>
 #include <fmt/format.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <filesystem>
+#include <memory>
 #include <utility>
 
 #include "collegium/base/rng.h"
@@ -75,8 +75,8 @@ class CorpusFolder {
   bool writes_ = false;
 };
 
-double peak_rss_of_all_ranks(comm::Communicator& world) {
-  const double own = peak_resident_bytes();
+// Of all processes, which ranks that are threads share. Every rank has read `own` when one returns.
+double over_processes(comm::Communicator& world, double own) {
   return ranks_share_a_process(world) ? max_over_ranks(world, {own})[0] : sum_over_ranks(world, {own})[0];
 }
 
@@ -100,9 +100,9 @@ class StepBench {
         gemm_peak_of_all_ranks(*world_, model::parse_dtype(config_.train.dtype, "train.dtype"));
     const auto start = BenchClock::now();
     for (std::int64_t i = 0; i < kStepWarmUps; ++i) one_step();
-    count_memory(r);
     r.runs = agree_on_runs(*world_, seconds_since(start) / static_cast<double>(kStepWarmUps), seconds,
                            kLeastStepRuns);
+    count_memory(r);
     seconds_.clear();
     sums_.fill(0.0);
     phase_sums_.clear();
@@ -146,23 +146,27 @@ class StepBench {
     const auto layers = static_cast<double>(run.model.layers);
     r.activations_recomputed = bytes.recomputed / layers;
     r.activations_counted = (run.recompute ? bytes.recomputed : bytes.layers) / layers;
-    r.activations_measured = (measure_activations(run) - bytes.outside) / layers;
-    r.memory.program = resident_bytes() - static_cast<double>(ops::arena_statistics().touched_bytes);
+    r.activations_measured = (measure_activations() - bytes.outside) / layers;
+    const double program = resident_bytes() - static_cast<double>(ops::arena_statistics().touched_bytes);
+    r.memory.program = peak_memory_of_a_rank(*world_, program);
     r.memory.tensors = plan::own_tensors(run);
   }
 
-  // What a forward pass leaves behind per token, of the tensors that come from the arena.
-  double measure_activations(const plan::OwnRun& run) {
-    const std::int64_t length = run.sequence_length;
-    const std::int64_t sequences = plan::own_layout(run).micro_batch;
-    const at::Tensor ids_BS = at::zeros({sequences, length}, at::kLong);
-    model::ForwardOptions options;
-    options.context.training = true;
-    options.recompute = config_.train.recompute;
+  // What the forward pass of the last step's first micro-step leaves behind per token, of the tensors that
+  // come from the arena: bytes of all ranks over their tokens, as ranks that are threads share an arena. It
+  // is read while every rank holds what its pass has left.
+  double measure_activations() {
+    const std::int64_t step = trainer_.state().step;
+    const train::MicroBatch batch = trainer_.batches(step).micro_step(0);
+    const model::ForwardOptions options = trainer_.forward_options(batch, 0, step);
+    world_->barrier();
     const auto before = static_cast<double>(ops::arena_statistics().in_use_bytes);
-    const model::ForwardResult result = trainer_.decoder().forward(ids_BS, options);
+    world_->barrier();
+    const model::ForwardResult result = trainer_.decoder().forward(batch.ids_BS, options);
+    world_->barrier();
     const double left = static_cast<double>(ops::arena_statistics().in_use_bytes) - before;
-    return left / static_cast<double>(sequences * length);
+    return over_processes(*world_, left) /
+           static_cast<double>(batch.all_sequences * config_.data.sequence_length);
   }
 
   void summarize(StepBenchResult& r) {
@@ -187,9 +191,10 @@ class StepBench {
                           .skew_s = all[3] / parts,
                           .waiting_s = all[4] / parts});
     }
-    r.peak_rss_bytes = peak_rss_of_all_ranks(*world_);
-    r.memory.tensors_peak = static_cast<double>(ops::arena_statistics().peak_bytes);
-    r.memory.tensors_touched = static_cast<double>(ops::arena_statistics().touched_bytes);
+    r.peak_rss_bytes = over_processes(*world_, peak_resident_bytes());
+    const ops::ArenaStatistics arena = ops::arena_statistics();
+    r.memory.tensors_peak = peak_memory_of_a_rank(*world_, static_cast<double>(arena.peak_bytes));
+    r.memory.tensors_touched = peak_memory_of_a_rank(*world_, static_cast<double>(arena.touched_bytes));
   }
 
   static constexpr std::size_t kSums = 5;
@@ -206,9 +211,13 @@ class StepBench {
 
 StepBenchResult run_step_bench(train::RunConfig config, double seconds,
                                const std::shared_ptr<comm::Communicator>& world) {
-  const CorpusFolder folder(config, world);
-  config.data.path = folder.data().string();
-  return StepBench(config, world).measure(seconds);
+  auto folder = std::make_unique<CorpusFolder>(config, world);
+  config.data.path = folder->data().string();
+  StepBench bench(config, world);
+  // The ranks have mapped it: without its names, an interrupted measurement leaves nothing behind.
+  world->barrier();
+  folder.reset();
+  return bench.measure(seconds);
 }
 
 }  // namespace collegium::cli

@@ -114,6 +114,10 @@ void Trainer::build_optimizer_state() {
       groups_, config_.parallel, std::move(slots), masters_->dense_gradients(), masters_->expert_gradients());
 }
 
+StepBatches Trainer::batches(std::int64_t step) const {
+  return {sampler_, step, step_shape(config_), groups_.dp->size(), groups_.dp->rank()};
+}
+
 std::int64_t Trainer::sum_targets(const StepBatches& batches) {
   const at::Tensor sum = at::scalar_tensor(batches.count_targets(), at::kLong);
   groups_.dp->all_reduce(sum).wait();
@@ -225,8 +229,7 @@ StepReport Trainer::compute_gradients() {
   report.step = state_.step + 1;
   const comm::WhereScope scope(groups_.world->where(), {.step = report.step, .layer = -1, .phase = "step"});
   groups_.ledger->clear();
-  const StepBatches batches(sampler_, report.step, step_shape(config_), groups_.dp->size(),
-                            groups_.dp->rank());
+  const StepBatches batches = this->batches(report.step);
   report.num_targets = sum_targets(batches);
   monitors_.assign(static_cast<std::size_t>(decoder_->num_moe_layers()),
                    moe::MonitorSums(config_.model.moe.num_experts));

@@ -80,6 +80,11 @@ class Trainer {
   /// What     The next step gathers its routing, so that its traffic can be predicted exactly.
   /// Comm     one all_gather of the choices per layer and micro-step of that step.
   void audit_next_step() { audited_.emplace(); }
+  /// What     This rank's part of step `step` (1, 2, …), and how step() runs the forward pass of a micro-step
+  ///          of it: for measurements of parts of a step.
+  StepBatches batches(std::int64_t step) const;
+  model::ForwardOptions forward_options(const MicroBatch& batch, std::int64_t micro_step,
+                                        std::int64_t step) const;
   /// What     The run as the planner takes it.
   plan::OwnRun own_run() const { return train::own_run(config_, decoder_->config(), groups_); }
 
@@ -103,8 +108,6 @@ class Trainer {
 
   void build_optimizer_state();
   std::int64_t sum_targets(const StepBatches& batches);
-  model::ForwardOptions forward_options(const MicroBatch& batch, std::int64_t micro_step,
-                                        std::int64_t step) const;
   double run_micro_step(const MicroBatch& batch, std::int64_t micro_step, bool last, StepReport& report);
   MicroSums sum_over_ranks(const model::ForwardResult& forward, double local_loss);
   at::Tensor gather_ids(const MicroBatch& batch, const at::Tensor& ids_TK);
