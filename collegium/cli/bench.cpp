@@ -191,31 +191,50 @@ void add_layout_options(CLI::App& verb, LayoutFlags& flags) {
       "auto (default: two_level where that is expected to halve what travels, else uneven), uneven, "
       "padded, allgather, two_level or shared_memory"));
   group(verb.add_flag("--combine-fp32", flags.combine_fp32,
-                      "two_level, allgather: partial sums travel in fp32"));
+                      "with --dispatcher two_level or allgather, in bfloat16: partial sums travel in fp32"));
   group(verb.add_option("--chunks", flags.chunks,
-                        "cut the tokens into this many chunks; one travels while another is computed"));
+                        "cut the tokens into this many chunks; one travels while another is computed "
+                        "(default 1)"));
   group(verb.add_flag("--overlap", flags.overlap,
                       "overlap all that can be: two chunks (or --chunks), weight and dense gradients"));
 }
 
-void apply_layout(const LayoutFlags& flags, parallel::ParallelOptions& options) {
+bool has_partial_sums(moe::DispatcherKind kind) {
+  return kind == moe::DispatcherKind::kTwoLevel || kind == moe::DispatcherKind::kAllgather;
+}
+
+namespace {
+
+void apply_combine_fp32(at::ScalarType dtype, parallel::DispatcherChoice& dispatcher) {
+  require_config(dispatcher.kind && has_partial_sums(*dispatcher.kind),
+                 "--combine-fp32: needs --dispatcher two_level or allgather, which send partial sums, not {}",
+                 dispatcher.kind ? enum_name(*dispatcher.kind) : "auto");
+  require_config(dtype == at::kBFloat16, "--combine-fp32: needs bfloat16; partial sums of {} are as wide",
+                 model::dtype_name(dtype));
+  dispatcher.combine_fp32 = true;
+}
+
+}  // namespace
+
+void apply_layout(const LayoutFlags& flags, at::ScalarType dtype, parallel::ParallelOptions& options) {
   require_config(flags.ep >= 0, "--ep {}: must not be negative (0 = chosen)", flags.ep);
-  require_config(flags.chunks >= 0, "--chunks {}: must be at least 1", flags.chunks);
+  const std::int64_t chunks = flags.chunks.value_or(options.overlap.chunks);
+  require_config(chunks >= 1, "--chunks {}: must be at least 1", chunks);
   if (flags.ep > 0) options.ep = flags.ep;
   if (!flags.dispatcher.empty()) read_fields(Json(flags.dispatcher), "--dispatcher", options.dispatcher.kind);
-  options.dispatcher.combine_fp32 = options.dispatcher.combine_fp32 || flags.combine_fp32;
+  if (flags.combine_fp32) apply_combine_fp32(dtype, options.dispatcher);
   if (flags.overlap) {
     constexpr std::int64_t kChunks = 2;
     options.overlap = {
         .chunks = std::max(kChunks, options.overlap.chunks), .shared_expert = true, .weight_gradients = true};
     options.overlap_gradients = true;
   }
-  if (flags.chunks > 0) options.overlap.chunks = flags.chunks;
+  if (flags.chunks) options.overlap.chunks = *flags.chunks;
 }
 
 std::string describe_layout(const moe::DispatcherOptions& dispatcher, const moe::OverlapOptions& overlap) {
   std::string text = enum_name(dispatcher.kind);
-  if (dispatcher.combine_fp32) text += ", partial sums in fp32";
+  if (dispatcher.combine_fp32 && has_partial_sums(dispatcher.kind)) text += ", partial sums in fp32";
   if (overlap.chunks > 1) text += fmt::format(", {} chunks", overlap.chunks);
   if (overlap.weight_gradients) text += ", overlapped";
   return text;

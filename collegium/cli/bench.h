@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -64,6 +65,7 @@ Spread time_runs(comm::Communicator& world, double budget_s, std::int64_t& runs,
 
 /// What     The GEMM peaks of all ranks, measured at the same time and added, FLOP/s. Where ranks share
 ///          cores, the mean rates.
+/// Comm     two all_gathers, one all_reduce.
 double gemm_peak_of_all_ranks(comm::Communicator& world, at::ScalarType dtype);
 
 /// How experts are reached. What is left at its default keeps the value of a run file.
@@ -71,14 +73,17 @@ struct LayoutFlags {
   std::int64_t ep = 0;
   std::string dispatcher;
   bool combine_fp32 = false;
-  std::int64_t chunks = 0;
+  std::optional<std::int64_t> chunks;
   bool overlap = false;
 };
 void add_layout_options(CLI::App& verb, LayoutFlags& flags);
 /// What     Puts the flags into `options`. --overlap switches on everything that can overlap, with two chunks
 ///          unless --chunks says otherwise.
-/// Throws   ConfigError naming the flag.
-void apply_layout(const LayoutFlags& flags, parallel::ParallelOptions& options);
+/// Throws   ConfigError naming the flag; also for --combine-fp32 where it would change nothing, as with this
+///          compute dtype.
+void apply_layout(const LayoutFlags& flags, at::ScalarType dtype, parallel::ParallelOptions& options);
+/// What     Whether its combine sends sums of several experts' rows, which may travel in fp32.
+bool has_partial_sums(moe::DispatcherKind kind);
 /// What     "uneven, 2 chunks, overlapped".
 std::string describe_layout(const moe::DispatcherOptions& dispatcher, const moe::OverlapOptions& overlap);
 

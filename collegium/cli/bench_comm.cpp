@@ -19,6 +19,9 @@ namespace collegium::cli {
 
 namespace {
 
+constexpr std::int64_t kSmallest = 4096;  // bytes of a buffer
+constexpr double kMib = 1048576.0;
+
 struct CommBenchOptions {
   double max_mib = 64.0;
   double seconds = 0.1;
@@ -64,9 +67,7 @@ std::vector<CommCase> cases_of(comm::Communicator& world, std::int64_t bytes) {
 std::vector<CommRow> measure(const CommBenchOptions& options, comm::Communicator& world) {
   require_config(world.size() > 1, "bench comm: {} rank has nobody to talk to; pass --ranks 2 or more",
                  world.size());
-  constexpr std::int64_t kFirst = 4096;
   constexpr std::int64_t kFactor = 4;
-  constexpr double kMib = 1048576.0;
   Progress progress;
   std::vector<CommRow> rows;
   const auto show = [&](const std::string& what) {
@@ -76,7 +77,8 @@ std::vector<CommRow> measure(const CommBenchOptions& options, comm::Communicator
   CommRow barrier("barrier", 0, 0.0);
   barrier.seconds = time_runs(world, options.seconds, barrier.runs, [&] { world.barrier(); });
   rows.push_back(barrier);
-  for (std::int64_t bytes = kFirst; static_cast<double>(bytes) <= options.max_mib * kMib; bytes *= kFactor) {
+  for (std::int64_t bytes = kSmallest; static_cast<double>(bytes) <= options.max_mib * kMib;
+       bytes *= kFactor) {
     // Tensors, which begin at cache lines as those of the verbs do: copies between memory that begins
     // elsewhere took 20 times as long on a core whose string instructions do not bear it.
     const at::Tensor from = at::ones({bytes}, at::kByte);
@@ -137,7 +139,9 @@ void print_rows(const std::vector<CommRow>& rows, int ranks) {
 }
 
 void run(const CommBenchOptions& options) {
-  require_config(options.max_mib > 0.0, "--max-mib {}: must be positive", options.max_mib);
+  constexpr double kLeastMib = static_cast<double>(kSmallest) / kMib;
+  require_config(options.max_mib >= kLeastMib, "--max-mib {}: must be at least {}, the smallest buffer",
+                 options.max_mib, kLeastMib);
   require_config(options.seconds > 0.0, "--seconds {}: must be positive", options.seconds);
   launch(options.launch, [&](const std::shared_ptr<comm::Communicator>& world) {
     const std::vector<CommRow> rows = measure(options, *world);

@@ -149,12 +149,12 @@ void validate(LayerBenchOptions& o) {
   require_config(o.top_k >= 1 && o.top_k <= o.experts, "--top-k {}: must be between 1 and --experts = {}",
                  o.top_k, o.experts);
   require_config(o.seconds > 0.0, "--seconds {}: must be positive", o.seconds);
-  model::parse_dtype(o.dtype, "--dtype");
+  const at::ScalarType dtype = model::parse_dtype(o.dtype, "--dtype");
   read_fields(Json(o.routing_name), "--routing", o.routing);
   read_fields(Json(o.skew_name), "--skew", o.skew);
   require_config(o.routing == BenchRouting::kForced || o.skew == moe::Skew::kBalanced,
                  "--skew {}: goes with --routing forced, not with {}", o.skew_name, o.routing_name);
-  apply_layout(o.layout, o.parallel);
+  apply_layout(o.layout, dtype, o.parallel);
   parallel::validate(o.parallel);
 }
 

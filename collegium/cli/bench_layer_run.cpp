@@ -195,9 +195,7 @@ class LayerBench {
     const auto width = static_cast<std::int64_t>(c10::elementSize(dtype_));
     const auto wide = static_cast<std::int64_t>(c10::elementSize(at::toOpMathType(dtype_)));
     const moe::DispatcherOptions& dispatcher = groups_.dispatcher;
-    const bool sums_are_wide =
-        dispatcher.combine_fp32 && (dispatcher.kind == moe::DispatcherKind::kTwoLevel ||
-                                    dispatcher.kind == moe::DispatcherKind::kAllgather);
+    const bool sums_are_wide = dispatcher.combine_fp32 && has_partial_sums(dispatcher.kind);
     return {.dispatcher = dispatcher,
             .chunks = options_.parallel.overlap.chunks,
             .num_experts = options_.experts,

@@ -3,17 +3,21 @@
 
 #include <ATen/Parallel.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <CLI/CLI.hpp>
 
 #include "collegium/base/error.h"
 #include "collegium/base/units.h"
 #include "collegium/cli/bench.h"
+#include "collegium/data/dataset.h"
 #include "collegium/model/tensor_io.h"
 
 namespace collegium::cli {
 
 namespace {
+
+constexpr const char* kModelGroup = "Model";
 
 train::RunConfig config_of_flags(const StepBenchOptions& o) {
   train::RunConfig c;
@@ -42,13 +46,13 @@ train::RunConfig config_of_flags(const StepBenchOptions& o) {
 train::RunConfig step_bench_config(const StepBenchOptions& o) {
   train::RunConfig c =
       o.run_file.empty() ? config_of_flags(o) : train::read_run_config(o.run_file, o.overrides);
-  if (c.model.vocab_size == 0) c.model.vocab_size = o.vocab;
+  if (c.model.vocab_size == 0) c.model.vocab_size = data::Dataset(c.data.path).index().vocab_size;
   require_config(o.routing == "forced" || o.routing == "learned", "--routing {}: must be forced or learned",
                  o.routing);
   if (o.routing == "forced") c.model.moe.router.selection = moe::Selection::kForcedBalance;
-  model::parse_dtype(c.train.dtype, "--dtype");
+  const at::ScalarType dtype = model::parse_dtype(c.train.dtype, "--dtype");
   model::validate(c.model, /*training=*/true);
-  apply_layout(o.layout, c.parallel);
+  apply_layout(o.layout, dtype, c.parallel);
   parallel::validate(c.parallel);
   c.run_folder.clear();
   c.model_source.init.clear();
@@ -71,8 +75,20 @@ void validate(const StepBenchOptions& o) {
   at_least_one("--sequences", o.sequences);
   at_least_one("--length", o.length);
   require_config(o.micro >= 0, "--micro {}: must not be negative (0 = all sequences at once)", o.micro);
+  require_config(o.micro <= o.sequences, "--micro {}: must not exceed --sequences = {}", o.micro,
+                 o.sequences);
   require_config(o.seconds > 0.0, "--seconds {}: must be positive", o.seconds);
-  require_config(o.run_file.empty() ? o.overrides.empty() : true, "--set: needs a run file");
+  require_config(!o.run_file.empty() || o.overrides.empty(), "--set: needs a run file");
+}
+
+// A run file describes the model and the batch: flags beside it would say the same again, or otherwise.
+void refuse_model_flags(const CLI::App& verb, const std::string& run_file) {
+  for (const CLI::Option* option : verb.get_options()) {
+    require_config(option->get_group() != kModelGroup || option->empty(),
+                   "{} {}: cannot be given beside the run file {}, which describes the model and the batch; "
+                   "change its keys with --set KEY=VALUE",
+                   option->get_name(), fmt::join(option->results(), " "), run_file);
+  }
 }
 
 Json phases_json(const StepBenchResult& r) {
@@ -204,9 +220,10 @@ void add_bench_step(CLI::App& bench) {
   auto o = std::make_shared<StepBenchOptions>();
   CLI::App* verb = bench.add_subcommand("step", "A whole training step on random tokens, as train runs it");
   verb->add_option("run_file", o->run_file,
-                   "the model, batch and layout of this run file instead of the flags");
+                   "the model, batch and layout of this run file, and the vocabulary of its data, instead of "
+                   "the flags");
   verb->add_option("--set", o->overrides, "KEY=VALUE replaces a key of the run file");
-  const auto shape = [](CLI::Option* option) { option->capture_default_str()->group("Model"); };
+  const auto shape = [](CLI::Option* option) { option->capture_default_str()->group(kModelGroup); };
   shape(verb->add_option("--layers", o->layers, "decoder blocks, all with experts"));
   shape(verb->add_option("--hidden", o->hidden, "model dimension"));
   shape(verb->add_option("--ffn", o->ffn, "width of one expert"));
@@ -235,7 +252,10 @@ void add_bench_step(CLI::App& bench) {
       "  collegium bench step\n"
       "  collegium bench step --experts 64 --top-k 8 --ffn 128 --ranks 2 --overlap\n"
       "  collegium bench step configs/demo.toml --ranks 2 --json");
-  verb->callback([o] { run(*o); });
+  verb->callback([o, verb] {
+    if (!o->run_file.empty()) refuse_model_flags(*verb, o->run_file);
+    run(*o);
+  });
 }
 
 }  // namespace collegium::cli

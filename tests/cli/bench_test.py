@@ -8,15 +8,20 @@ held against one of this file for the balanced routing, and the rest is looked a
 
 import json
 import math
+import os
 import pathlib
+import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 
-from small_run import collegium
+from small_run import collegium, prepare
 
 BINARY = sys.argv[1]
 LAYER = ["--tokens", "96", "--hidden", "32", "--ffn", "24", "--experts", "8", "--top-k", "2", "--seconds", "0.01"]
+STEP = ["--layers", "1", "--hidden", "16", "--ffn", "8", "--experts", "4", "--heads", "2", "--vocab", "40"]
+STEP += ["--sequences", "4", "--length", "8"]
 SKEWS = [f"W{i}" for i in range(8)]
 DISPATCHERS = ["uneven", "padded", "allgather", "two_level", "shared_memory"]
 ARROWS = ["dispatch", "combine", "combine backward", "dispatch backward"]
@@ -77,7 +82,8 @@ def check_layouts() -> None:
         for overlap in [[], ["--overlap", "--chunks", "3"]]:
             num_nodes = 1 if dispatcher == "shared_memory" else 2
             nodes = ["--ranks-per-node", str(4 // num_nodes), "--routing", "random"]
-            result = bench("layer", *LAYER, *local(4), *nodes, *overlap, "--dispatcher", dispatcher, "--combine-fp32")
+            sums = ["--combine-fp32"] if dispatcher in ("allgather", "two_level") else []
+            result = bench("layer", *LAYER, *local(4), *nodes, *overlap, "--dispatcher", dispatcher, *sums)
             assert result["nodes"] == num_nodes and result["chunks"] == (3 if overlap else 1), result
             for arrow in ARROWS:
                 assert total(result, arrow, "") == total(result, arrow, "expected_") > 0, (dispatcher, result)
@@ -96,14 +102,71 @@ def check_layouts() -> None:
 
 
 def check_step() -> None:
-    shape = ["--layers", "1", "--hidden", "16", "--ffn", "8", "--experts", "4", "--heads", "2", "--vocab", "40"]
-    shape += ["--sequences", "4", "--length", "8", "--seconds", "0.01"]
-    alone = bench("step", *shape, "--micro", "2", "--dtype", "float32", "--recompute")
-    assert alone["tokens_per_s"] > 0.0 and alone["peak_rss_bytes"] > 1e6 and alone["bytes_within_nodes"] == 0, alone
-    many = bench("step", *shape, *local(2), "--overlap", "--dispatcher", "padded", "--routing", "forced")
+    ballast = b"x" * (1 << 30)  # the peak of who starts bench must not count as bench's
+    alone = bench("step", *STEP, "--seconds", "0.01", "--micro", "2", "--dtype", "float32", "--recompute")
+    assert alone["tokens_per_s"] > 0.0 and alone["bytes_within_nodes"] == 0, alone
+    assert 1e6 < alone["peak_rss_bytes"] < len(ballast), alone
+    del ballast
+    many = bench(
+        "step", *STEP, "--seconds", "0.01", *local(2), "--overlap", "--dispatcher", "padded", "--routing", "forced"
+    )
     assert many["ranks"] == 2 and many["chunks"] == 2 and many["bytes_within_nodes"] > 0, many
     assert 0.0 < many["all_to_all_exposed_share"] <= many["all_to_all_share"] < 1.0, many
     assert many["phases"]["gradients"]["within_nodes_bytes"] > 0, many
+
+
+def check_activations() -> None:
+    """What is measured beside what is counted: of a rank, whether it has the process to itself or not."""
+    shape = ["--layers", "3", "--hidden", "64", "--ffn", "48", "--experts", "8", "--top-k", "4", "--heads", "4"]
+    shape += ["--vocab", "64", "--sequences", "8", "--length", "512", "--dtype", "float32", "--seconds", "0.01"]
+    for ranks in [[], local(2), ["--ranks", "2"]]:
+        found = bench("step", *shape, *ranks)["activation_bytes_per_token_and_layer"]
+        # Tensors below 64 KiB are not counted, and the loss has not run.
+        assert 0.8 < found["measured"] / found["counted"] < 1.2, (ranks, found)
+
+
+def check_run_file() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        run_file = str(prepare(BINARY, folder, steps=1))
+        result = bench("step", run_file, "--seconds", "0.01")
+        assert result["vocab"] == 23 and result["hidden"] == 16 and result["sequences"] == 5, result
+        result = bench("step", run_file, "--seconds", "0.01", "--set", "model.hidden_size=32")
+        assert result["hidden"] == 32, result
+        for flag in ["--hidden 64", "--vocab 8192", "--micro 0"]:
+            refuses(f"{flag}: cannot be given beside the run file {run_file}", "step", run_file, *flag.split())
+        refuses("--recompute true: cannot be given beside the run file", "step", run_file, "--recompute")
+        (folder / "data" / "dataset.json").unlink()
+        refuses("dataset.json", "step", run_file)
+
+
+def check_interrupt() -> None:
+    """The tokens' files lose their names before anything is measured."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        begun = folder.stat().st_mtime_ns
+        command = [BINARY, "bench", "step", *STEP, "--seconds", "60"]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"TMPDIR": name}) as process:
+            limit = time.monotonic() + 60.0
+            while folder.stat().st_mtime_ns == begun or any(folder.iterdir()):
+                assert time.monotonic() < limit and process.poll() is None, list(folder.iterdir())
+                time.sleep(0.01)
+            process.terminate()
+        assert process.returncode != 0 and not any(folder.iterdir()), process.returncode
+
+
+def check_cores() -> None:
+    """The cores that count are those that the program may use."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        doctor = collegium(BINARY, "doctor", "--json")
+        shape = [*LAYER, "--dtype", "float32", "--threads", "1"]
+        alone, shared = bench("layer", *shape), bench("layer", *shape, *local(2))
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert doctor.returncode == 0 and json.loads(doctor.stdout)["cores"] == 1, doctor
+    assert shared["gemm_peak_gflops"] < 1.5 * alone["gemm_peak_gflops"], (alone, shared)
 
 
 def check_comm() -> None:
@@ -133,6 +196,27 @@ def check_cluster() -> None:
         assert planned.returncode == 0, planned.stderr
 
 
+def check_sessions() -> None:
+    """A session with other systems goes on from a file that was measured alike, and from no other."""
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "bench/peers"))
+    import run
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder) / "session.json"
+        records = [{"result": {}}, {"error": "took too long"}]
+        out.write_text(json.dumps({"facts": {"threads": 2, "seconds": 3.0}, "records": records}))
+        assert run.open_session(out, {"threads": 2, "seconds": 3.0})["records"] == records[:1]
+        for facts in [{"threads": 2, "seconds": 1.0}, {"threads": 2, "seconds": 3.0, "deepspeed": "0.19.8"}]:
+            try:
+                run.open_session(out, facts)
+            except SystemExit as refusal:
+                changed = "seconds was 3.0, is 1.0" if len(facts) == 2 else "deepspeed was not recorded, is 0.19.8"
+                assert changed in str(refusal), refusal
+            else:
+                raise AssertionError(facts)
+    assert all(run.pinned_version(peer) for peer in ("deepspeed", "torchtitan"))
+
+
 def check_refusals() -> None:
     refuses("--write cluster.txt: must end in .toml", "cluster", "--write", "cluster.txt")
     refuses("--seconds 0: must be positive", "cluster", "--write", "a.toml", "--seconds", "0")
@@ -146,7 +230,20 @@ def check_refusals() -> None:
     refuses("skew W5: a token chooses 5 of", "layer", "--top-k", "5", "--skew", "W5", *local(2))
     refuses("parallel.ep = 3: must divide the number of ranks, 2", "layer", *LAYER, "--ep", "3", *local(2))
     refuses("--ranks 2 or more", "comm")
-    refuses("--max-mib 0: must be positive", "comm", "--max-mib", "0")
+    refuses("--max-mib 0.003: must be at least 0.00390625", "comm", "--max-mib", "0.003")
+    uneven = ["--ranks-per-node", "2", "--seconds", "0.002"]
+    message = "node 0 has 2 ranks and node 1 has 1; every node must have as many"
+    refuses(message, "cluster", "--write", "uneven.toml", *local(3), *uneven)
+    for dispatcher in ["auto", "uneven", "padded", "shared_memory"]:
+        message = (
+            f"--combine-fp32: needs --dispatcher two_level or allgather, which send partial sums, not {dispatcher}"
+        )
+        refuses(message, "layer", "--combine-fp32", "--dispatcher", dispatcher)
+    message = "--combine-fp32: needs bfloat16; partial sums of float32 are as wide"
+    refuses(message, "step", "--combine-fp32", "--dispatcher", "two_level", "--dtype", "float32")
+    for work in ["layer", "step"]:
+        refuses("--chunks 0: must be at least 1", work, "--chunks", "0")
+    refuses("--micro 9: must not exceed --sequences = 8", "step", "--micro", "9")
     refuses("--set: needs a run file", "step", "--set", "train.dtype=float32")
     refuses("--sequences 0: must be at least 1", "step", "--sequences", "0")
     refuses("head_dim = 73: the rotary embedding needs an even number", "step", "--heads", "7")
@@ -155,7 +252,8 @@ def check_refusals() -> None:
 
 
 def main() -> None:
-    for check in [check_layer, check_skews, check_layouts, check_step, check_comm, check_cluster, check_refusals]:
+    work = [check_layer, check_skews, check_layouts, check_step, check_activations, check_run_file, check_comm]
+    for check in [*work, check_interrupt, check_cores, check_cluster, check_sessions, check_refusals]:
         check()
     print("bench: fields, bytes and messages are as they should be")
 
