@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <cmath>
 #include <memory>
 
 #include "collegium/base/error.h"
@@ -63,8 +64,6 @@ Outcome run_one(const SimulateArguments& a, const plan::ModelSpec& model, plan::
 std::vector<Outcome> run_all(const SimulateArguments& a) {
   const plan::ModelSpec model = plan::load_model(a.model);
   plan::Layout layout = plan::parse_layout(a.layout);
-  if (layout.virtual_stages > 1 && layout.schedule == plan::Schedule::k1F1B)
-    layout.schedule = plan::Schedule::kInterleaved;
   if (!a.schedules) return {run_one(a, model, layout)};
   std::vector<Outcome> all;
   const int virtual_stages = layout.virtual_stages;
@@ -105,7 +104,8 @@ void run_simulate(const SimulateArguments& a) {
       {.seq_len = a.seq_len, .global_batch = a.global_batch, .precision = a.precision, .imbalance = 1.0},
       "--");
   require_config(a.skew == 0.0 || a.routing.empty(), "--skew and --routing: give one of them");
-  require_config(a.skew >= 0.0, "--skew = {}: must not be negative", a.skew);
+  require_config(std::isfinite(a.skew) && a.skew >= 0.0, "--skew = {}: must be finite and not negative",
+                 a.skew);
   const std::vector<Outcome> all = run_all(a);
   require_config(!all.empty(), "--schedules: none of the schedules is possible with this layout");
   if (a.json) {

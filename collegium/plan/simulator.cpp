@@ -124,6 +124,9 @@ class Run {
     } else {
       seconds = d_.weights(t);
     }
+    // Time that is not a number would never pass.
+    COLLEGIUM_CHECK(seconds >= 0.0, "micro-batch {}, chunk {}: a pass of {} s", t.micro_batch, t.chunk,
+                    seconds);
     free_at_[index(rank)] = now + seconds;
     result_.busy_s[index(rank)] += seconds;
     result_.spans.push_back({rank, now, now + seconds, t});

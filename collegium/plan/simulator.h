@@ -41,7 +41,8 @@ struct Simulation {
 /// What     Runs the pipeline. Fixed orders wait for their next task; rule-based ranks take, of what is
 ///          ready, backward before forward before weight gradients, and hold at most the chunks that the
 ///          schedule allows.
-/// Throws   InternalError if no task can start although some are left.
+/// Throws   InternalError if no task can start although some are left, or a duration is negative or not a
+///          number.
 Simulation simulate(const Pipeline& pipeline, const Durations& durations);
 
 /// Where routing skew comes from: a distribution of popularities, or the routing recorded in a run.

@@ -49,7 +49,7 @@ struct LayoutSeconds {
 // The share of a MoE layer that waits for the fullest rank: its exchange, and products of the routed experts.
 double expert_seconds(const ModelSpec& m, const Cost& pass) {
   const LayerWeights w = layer_weights(m, m.layers - 1);
-  const double active = static_cast<double>(w.expert * m.top_k);
+  const double active = static_cast<double>(w.expert) * m.experts_per_token();
   const double share = active / (active + static_cast<double>(w.attention() + w.dense()));
   return pass[Part::kExpertComm] + share * pass[Part::kGemm];
 }
@@ -79,11 +79,15 @@ ChunkSeconds chunk_seconds(const ModelSpec& m, const Layout& l, const Workload& 
 }  // namespace
 
 double skewed_imbalance(int experts, int ranks, double skew, std::uint64_t seed, std::uint64_t draw) {
-  const RandomStream normal(seed, "plan/skew", draw);
+  const RandomStream stream(seed, "plan/skew", draw);
+  std::vector<double> normals;
+  for (int e = 0; e < experts; ++e) normals.push_back(stream.normal(static_cast<std::uint64_t>(e)));
+  const double most = *std::max_element(normals.begin(), normals.end());
   std::vector<double> load(static_cast<std::size_t>(ranks), 0.0);
   double total = 0.0;
   for (int e = 0; e < experts; ++e) {
-    const double popularity = std::exp(skew * normal.normal(static_cast<std::uint64_t>(e)));
+    // Relative to the most popular one, whose own is 1: no skew is too large for a double.
+    const double popularity = std::exp(skew * (normals[static_cast<std::size_t>(e)] - most));
     load[static_cast<std::size_t>(static_cast<long>(e) * ranks / experts)] += popularity;
     total += popularity;
   }
