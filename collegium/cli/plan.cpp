@@ -3,6 +3,9 @@
 #include <fmt/ranges.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
+#include <array>
+#include <iterator>
 #include <memory>
 
 #include "collegium/base/error.h"
@@ -49,6 +52,37 @@ void print_list(bool json) {
              fmt::join(plan::cluster_names(), ", "));
 }
 
+// Modes, of which a command has one, and what goes with which: an option that would be ignored is refused.
+constexpr std::array kModes = {"--model", "--compare", "--shares", "--validate", "--list"};
+constexpr std::array kExclusive = {std::pair{"--gpus", "--explain"}, std::pair{"--data-parallel", "--top"},
+                                   std::pair{"--data-parallel", "--all-schedules"}};
+
+void check_combination(const CLI::App& verb) {
+  const std::pair<const char*, std::vector<std::string>> needs[] = {
+      {"--gpus", {"--model"}},
+      {"--explain", {"--model"}},
+      {"--data-parallel", {"--gpus", "--explain"}},
+      {"--global-batch", {"--gpus", "--explain"}},
+      {"--precision", {"--gpus", "--explain"}},
+      {"--imbalance", {"--gpus", "--explain"}},
+      {"--cluster", {"--gpus", "--explain", "--shares"}},
+      {"--seq", {"--model", "--shares"}},
+      {"--top", {"--gpus"}},
+      {"--all-schedules", {"--gpus"}},
+      {"--rows", {"--validate"}}};
+  const auto given = [&](const std::string& option) { return verb.count(option) > 0; };
+  std::vector<std::string> modes;
+  std::copy_if(kModes.begin(), kModes.end(), std::back_inserter(modes), given);
+  require_config(!modes.empty(), "plan: give one of {}", fmt::join(kModes, ", "));
+  require_config(modes.size() == 1, "plan: {} exclude each other", fmt::join(modes, " and "));
+  for (const auto& [option, needed] : needs) {
+    require_config(!given(option) || std::any_of(needed.begin(), needed.end(), given), "plan: {} needs {}",
+                   option, fmt::join(needed, " or "));
+  }
+  for (const auto& [one, other] : kExclusive)
+    require_config(!given(one) || !given(other), "plan: {} and {} exclude each other", one, other);
+}
+
 plan::Workload workload(const PlanArguments& a) {
   require_config(a.global_batch != 0.0, "--global-batch is missing: sequences of an optimizer step");
   plan::Workload work{.seq_len = a.seq_len,
@@ -66,6 +100,7 @@ void run_search(const PlanArguments& a, const plan::ModelSpec& model) {
   plan::SearchOptions options;
   options.accelerators = a.gpus;
   options.vary_schedule = a.all_schedules;
+  options.keep = a.top;
   const plan::SearchResult found = plan::search(model, work, cluster, stack, options);
   if (a.json) {
     fmt::print("{}\n", plan::search_json(found, model, work, a.top).dump());
@@ -83,19 +118,15 @@ void run_search(const PlanArguments& a, const plan::ModelSpec& model) {
 plan::Layout given_layout(const std::string& text, const plan::ModelSpec& model, const plan::Workload& work) {
   plan::Layout layout = plan::parse_layout(text);
   layout.sequence_parallel = layout.tp > 1;
-  if (layout.virtual_stages > 1) layout.schedule = plan::Schedule::kInterleaved;
   if (const auto reason = plan::forbidden(model, layout, work))
     throw ConfigError(fmt::format("--explain: {}", *reason));
   return layout;
 }
 
 void compare_data_parallel(const PlanArguments& a, const plan::ModelSpec& model) {
-  require_config(!a.layout.empty() || a.gpus > 1,
-                 "--data-parallel: give --gpus of at least 2, or --explain LAYOUT");
   const plan::Cluster cluster = plan::load_cluster(a.cluster);
   const plan::Workload work = workload(a);
-  const plan::Layout layout =
-      given_layout(a.layout.empty() ? fmt::format("dp{}", a.gpus) : a.layout, model, work);
+  const plan::Layout layout = given_layout(a.gpus > 0 ? fmt::format("dp{}", a.gpus) : a.layout, model, work);
   const auto variants = plan::data_parallel_variants(model, layout, work, cluster, plan::Stack{});
   fmt::print("{}", a.json ? plan::data_parallel_json(variants).dump() + "\n"
                           : plan::format_data_parallel(variants, layout, cluster));
@@ -136,9 +167,11 @@ void explain(const PlanArguments& a, const plan::ModelSpec& model) {
   for (const std::string& line : plan::memory_assumptions(layout, work, stack)) fmt::print("  {}\n", line);
 }
 
-void run_plan(const PlanArguments& a) {
+void run_plan(const PlanArguments& a, const CLI::App& verb) {
+  check_combination(verb);
+  plan::check_workload({.seq_len = a.seq_len, .imbalance = a.imbalance}, "--");
   if (a.list) return print_list(a.json);
-  if (!a.validate.empty()) {
+  if (verb.count("--validate") > 0) {
     const plan::Validation found = plan::validate_path(a.validate);
     fmt::print("{}",
                a.json ? plan::validation_json(found).dump() + "\n" : plan::format_validation(found, a.rows));
@@ -155,11 +188,9 @@ void run_plan(const PlanArguments& a) {
     fmt::print("{}", a.json ? plan::comparison_json(all).dump() + "\n" : plan::format_comparison(all));
     return;
   }
-  require_config(!a.model.empty(), "plan: give --model, --compare, --shares, --validate or --list");
-  plan::check_workload({.seq_len = a.seq_len, .imbalance = a.imbalance}, "--");
   const plan::ModelSpec model = plan::load_model(a.model);
   if (a.data_parallel) return compare_data_parallel(a, model);
-  if (!a.layout.empty()) return explain(a, model);
+  if (verb.count("--explain") > 0) return explain(a, model);
   if (a.gpus > 0) return run_search(a, model);
   const plan::Account counts = plan::account(model);
   fmt::print("{}", a.json ? plan::account_json(model, counts, a.seq_len).dump() + "\n"
@@ -178,30 +209,29 @@ void add_plan(CLI::App& app) {
   verb->add_option("--cluster", arguments->cluster, "a name of the catalogue or a TOML file")
       ->capture_default_str();
   constexpr int kMostGpus = 1 << 20;
-  CLI::Option* gpus =
-      verb->add_option("--gpus", arguments->gpus, "search the layouts of this many accelerators")
-          ->check(CLI::Range(1, kMostGpus));
+  verb->add_option("--gpus", arguments->gpus, "search the layouts of this many accelerators")
+      ->check(CLI::Range(1, kMostGpus));
   verb->add_option("--global-batch", arguments->global_batch, "sequences of an optimizer step");
   verb->add_option("--precision", arguments->precision, "of matrix products: bf16, fp8, mxfp8, nvfp4, fp32")
       ->capture_default_str();
   verb->add_option("--imbalance", arguments->imbalance,
                    "tokens of the fullest rank over the mean (1 = balanced)")
       ->capture_default_str();
-  verb->add_option("--top", arguments->top, "rows of the ranking")->needs(gpus)->capture_default_str();
-  verb->add_flag("--all-schedules", arguments->all_schedules, "zero-bubble and DualPipe too")->needs(gpus);
+  verb->add_option("--top", arguments->top, "rows of the ranking")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  verb->add_flag("--all-schedules", arguments->all_schedules, "zero-bubble and DualPipe too");
   verb->add_option("--explain", arguments->layout,
-                   "draw a layout such as tp2.pp4.dp8.ep8.mb1: ranks, groups, traffic, memory, time")
-      ->excludes(gpus);
+                   "draw a layout such as tp2.pp4.dp8.ep8.mb1: ranks, groups, traffic, memory, time");
   verb->add_flag(
       "--data-parallel", arguments->data_parallel,
       "parameter server, all-reduce and ZeRO 1 to 3 beside each other, of --gpus or of --explain LAYOUT");
   verb->add_flag("--shares", arguments->shares,
                  "the expert exchange's share on 2 and 32 ranks, and its remedies");
   verb->add_flag("--compare", arguments->compare, "classical published layouts beside the planner's choice");
-  CLI::Option* validate =
-      verb->add_option("--validate", arguments->validate,
-                       "judge the planner on published runs: a CSV, or a folder of runs.csv files");
-  verb->add_flag("--rows", arguments->rows, "list every row")->needs(validate);
+  verb->add_option("--validate", arguments->validate,
+                   "judge the planner on published runs: a CSV, or a folder of runs.csv files");
+  verb->add_flag("--rows", arguments->rows, "list every row");
   verb->add_flag("--list", arguments->list, "names of the catalogue's models and clusters");
   verb->add_flag("--json", arguments->json, "print one JSON object");
   verb->footer(
@@ -209,7 +239,7 @@ void add_plan(CLI::App& app) {
       "h100-80 --gpus 1024 --global-batch 4096 --seq 4096\n"
       "  collegium plan --model llama3-8b --gpus 64 --global-batch 256 --data-parallel\n"
       "  collegium plan --validate validation --rows");
-  verb->callback([arguments] { run_plan(*arguments); });
+  verb->callback([arguments, verb] { run_plan(*arguments, *verb); });
 }
 
 }  // namespace collegium::cli

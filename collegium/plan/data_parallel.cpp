@@ -19,26 +19,30 @@ struct Volumes {
   double shared_weights = 0.0;
 };
 
+double replicas(const Layout& l) { return static_cast<double>(l.dp) * l.cp; }
+
 Volumes volumes(const StageWeights& held, const Layout& l, const Stack& s) {
   Volumes v;
-  const auto add = [&](double parameters, double replicas) {
-    if (replicas <= 1.0) return;
-    const double share = (replicas - 1.0) / replicas;
+  const auto add = [&](double parameters, double count) {
+    if (count <= 1.0) return;
+    const double share = (count - 1.0) / count;
     v.gradients += parameters * s.reduce_bytes;
     v.weights += parameters * s.weight_bytes;
     v.shared_gradients += share * parameters * s.reduce_bytes;
     v.shared_weights += share * parameters * s.weight_bytes;
   };
-  add(held.dense, static_cast<double>(l.dp) * l.cp);
+  add(held.dense, replicas(l));
   add(held.experts, l.expert_dp());
   return v;
 }
 
 // Everything passes one server's link, in and then out.
+double server_bytes(const Volumes& v, const Layout& l) { return replicas(l) * (v.gradients + v.weights); }
+
 double server_seconds(const Volumes& v, const Layout& l, const Cluster& c) {
   const Link& link = l.world() > c.fast_domain ? c.slow_link : c.fast_link;
   const double bandwidth = link.gb_per_s * 1e9 * link.efficiency;
-  return l.dp * (v.gradients + v.weights) / bandwidth + 2.0 * link.latency_us * 1e-6;
+  return server_bytes(v, l) / bandwidth + 2.0 * link.latency_us * 1e-6;
 }
 
 DataParallelVariant variant(const ModelSpec& m, Layout l, Zero zero, const Workload& w, const Cluster& c,
@@ -78,8 +82,7 @@ std::vector<DataParallelVariant> data_parallel_variants(const ModelSpec& m, cons
     one.step_s = without + one.exposed_s;
     return one;
   };
-  add("parameter server, central", behind(server_seconds(v, l, c)), v.gradients,
-      l.dp * (v.gradients + v.weights));
+  add("parameter server, central", behind(server_seconds(v, l, c)), v.gradients, server_bytes(v, l));
   const DataParallelVariant sharded = variant(m, l, Zero::kOptimizer, w, c, s);
   DataParallelVariant served = whole;
   served.exposed_s = sharded.exposed_s;

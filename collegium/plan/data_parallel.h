@@ -16,7 +16,7 @@ struct DataParallelVariant {
   std::string name;
   double sent_bytes = 0.0;  ///< by a rank in a step
   double busiest_bytes =
-      0.0;  ///< in and out of the busiest machine's or rank's link: a central server's grow with dp
+      0.0;  ///< in and out of the busiest machine's or rank's link: a central server's grow with dp*cp
   double exposed_s = 0.0;  ///< not hidden behind the backward pass
   double step_s = 0.0;
   double static_bytes = 0.0;  ///< of a rank
@@ -25,9 +25,10 @@ struct DataParallelVariant {
 };
 
 /// What     Bytes, time and memory of a layout under each way of keeping its replicas equal.
-/// Math     P parameters of a rank, g and w bytes of a gradient and of a weight, n replicas. Central
-///          server: n P (g + w) through one link; server on every rank, and ZeRO 1 and 2: P (g + w) (n -
-///          1)/n; ring all-reduce: 2 P g (n - 1)/n; ZeRO 3: P (2 w + g) (n - 1)/n for every micro-batch.
+/// Math     P parameters of a rank, g and w bytes of a gradient and of a weight, n replicas: dp*cp, of
+///          experts the ranks that hold the same. Central server: dp*cp P (g + w) through one link; server on
+///          every rank, and ZeRO 1 and 2: P (g + w) (n - 1)/n; ring all-reduce: 2 P g (n - 1)/n; ZeRO 3:
+///          P (2 w + g) (n - 1)/n for every micro-batch.
 /// Throws   ConfigError when the layout has one replica only.
 std::vector<DataParallelVariant> data_parallel_variants(const ModelSpec& model, const Layout& layout,
                                                         const Workload& work, const Cluster& cluster,

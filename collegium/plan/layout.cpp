@@ -73,6 +73,9 @@ std::optional<std::string> forbidden(const ModelSpec& m, const Layout& l, const 
                        m.layers);
   if (l.virtual_stages > 1 && l.pp < 2)
     return fmt::format("virtual stages = {}: need pp of at least 2", l.virtual_stages);
+  if (l.virtual_stages > 1 && l.schedule != Schedule::kInterleaved && l.schedule != Schedule::k1F1B)
+    return fmt::format("virtual stages = {}: only the interleaved schedule has them, {} has not",
+                       l.virtual_stages, enum_name(l.schedule));
   if (auto reason = bad_expert_axes(m, l)) return reason;
   const double per_step = static_cast<double>(l.dp) * l.micro_batch;
   if (std::fmod(w.global_batch, per_step) != 0.0)
@@ -196,6 +199,8 @@ Layout parse_layout(const std::string& text) {
           fmt::format("layout part {}: write parts such as tp2.pp4.dp8.ep8.zero1.mb1.full.a2a.1f1b", part));
     }
   }
+  // With virtual stages 1F1B is the interleaved schedule.
+  if (l.virtual_stages > 1 && l.schedule == Schedule::k1F1B) l.schedule = Schedule::kInterleaved;
   return l;
 }
 

@@ -107,7 +107,8 @@ double num_micro_batches(const Layout& layout, const Workload& work);
 /// What     Why this layout is impossible, or nothing: a rule with both numbers.
 std::optional<std::string> forbidden(const ModelSpec& model, const Layout& layout, const Workload& work);
 
-/// What     "tp2.cp1.pp4.vp1.dp8.ep8.etp1.zero1.mb1.none.a2a.1f1b", and back; parts may be left out.
+/// What     "tp2.cp1.pp4.vp1.dp8.ep8.etp1.zero1.mb1.none.a2a.1f1b", and back; parts may be left out. With
+///          virtual stages 1f1b is read as interleaved.
 /// Throws   ConfigError naming the part that cannot be read.
 std::string layout_name(const Layout& layout);
 Layout parse_layout(const std::string& text);

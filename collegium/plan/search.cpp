@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <map>
+#include <utility>
 
 #include "collegium/base/error.h"
 #include "collegium/base/units.h"
@@ -41,9 +43,9 @@ class Search {
   }
 
  private:
-  void reject(std::string reason, const Layout& layout) {
+  void reject(std::string reason, const Layout& layout, double over_gib = 0.0) {
     const auto [at, fresh] = index_.emplace(std::move(reason), result_.rejected.size());
-    if (fresh) result_.rejected.push_back({at->first, 0, layout_name(layout)});
+    if (fresh) result_.rejected.push_back({at->first, over_gib, 0, layout_name(layout)});
     ++result_.rejected[at->second].layouts;
   }
 
@@ -118,7 +120,7 @@ class Search {
         reject(fmt::format(
                    "memory: up to {:.0f} GiB more than the {:.0f} GiB of {}, even with full recomputation",
                    over, c_.accelerator.memory_gib, c_.accelerator.name),
-               l);
+               l, over);
       }
     }
   }
@@ -165,13 +167,23 @@ class Search {
       if (c.pareto) result_.front.push_back(c);
     }
     if (all.size() > o_.keep) all.resize(o_.keep);
+    sort_rejected();
     if (all.empty()) return;
     const auto fastest = parts(all.front().time);
     for (std::vector<Candidate>* list : {&all, &result_.front}) {
       for (Candidate& c : *list) explain(c, fastest);
     }
-    std::sort(result_.rejected.begin(), result_.rejected.end(),
-              [](const Rejection& a, const Rejection& b) { return a.layouts > b.layouts; });
+  }
+
+  void sort_rejected() {
+    const bool nothing_fits = result_.ranked.empty();
+    const auto rank = [&](const Rejection& r) {
+      // A user for whom nothing fits asks how much is missing.
+      const double missing = r.over_gib > 0.0 ? r.over_gib : std::numeric_limits<double>::infinity();
+      return std::pair(nothing_fits ? missing : 0.0, -static_cast<double>(r.layouts));
+    };
+    std::stable_sort(result_.rejected.begin(), result_.rejected.end(),
+                     [&](const Rejection& a, const Rejection& b) { return rank(a) < rank(b); });
   }
 
   static void explain(Candidate& c, const std::vector<std::pair<std::string, double>>& fastest) {

@@ -32,6 +32,7 @@ struct Candidate {
 /// Layouts that were not ranked, by reason.
 struct Rejection {
   std::string reason;
+  double over_gib = 0.0;  ///< device memory that is missing at most; 0 = another reason
   std::size_t layouts = 0;
   std::string example;
 };
@@ -39,6 +40,8 @@ struct Rejection {
 struct SearchResult {
   std::vector<Candidate> ranked;
   std::vector<Candidate> front;  ///< the Pareto front of time against memory, fastest first
+  /// The most frequent reason first; where nothing fits, too little memory before all others, and of it what
+  /// misses least first.
   std::vector<Rejection> rejected;
   std::size_t examined = 0;
   std::size_t fitting = 0;

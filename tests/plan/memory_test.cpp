@@ -113,6 +113,8 @@ TEST(Layout, names_are_read_back) {
   EXPECT_EQ(layout.etp, 2);
   EXPECT_EQ(layout.expert_dp(), 2);
   EXPECT_EQ(layout_name(parse_layout(layout_name(layout))), layout_name(layout));
+  EXPECT_EQ(parse_layout("pp4.vp2").schedule, Schedule::kInterleaved);
+  EXPECT_EQ(parse_layout("pp4.vp2.gpipe").schedule, Schedule::kGPipe);
 }
 
 TEST(Layout, impossible_ones_name_the_rule_and_the_other_number) {
@@ -128,6 +130,9 @@ TEST(Layout, impossible_ones_name_the_rule_and_the_other_number) {
               HasSubstr("must divide the global batch = 64"));
   EXPECT_THAT(forbidden(load_model("llama3-8b"), {.dp = 8, .ep = 8}, work).value(),
               HasSubstr("has no experts"));
+  EXPECT_THAT(forbidden(model, parse_layout("pp4.vp2.zb"), work).value(),
+              HasSubstr("virtual stages = 2: only the interleaved schedule has them, zb has not"));
+  EXPECT_FALSE(forbidden(model, parse_layout("pp4.vp2"), work).has_value());
   EXPECT_THROW(parse_layout("tp2.what"), ConfigError);
 }
 

@@ -3,12 +3,14 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <limits>
 #include <set>
 
 #include "collegium/base/error.h"
 #include "collegium/base/rng.h"
 #include "collegium/plan/collectives.h"
 #include "collegium/plan/compare.h"
+#include "collegium/plan/data_parallel.h"
 #include "collegium/plan/search.h"
 #include "collegium/plan/simulator.h"
 #include "collegium/plan/traffic.h"
@@ -178,6 +180,26 @@ TEST(Simulator, skew_makes_ranks_wait) {
   EXPECT_DOUBLE_EQ(skewed_imbalance(64, 8, 0.0, 1, 0), 1.0);
   EXPECT_GT(skewed_imbalance(64, 8, 1.0, 1, 0), 1.0);
   EXPECT_LE(skewed_imbalance(64, 8, 1.0, 1, 0), 8.0);
+  // One expert takes everything, whose popularity no double could hold.
+  EXPECT_DOUBLE_EQ(skewed_imbalance(64, 8, 1e300, 1, 0), 8.0);
+}
+
+TEST(Simulator, a_duration_that_is_no_number_is_refused) {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  EXPECT_THROW(simulate({Schedule::k1F1B, 4, 1, 8}, equal_durations(nan, 2.0, false)), InternalError);
+}
+
+// Ranks of one sequence hold the same weights: a server hears them all.
+TEST(DataParallel, context_parallel_ranks_are_replicas_too) {
+  const ModelSpec model = load_model("llama3-8b");
+  const Workload work{.seq_len = 4096, .global_batch = 8};
+  const auto central = [&](const char* layout) {
+    return data_parallel_variants(model, parse_layout(layout), work, load_cluster("h100-80"), Stack{})
+        .front();
+  };
+  EXPECT_DOUBLE_EQ(central("dp4.cp2").busiest_bytes, central("dp8").busiest_bytes);
+  EXPECT_DOUBLE_EQ(central("dp8").busiest_bytes, 2.0 * central("dp4").busiest_bytes);
+  EXPECT_GT(central("dp4.cp2").exposed_s, central("dp4").exposed_s);
 }
 
 TEST(Search, ranks_by_time_and_explains) {
@@ -195,6 +217,19 @@ TEST(Search, ranks_by_time_and_explains) {
   EXPECT_FALSE(found.rejected.empty());
   EXPECT_THROW(search(model, {.global_batch = 0}, load_cluster("h100-80"), Stack{}, {.accelerators = 8}),
                ConfigError);
+}
+
+TEST(Search, where_nothing_fits_the_least_missing_comes_first) {
+  const SearchResult found = search(load_model("deepseek-v3"), {.seq_len = 4096, .global_batch = 64},
+                                    load_cluster("h100-80"), Stack{}, {.accelerators = 16});
+  ASSERT_TRUE(found.ranked.empty());
+  ASSERT_GT(found.rejected.size(), 2U);
+  EXPECT_GT(found.rejected.front().over_gib, 0.0);
+  for (std::size_t i = 1; i < found.rejected.size(); ++i) {
+    const double before = found.rejected[i - 1].over_gib;
+    const double missing = found.rejected[i].over_gib;
+    EXPECT_TRUE(missing == 0.0 || (before > 0.0 && missing > before)) << found.rejected[i].reason;
+  }
 }
 
 TEST(Search, a_thousand_accelerators_take_less_than_two_seconds) {

@@ -21,7 +21,43 @@ def run(code: int, text: str, *arguments: str) -> str:
     return done.stdout
 
 
+def check_combinations() -> None:
+    """An option that would be ignored is refused."""
+    model = "plan --model mixtral-8x7b"
+    run(2, "give one of --model, --compare", "plan")
+    run(2, "--model and --compare exclude each other", model, "--compare")
+    run(2, "--shares and --list exclude each other", "plan --shares --list")
+    run(2, "--cluster needs --gpus or --explain or --shares", model, "--cluster h100-80")
+    run(2, "--precision needs --gpus or --explain", model, "--precision bf16")
+    run(2, "--global-batch needs --gpus or --explain", model, "--global-batch 8")
+    run(2, "--imbalance needs --gpus or --explain", model, "--imbalance 2")
+    run(2, "--seq needs --model or --shares", "plan --compare --seq 4096")
+    run(2, "--gpus needs --model", "plan --compare --gpus 8")
+    run(2, "--top needs --gpus", model, "--top 3")
+    run(2, "--rows needs --validate", model, "--rows")
+    run(2, "--data-parallel needs --gpus or --explain", model, "--data-parallel")
+    searched = f"{model} --gpus 64 --global-batch 256"
+    run(2, "--gpus and --explain exclude each other", searched, "--explain dp8")
+    run(2, "--data-parallel and --top exclude each other", searched, "--data-parallel --top 3")
+    run(2, "--seq = 0", "plan --shares --seq 0")
+    run(2, "--top", searched, "--top 0")
+    run(2, "--cluster h101-80: neither a cluster", searched, "--cluster h101-80")
+    assert len(json.loads(run(0, "{", searched, "--json --top 1000"))["ranked"]) > 200
+
+
+def check_schedules_of_layouts() -> None:
+    explain = "plan --model llama3-8b --global-batch 64 --json --explain"
+    for given, expected in (("pp4.vp2", "interleaved"), ("pp4.zb", "zb"), ("pp4.gpipe", "gpipe"), ("pp4", "1f1b")):
+        assert json.loads(run(0, "{", explain, given))["layout"].endswith("." + expected), given
+    for data_parallel in ("", "--data-parallel"):
+        run(2, "only the interleaved schedule has them, gpipe has not", explain, "pp4.dp2.vp2.gpipe", data_parallel)
+
+
 def main() -> None:
+    check_combinations()
+    check_schedules_of_layouts()
+    for option in ("--validate", "--model", "--model llama3-8b --gpus 8 --global-batch 8 --cluster"):
+        run(2, "File name too long", "plan", option, "x" * 300)
     run(0, "46,702,792,704", "plan", "--model", "mixtral-8x7b")
     assert json.loads(run(0, "{", "plan", "--model", "deepseek-v3", "--json"))["total"] == 671026404352
     run(0, "Examples", "plan", "--help")
@@ -56,6 +92,9 @@ def main() -> None:
     run(
         2, "has no peak_tflops.fp8", "simulate --layout pp4.dp8.ep8 --global-batch 64 --cluster a100-80 --precision fp8"
     )
+    for bad in ("nan", "inf", "-1"):
+        run(2, "must be finite and not negative", "simulate --layout pp4.dp8.ep8 --global-batch 64 --skew", bad)
+    run(0, "idle", "simulate --layout pp4.dp8.ep8 --global-batch 64 --skew 1000")
     run(0, "cpu-2core", "plan", "--list")
     with tempfile.TemporaryDirectory() as folder:
         trace = pathlib.Path(folder) / "trace.json"
