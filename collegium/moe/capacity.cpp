@@ -96,6 +96,13 @@ std::int64_t expert_choice_capacity(const MoeOptions& options, std::int64_t num_
       std::clamp<__int128>(wanted, std::min<std::int64_t>(1, num_tokens), num_tokens));
 }
 
+double experts_per_token(const MoeOptions& options) {
+  if (options.router.selection != Selection::kExpertChoice) return static_cast<double>(options.top_k);
+  const Decimal factor = parse_decimal(options.router.expert_choice_factor.text, "expert_choice_factor");
+  return std::min(static_cast<double>(factor.numerator) / static_cast<double>(factor.denominator),
+                  static_cast<double>(options.num_experts));
+}
+
 at::Tensor kept_slots(const MoeOptions& options, const at::Tensor& ids_TK, const at::Tensor& weights_TK,
                       const TokenContext& context) {
   const std::int64_t group_sequences = options.capacity.group_sequences;

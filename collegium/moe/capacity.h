@@ -30,6 +30,10 @@ std::int64_t expert_capacity(const MoeOptions& options, std::int64_t tokens_per_
 /// Ref      [Zhou2022, Sec 3.1] arXiv 2202.09368
 std::int64_t expert_choice_capacity(const MoeOptions& options, std::int64_t num_tokens);
 
+/// What     How many experts compute a token: top_k, where experts choose c = expert_choice_factor on average
+///          (at most all; the rounding of expert_choice_capacity() not counted).
+double experts_per_token(const MoeOptions& options);
+
 /// What     Which slots stay when every expert takes at most its capacity of each group of whole sequences.
 ///          position: all first choices in token order, then all second ones; probability: highest weight
 ///          first, ties to the earlier slot; random: a random order of the group's slots.

@@ -2,6 +2,7 @@
 #include "collegium/plan/account.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "collegium/base/error.h"
 
@@ -46,7 +47,8 @@ Sums sum_layers(const ModelSpec& m) {
     (w.experts > 0 ? s.shared : s.dense) += w.dense();
     s.router += w.router;
     s.experts += w.expert * w.experts;
-    s.active_experts += w.experts > 0 ? w.expert * m.top_k : 0;
+    if (w.experts > 0)
+      s.active_experts += std::llround(static_cast<double>(w.expert) * m.experts_per_token());
     s.norms += w.norms;
   }
   return s;
@@ -74,8 +76,8 @@ Account account(const ModelSpec& m) {
       fmt::format("{} layers x {} x {}{}", moe, m.hidden, m.experts, m.router_bias ? " + bias" : ""),
       s.router, s.router);
   add(a, "routed experts",
-      fmt::format("{} layers x {} of {} experts x {} x {} x {}{}", moe, m.top_k, m.experts, matrices,
-                  m.hidden, m.expert_ffn, m.expert_bias ? " + bias" : ""),
+      fmt::format("{} layers x {} of {} experts x {} x {} x {}{}", moe, m.experts_per_token(), m.experts,
+                  matrices, m.hidden, m.expert_ffn, m.expert_bias ? " + bias" : ""),
       s.experts, s.active_experts);
   const std::int64_t norms = s.norms + norm_weights(m) * (m.embedding_norm ? 2 : 1);
   add(a, "norms", fmt::format("{} x {}", norms / m.hidden, m.hidden), norms, norms);
@@ -105,7 +107,7 @@ void add_layer_flops(const ModelSpec& m, const LayerWeights& w, double keys, Tok
   f.attention_scores += 2.0 * static_cast<double>(m.heads * (m.q_head_dim() + m.value_head_dim())) * keys;
   f.dense_ffn += 2.0 * static_cast<double>(w.dense());
   f.router += 2.0 * static_cast<double>(w.router);
-  if (w.experts > 0) f.experts += 2.0 * static_cast<double>(w.expert * m.top_k);
+  if (w.experts > 0) f.experts += 2.0 * static_cast<double>(w.expert) * m.experts_per_token();
 }
 
 }  // namespace

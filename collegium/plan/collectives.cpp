@@ -111,18 +111,18 @@ double exchange_latency_us(const Link& link) {
 ExpertTraffic expert_traffic(const ModelSpec& m, const Layout& l, const Cluster& cluster, double imbalance) {
   if (!m.is_moe() || l.ep == 1) return {};
   const auto experts = static_cast<double>(m.experts);
-  const auto top_k = static_cast<double>(m.top_k);
+  const double per_token = m.experts_per_token();
   const double ranks = l.ep;
   const double in_domain = std::min<double>(ranks, std::max(1, cluster.fast_domain / l.etp));
   const double domains = ranks / in_domain;
   double remote_share = (1.0 - 1.0 / domains);
-  double rank_rows = distinct_groups(experts, top_k, ranks);
-  double domain_rows = distinct_groups(experts, top_k, domains);
+  double rank_rows = distinct_groups(experts, per_token, ranks);
+  double domain_rows = distinct_groups(experts, per_token, domains);
   if (m.routing_groups > 0) {
     // Group-limited routing: the K experts lie in at most the allowed groups, which lie in as many domains.
     domain_rows = std::min(domain_rows, static_cast<double>(m.routing_top_groups));
   }
-  double rows = top_k;
+  double rows = per_token;
   if (l.dispatcher == Dispatcher::kDeduplicated) rows = rank_rows;
   if (l.dispatcher == Dispatcher::kPadded) rows *= imbalance;
   if (l.dispatcher == Dispatcher::kAllGather) rows = ranks;

@@ -107,7 +107,7 @@ double elementwise_seconds(const Context& x, bool moe) {
   double kernels = 10.0;
   const double per_width = x.m.gated_ffn ? 6.0 : (x.s.fused_elementwise ? 4.0 : 8.0);
   if (moe) {
-    const double rows = x.tokens * static_cast<double>(x.m.top_k) * x.w.imbalance / x.l.tp;
+    const double rows = x.tokens * x.m.experts_per_token() * x.w.imbalance / x.l.tp;
     // Rows are copied when sent, sorted when received, and both again on the way home.
     network += rows * 16.0 * hidden + rows * per_width * static_cast<double>(x.m.expert_ffn);
     network += x.tokens / x.sequence_share() * static_cast<double>(x.m.experts) * 24.0;
@@ -119,14 +119,14 @@ double elementwise_seconds(const Context& x, bool moe) {
   // Low-precision products read their inputs in 16 bits and write them twice, once transposed for the
   // backward pass.
   if (x.format == "fp8" || x.format == "fp4") {
-    const double quantised = moe ? static_cast<double>(x.m.top_k) * x.w.imbalance *
-                                           (hidden + static_cast<double>(x.m.expert_ffn)) +
-                                       static_cast<double>(x.m.shared_ffn)
-                                 : hidden + static_cast<double>(x.m.dense_ffn);
+    const double quantised =
+        moe ? x.m.experts_per_token() * x.w.imbalance * (hidden + static_cast<double>(x.m.expert_ffn)) +
+                  static_cast<double>(x.m.shared_ffn)
+            : hidden + static_cast<double>(x.m.dense_ffn);
     network += 4.0 * x.tokens / x.l.tp * (quantised + qkv);
     kernels += 4.0;
     // Their grouped products want row counts that are multiples of a block: rows are padded and cut again.
-    if (moe) network += 8.0 * x.tokens * static_cast<double>(x.m.top_k) * x.w.imbalance / x.l.tp * hidden;
+    if (moe) network += 8.0 * x.tokens * x.m.experts_per_token() * x.w.imbalance / x.l.tp * hidden;
   }
   const double rotary = x.tokens / x.l.tp * 4.0 * qkv;
   // Unfused stacks read and write once more for biases, masks and casts.
@@ -145,7 +145,7 @@ double network_gemms(const Context& x, bool moe) {
   network(static_cast<double>(moe ? x.m.shared_ffn : x.m.dense_ffn));
   if (!moe) return seconds;
   const double local = static_cast<double>(x.m.experts) / x.l.ep;
-  const double rows = x.tokens / x.l.tp * x.l.etp * static_cast<double>(x.m.top_k) * x.w.imbalance / local;
+  const double rows = x.tokens / x.l.tp * x.l.etp * x.m.experts_per_token() * x.w.imbalance / local;
   const double width = static_cast<double>(x.m.expert_ffn) / x.l.etp;
   if (x.s.batched_experts) {
     seconds += x.gemm(rows, inner * width, hidden, local) + x.gemm(rows, hidden, width, local);
@@ -175,7 +175,7 @@ double expert_seconds(const Context& x) {
   const double row = 2.0 * x.s.value_scale * static_cast<double>(x.m.hidden) + 4.0;
   double seconds = 2.0 * expert_exchange_seconds(x.m, x.l, x.c, tokens, row, x.w.imbalance);
   if (x.l.etp > 1) {
-    const double bytes = tokens * x.l.etp * static_cast<double>(x.m.top_k) * x.w.imbalance * row;
+    const double bytes = tokens * x.l.etp * x.m.experts_per_token() * x.w.imbalance * row;
     seconds += 2.0 * gather_seconds(x.c, group_of(x.c, x.l.etp, 1), bytes);
   }
   return seconds;

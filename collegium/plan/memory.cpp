@@ -124,7 +124,7 @@ double moe_bytes(const ModelSpec& m, const Layout& l, const Workload& w, const S
   if (!keep_all && l.recompute.moe) return bytes;
   bytes += 8.0 * static_cast<double>(m.experts) / sp;
   // Rows per token of the rank's own share; a fuller rank receives more.
-  const double rows = static_cast<double>(m.top_k) * w.imbalance / tp * l.etp;
+  const double rows = m.experts_per_token() * w.imbalance / tp * l.etp;
   const bool keep = keep_all || !(l.recompute.activation || l.recompute.operators);
   const double row = (2.0 + linear_input_bytes(w)) * hidden +
                      network_bytes(m, w, static_cast<double>(m.expert_ffn), keep) / l.etp;
@@ -197,7 +197,7 @@ double expert_buffers(const ModelSpec& m, const Layout& l, const Workload& w) {
   if (!m.is_moe() || l.ep == 1) return 0.0;
   const double tokens = l.micro_batch * w.seq_len / l.cp / l.tp;
   const double row = 2.0 * static_cast<double>(m.hidden);
-  const double rows = tokens * static_cast<double>(m.top_k) * w.imbalance;
+  const double rows = tokens * m.experts_per_token() * w.imbalance;
   switch (l.dispatcher) {
     case Dispatcher::kAllGather:
       return tokens * l.ep * row;

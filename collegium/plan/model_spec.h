@@ -52,8 +52,9 @@ struct ModelSpec {
   bool attention_sinks = false;  ///< one weight per head (gpt-oss)
   bool tied_embeddings = false;
 
-  std::int64_t experts = 0;  ///< E; 0 = a dense model
-  std::int64_t top_k = 0;    ///< K
+  std::int64_t experts = 0;   ///< E; 0 = a dense model
+  std::int64_t top_k = 0;     ///< K
+  double mean_experts = 0.0;  ///< of a token, where experts choose their tokens; 0 = K of every token
   std::int64_t expert_ffn = 0;
   std::int64_t shared_ffn = 0;  ///< width of the shared expert (all of them as one network)
   bool shared_gate = false;     ///< one row that gates the shared expert (Qwen2-MoE)
@@ -71,6 +72,8 @@ struct ModelSpec {
   double attention_dropout_mask = 0.0;  ///< bytes kept per score of unfused attention for its dropout mask
 
   bool is_moe() const { return experts > 0; }
+  /// Experts that compute a token, on average.
+  double experts_per_token() const { return mean_experts > 0.0 ? mean_experts : static_cast<double>(top_k); }
   std::int64_t num_moe_layers() const;
   std::int64_t q_head_dim() const;      ///< dimension of a query's dot product with a key
   std::int64_t value_head_dim() const;  ///< dimension of a head's value

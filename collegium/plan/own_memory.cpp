@@ -42,20 +42,20 @@ double attention_bytes(const OwnRun& run, Widths b) {
 // shared_memory has a copy of this rank's tokens, where all see it.
 double held_rows(const OwnRun& run, double imbalance) {
   if (run.ep == 1) return 0.0;
-  const auto top_k = static_cast<double>(run.model.top_k);
+  const double per_token = run.model.experts_per_token();
   const auto ranks = static_cast<double>(run.ep);
   switch (run.exchange) {
     case Exchange::kAllgather:
       return ranks;
     case Exchange::kTwoLevel:
-      return ranks * (1.0 - std::pow(1.0 - 1.0 / ranks, top_k));
+      return ranks * (1.0 - std::pow(1.0 - 1.0 / ranks, per_token));
     case Exchange::kSharedMemory:
       return 1.0;
     case Exchange::kUneven:
     case Exchange::kPadded:
       break;
   }
-  return top_k * imbalance;
+  return per_token * imbalance;
 }
 
 // Of this rank's experts, where their rows lie, and of the router: logits and scores; per choice ids before
@@ -63,8 +63,9 @@ double held_rows(const OwnRun& run, double imbalance) {
 double experts_bytes(const OwnRun& run, Widths b, double imbalance) {
   const ModelSpec& m = run.model;
   const auto top_k = static_cast<double>(m.top_k);
-  const double rows = top_k * imbalance * (static_cast<double>(2 * m.expert_ffn) * b.compute + b.wide) +
-                      held_rows(run, imbalance) * static_cast<double>(m.hidden) * b.compute;
+  const double rows =
+      m.experts_per_token() * imbalance * (static_cast<double>(2 * m.expert_ffn) * b.compute + b.wide) +
+      held_rows(run, imbalance) * static_cast<double>(m.hidden) * b.compute;
   const double router = 2.0 * static_cast<double>(m.experts) * b.wide +
                         top_k * (2.0 * kIndex + kLong + 4.0 * b.wide) + 2.0 * b.wide;
   return rows + 3.0 * kIndex * top_k + router + 2.0 * static_cast<double>(m.shared_ffn) * b.compute;
@@ -89,7 +90,7 @@ double padding(const OwnRun& run, double imbalance) {
   if (run.dtype != "bfloat16" || run.widened_products || !run.model.is_moe()) return 1.0;
   const auto tokens = static_cast<double>(own_layout(run).micro_batch * run.sequence_length * run.ep);
   const double rows =
-      tokens * static_cast<double>(run.model.top_k) * imbalance / static_cast<double>(run.model.experts);
+      tokens * run.model.experts_per_token() * imbalance / static_cast<double>(run.model.experts);
   if (rows == 0.0) return 1.0;
   double step = kStep;
   while (rows > kStep * step) step *= 2.0;
@@ -112,7 +113,8 @@ OwnActivations own_activations(const OwnRun& run, double imbalance) {
   sum.outside = 3.0 * hidden * b.compute + b.wide + 2.0 * kLong;
   // The experts' rows: of output or input, of gate and up, and the activation. An upper bound where products
   // read rows by an index (fp32 with AVX2 alone) and copy none.
-  const double rows = top_k * imbalance * static_cast<double>(2 * m.hidden + 3 * m.expert_ffn) * b.compute *
+  const double rows = m.experts_per_token() * imbalance *
+                      static_cast<double>(2 * m.hidden + 3 * m.expert_ffn) * b.compute *
                       padding(run, imbalance);
   sum.backward = std::max(rows, 4.0 * static_cast<double>(m.heads * m.head_dim) * b.compute);
   return sum;

@@ -70,6 +70,7 @@ plan::ModelSpec model_spec(const model::ModelConfig& c) {
   if (c.qk_norm == model::QkNorm::kProjection) m.qk_norm = plan::SpecQkNorm::kProjection;
   m.experts = c.moe.num_experts;
   m.top_k = moe::record_width(c.moe);
+  m.mean_experts = moe::experts_per_token(c.moe);
   m.expert_ffn = c.moe.ffn_size;
   if (c.moe.shared_expert.kind != moe::SharedExpert::kNone) m.shared_ffn = c.moe.shared_expert.ffn_size;
   m.moe_layers = c.moe_layers;

@@ -174,6 +174,16 @@ TEST(Capacity, of_choosing_experts_is_exact_too) {
   EXPECT_EQ(moe::expert_choice_capacity(options, 7), 7);
 }
 
+TEST(Capacity, experts_of_a_token_on_average) {
+  moe::MoeOptions options = test::base_options();
+  EXPECT_EQ(moe::experts_per_token(options), static_cast<double>(options.top_k));
+  options.router.selection = moe::Selection::kExpertChoice;
+  options.router.expert_choice_factor = "1.5";
+  EXPECT_EQ(moe::experts_per_token(options), 1.5);
+  options.router.expert_choice_factor = "100";
+  EXPECT_EQ(moe::experts_per_token(options), static_cast<double>(options.num_experts));
+}
+
 TEST(Capacity, the_largest_weights_stay_and_what_is_not_a_number_goes_first) {
   moe::MoeOptions options = test::base_options();
   options.num_experts = 1;

@@ -6,6 +6,8 @@
 
 #include "collegium/base/file.h"
 #include "collegium/comm/local/local.h"
+#include "collegium/model/account.h"
+#include "collegium/plan/account.h"
 #include "collegium/train/trainer.h"
 #include "tests/support/tiny_run.h"
 
@@ -99,6 +101,22 @@ TEST_F(Prediction, tensors_of_a_rank_are_those_it_has) {
       EXPECT_EQ(tensors.optimizer, optimizer);
     }
   }
+}
+
+// 1.5 of 4 experts compute a token, although any of the 4 may choose it.
+TEST_F(Prediction, experts_that_choose_compute_what_they_take) {
+  const train::RunConfig config = train::read_run_config(
+      folder_ / "run.toml",
+      {"model.moe.router.selection=expert_choice", "model.moe.router.allow_non_causal=true",
+       "model.moe.router.order=score_first", "model.moe.router.renormalize=never",
+       "model.moe.router.expert_choice_factor=\"1.5\"", "model.moe.capacity.drop_policy=none"});
+  const plan::ModelSpec spec = train::model_spec(config.model);
+  EXPECT_EQ(spec.top_k, 4);
+  EXPECT_EQ(spec.experts_per_token(), 1.5);
+  const model::ParameterAccount account = model::count_parameters(config.model);
+  EXPECT_EQ(account.total - account.active, account.experts * 5 / 8);
+  EXPECT_DOUBLE_EQ(plan::forward_flops_per_token(spec, 12).experts,
+                   2.0 * static_cast<double>(account.experts) * 1.5 / 4.0);
 }
 
 TEST_F(Prediction, comparison_names_what_was_predicted) {
