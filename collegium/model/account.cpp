@@ -1,30 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/model/account.h"
 
-#include <algorithm>
-#include <functional>
-#include <numeric>
+#include <cmath>
 
 #include "collegium/model/parameters.h"
+#include "collegium/moe/capacity.h"
 
 namespace collegium::model {
-
-namespace {
-
-std::int64_t numel(const Parameter& p) {
-  return std::accumulate(p.shape.begin(), p.shape.end(), std::int64_t{1}, std::multiplies<>());
-}
-
-}  // namespace
 
 ParameterAccount count_parameters(const ModelConfig& config) {
   ParameterAccount account;
   for (const Parameter& p : list_parameters(config)) {
     if (p.kind == ParameterKind::kBuffer) continue;
-    const std::int64_t count = numel(p);
+    const std::int64_t count = num_values(p);
     account.total += count;
     const bool expert = p.kind == ParameterKind::kExpert;
-    account.active += expert ? count / config.moe.num_experts * config.moe.top_k : count;
+    // Of one expert, times the experts of a token, which are no whole number where experts choose.
+    account.active += expert ? std::llround(static_cast<double>(count / config.moe.num_experts) *
+                                            moe::experts_per_token(config.moe))
+                             : count;
     if (expert) {
       account.experts += count;
     } else if (p.kind == ParameterKind::kRouter) {

@@ -11,13 +11,14 @@ namespace collegium::model {
 
 struct ParameterAccount {
   std::int64_t total = 0;
-  std::int64_t active = 0;   ///< used by one token, with embedding and output matrix
+  std::int64_t active = 0;   ///< used by one token (on average), with embedding and output matrix
   std::int64_t experts = 0;  ///< in routed experts, all of them
   std::int64_t router = 0;
   std::int64_t embedding = 0;
   std::int64_t dense = 0;  ///< everything else
 };
 /// What     Counts from the list of parameters alone; nothing is allocated. Buffers do not count.
+/// Throws   ConfigError as num_values().
 ParameterAccount count_parameters(const ModelConfig& config);
 
 /// What     FLOPs of one token in training: 3 x forward; forward = 2 x (weights of the matrix products it

@@ -6,6 +6,9 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 
+#include <functional>
+#include <numeric>
+
 #include "collegium/base/error.h"
 #include "collegium/base/rng.h"
 #include "collegium/model/families/family.h"
@@ -102,6 +105,15 @@ at::Tensor initial_value(const ModelConfig& c, std::uint64_t seed, const Paramet
 }
 
 }  // namespace
+
+std::int64_t num_values(const Parameter& parameter) {
+  constexpr double kMost = 1e12;
+  const double count =
+      std::accumulate(parameter.shape.begin(), parameter.shape.end(), 1.0, std::multiplies<>());
+  require_config(count <= kMost, "{} would have {:.3g} values: no machine could hold this model",
+                 parameter.name, count);
+  return static_cast<std::int64_t>(count);
+}
 
 std::vector<Parameter> list_parameters(const ModelConfig& config, const ExpertRange& held) {
   Lister out{.held = held, .list = {}};

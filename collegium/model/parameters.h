@@ -48,6 +48,10 @@ struct DiskTensor {
 
 /// What     Every parameter of the model in a fixed order, without storage; of the experts those in `held`.
 std::vector<Parameter> list_parameters(const ModelConfig& config, const ExpertRange& held = {});
+/// What     Values of one parameter.
+/// Throws   ConfigError naming it when they are more than any machine holds, so that sums over a model's
+///          parameters, in bytes of their states, fit into 64 bits.
+std::int64_t num_values(const Parameter& parameter);
 /// What     Every on-disk tensor of the model, in the family's naming.
 std::vector<DiskTensor> list_disk_tensors(const ModelConfig& config,
                                           const std::vector<Parameter>& parameters);

@@ -3,10 +3,6 @@
 
 #include <fmt/ranges.h>
 
-#include <functional>
-#include <numeric>
-
-#include "collegium/base/error.h"
 #include "collegium/base/units.h"
 #include "collegium/model/parameters.h"
 #include "collegium/parallel/shares.h"
@@ -19,14 +15,8 @@ void count_parameters(const model::ModelConfig& config, RankCard& card) {
   const model::ExpertRange held{.first = card.first_expert, .count = card.num_experts};
   for (const model::Parameter& p : model::list_parameters(config, held)) {
     if (p.kind == model::ParameterKind::kBuffer) continue;
-    constexpr double kMost =
-        1e15;  // bytes of its state, summed over a model's tensors, still fit into 64 bits
-    const double size = std::accumulate(p.shape.begin(), p.shape.end(), 1.0, std::multiplies<>());
-    require_config(size <= kMost, "{} would have {:.3g} values: no machine could hold this model", p.name,
-                   size);
-    const std::int64_t count =
-        std::accumulate(p.shape.begin(), p.shape.end(), std::int64_t{1}, std::multiplies<>());
-    (p.kind == model::ParameterKind::kExpert ? card.expert_parameters : card.dense_parameters) += count;
+    (p.kind == model::ParameterKind::kExpert ? card.expert_parameters : card.dense_parameters) +=
+        model::num_values(p);
   }
 }
 

@@ -6,11 +6,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <mutex>
 #include <set>
 
 #include "collegium/base/error.h"
 #include "collegium/comm/local/local.h"
+#include "collegium/model/account.h"
 #include "collegium/parallel/gradient_sync.h"
 #include "collegium/parallel/groups.h"
 #include "collegium/parallel/rank_card.h"
@@ -75,6 +77,17 @@ TEST(ExpertParallelism, is_chosen_or_checked) {
   };
   EXPECT_EQ(message(3, 4, 6), "parallel.ep = 3: must divide the number of ranks, 4");
   EXPECT_EQ(message(8, 8, 6), "parallel.ep = 8: must not exceed model.moe.num_experts = 6");
+}
+
+TEST(RankCards, absurd_sizes_are_refused_before_they_overflow) {
+  model::ModelConfig config;
+  config.vocab_size = config.hidden_size = std::numeric_limits<std::int32_t>::max() - 3;
+  config.num_layers = config.num_heads = 1;
+  config.moe.num_experts = 1 << 20;
+  config.moe.ffn_size = std::numeric_limits<std::int32_t>::max();
+  model::complete(config);
+  EXPECT_THROW(model::count_parameters(config), ConfigError);
+  EXPECT_THROW(parallel::make_rank_cards(config, with_ep(1), 1, 8, /*bytes_per_value=*/2), ConfigError);
 }
 
 // 6 experts with two replicas of two ranks, as docs/parallel.md draws it.
