@@ -62,7 +62,20 @@ std::filesystem::path take_name(const std::filesystem::path& from, const std::fi
   return former;
 }
 
+std::filesystem::file_status status_of(const std::filesystem::path& path) {
+  std::error_code code;
+  const std::filesystem::file_status status = std::filesystem::status(path, code);
+  require_config(std::filesystem::status_known(status), "cannot read {}: {}", path.string(), code.message());
+  return status;
+}
+
 }  // namespace
+
+bool path_exists(const std::filesystem::path& path) { return std::filesystem::exists(status_of(path)); }
+
+bool is_folder(const std::filesystem::path& path) { return std::filesystem::is_directory(status_of(path)); }
+
+bool is_file(const std::filesystem::path& path) { return std::filesystem::is_regular_file(status_of(path)); }
 
 std::string read_file(const std::filesystem::path& path) {
   const MappedFile file(path);

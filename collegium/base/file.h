@@ -12,6 +12,13 @@
 
 namespace collegium {
 
+/// What     Whether there is something at a path, a folder, or a file; links are followed.
+/// Throws   ConfigError naming the path and the system's reason when the system does not say (no permission,
+///          a name too long).
+bool path_exists(const std::filesystem::path& path);
+bool is_folder(const std::filesystem::path& path);
+bool is_file(const std::filesystem::path& path);
+
 /// What     The whole content of a file.
 /// Throws   ConfigError naming the path and the system's reason when it cannot be read.
 std::string read_file(const std::filesystem::path& path);

@@ -4,6 +4,7 @@
 #include <filesystem>
 
 #include "collegium/base/error.h"
+#include "collegium/base/file.h"
 #include "collegium/model/checkpoint_io.h"
 #include "collegium/train/checkpoint.h"
 #include "collegium/train/on_all_ranks.h"
@@ -11,7 +12,7 @@
 namespace collegium::cli {
 
 std::string find_model(const std::string& directory) {
-  if (std::filesystem::exists(std::filesystem::path(directory) / "config.json")) return directory;
+  if (path_exists(std::filesystem::path(directory) / "config.json")) return directory;
   const auto newest = train::find_latest_checkpoint(directory);
   return newest ? newest->string() : directory;
 }

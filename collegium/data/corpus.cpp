@@ -17,18 +17,18 @@ namespace {
 bool is_hidden(const fs::path& path) { return path.filename().string().starts_with('.'); }
 
 void collect(const fs::path& path, std::vector<fs::path>& files) {
-  if (fs::is_regular_file(path)) {
+  if (is_file(path)) {
     files.push_back(path);
     return;
   }
-  require_config(fs::is_directory(path), "--domain: {} is neither a file nor a folder", path.string());
+  require_config(is_folder(path), "--domain: {} is neither a file nor a folder", path.string());
   std::error_code code;
   for (fs::directory_iterator entry(path, code), end; !code && entry != end; entry.increment(code)) {
     if (is_hidden(entry->path())) continue;
     // A link to a folder may lead back to where it stands.
-    if (entry->is_directory() && !entry->is_symlink()) {
+    if (is_folder(entry->path()) && !fs::is_symlink(entry->symlink_status(code))) {
       collect(entry->path(), files);
-    } else if (entry->is_regular_file()) {
+    } else if (is_file(entry->path())) {
       files.push_back(entry->path());
     }
   }
@@ -69,7 +69,7 @@ Corpus find_texts(const std::vector<DomainPath>& paths) {
   require_config(!paths.empty(), "no text given: name at least one --domain NAME=PATH");
   Corpus corpus;
   for (const DomainPath& entry : paths) {
-    require_config(fs::exists(entry.path), "--domain {}={}: no such file or folder", entry.domain,
+    require_config(path_exists(entry.path), "--domain {}={}: no such file or folder", entry.domain,
                    entry.path.string());
     auto domain = std::find_if(corpus.domains.begin(), corpus.domains.end(),
                                [&](const Corpus::Domain& d) { return d.name == entry.domain; });

@@ -56,7 +56,7 @@ void check_token_ids(const MappedFile& tokens, std::int64_t vocab_size, const st
 
 Dataset::Dataset(const std::filesystem::path& folder) : folder_(folder) {
   const auto index_file = folder / "dataset.json";
-  require_config(std::filesystem::exists(index_file),
+  require_config(path_exists(index_file),
                  "{}: no prepared data here (dataset.json is missing); make it with 'collegium prepare'",
                  folder.string());
   try {
@@ -102,7 +102,7 @@ void require_same_tokenizer(const Dataset& dataset, const std::filesystem::path&
                             const std::string& way_out) {
   if (!dataset.has_tokenizer()) return;
   const auto model_file = model_folder / "tokenizer.model";
-  if (std::filesystem::exists(model_file)) {
+  if (path_exists(model_file)) {
     const std::string sum = checksum_file(model_file);
     require_config(
         sum == dataset.index().tokenizer_checksum,
@@ -112,7 +112,7 @@ void require_same_tokenizer(const Dataset& dataset, const std::filesystem::path&
         model_file.string(), way_out);
     return;
   }
-  require_config(!std::filesystem::exists(model_folder / "tokenizer.json"),
+  require_config(!path_exists(model_folder / "tokenizer.json"),
                  "{}: the model's tokenizer.json is not the SentencePiece model that made the tokens of {}; "
                  "prepare the data from token ids (--tokens), or pass {}",
                  model_folder.string(), dataset.folder().string(), way_out);

@@ -23,7 +23,7 @@ namespace {
 
 void refuse_other_kinds(const fs::path& directory) {
   for (const char* name : {"tokenizer.json", "tekken.json", "vocab.json"}) {
-    require_config(!fs::exists(directory / name),
+    require_config(!path_exists(directory / name),
                    "{}: its tokenizer ({}) is not a SentencePiece model, which is the only kind that reads "
                    "text here; tokenize "
                    "elsewhere and pass token ids: --input ids.safetensors (eval, inspect), --ids (generate), "
@@ -57,9 +57,9 @@ Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
 
 Tokenizer Tokenizer::load(const fs::path& model_file_or_directory) {
   fs::path file = model_file_or_directory;
-  if (fs::is_directory(file)) {
+  if (is_folder(file)) {
     file /= "tokenizer.model";
-    if (!fs::exists(file)) refuse_other_kinds(model_file_or_directory);
+    if (!path_exists(file)) refuse_other_kinds(model_file_or_directory);
   }
   auto impl = std::make_unique<Impl>();
   const std::string content = read_file(file);

@@ -13,6 +13,7 @@
 #include <set>
 
 #include "collegium/base/error.h"
+#include "collegium/base/file.h"
 #include "collegium/model/tensor_io.h"
 
 namespace collegium::model {
@@ -45,14 +46,14 @@ WeightFiles open_weights(const fs::path& directory) {
   WeightFiles weights;
   std::set<std::string> names = {"model.safetensors"};
   const fs::path index_file = directory / kIndexFile;
-  if (fs::exists(index_file)) {
+  if (path_exists(index_file)) {
     names = shard_names(index_file);
     for (const std::string& name : names) {
-      require_config(fs::exists(directory / name), "{}: names the shard {}, which is missing",
+      require_config(path_exists(directory / name), "{}: names the shard {}, which is missing",
                      index_file.string(), name);
     }
   } else {
-    require_config(fs::exists(directory / "model.safetensors"),
+    require_config(path_exists(directory / "model.safetensors"),
                    "{}: holds neither model.safetensors nor model.safetensors.index.json",
                    directory.string());
   }

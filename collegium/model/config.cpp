@@ -89,7 +89,7 @@ ModelConfig parse_model_config(const Json& json, const std::string& origin) {
 }
 
 ModelConfig read_model_config(const std::filesystem::path& path) {
-  const auto file = std::filesystem::is_directory(path) ? path / "config.json" : path;
+  const auto file = is_folder(path) ? path / "config.json" : path;
   Json json;
   try {
     json = Json::parse(read_file(file));

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "collegium/base/error.h"
+#include "collegium/base/file.h"
 #include "collegium/base/routing_file.h"
 
 namespace collegium::moe {
@@ -39,7 +40,7 @@ void require_different_files(const std::filesystem::path& record, const std::fil
 }
 
 RoutingRecorder::RoutingRecorder(const std::filesystem::path& path, std::int64_t last_step) : path_(path) {
-  const bool continues = last_step > 0 && std::filesystem::is_regular_file(path);
+  const bool continues = last_step > 0 && is_file(path);
   if (continues) {
     const std::size_t end = end_of_step(path, last_step);
     std::error_code code;

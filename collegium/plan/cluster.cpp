@@ -103,7 +103,7 @@ Cluster load_cluster(const std::string& name_or_path) {
   for (const EmbeddedFile& file : embedded_clusters()) {
     if (file.name == name_or_path) return parse_cluster(file.text, fmt::format("cluster {}", name_or_path));
   }
-  if (!std::filesystem::exists(name_or_path)) {
+  if (!path_exists(name_or_path)) {
     const std::vector<std::string> names = cluster_names();
     const auto nearest = nearest_name(name_or_path, names);
     throw ConfigError(fmt::format("--cluster {}: neither a cluster of the catalogue nor a file{}; known: {}",

@@ -160,8 +160,8 @@ ModelSpec load_model(const std::string& name_or_path) {
     }
   }
   std::filesystem::path path = name_or_path;
-  if (std::filesystem::is_directory(path)) path /= "config.json";
-  if (!std::filesystem::exists(path)) {
+  if (is_folder(path)) path /= "config.json";
+  if (!path_exists(path)) {
     const std::vector<std::string> names = model_names();
     const auto nearest = nearest_name(name_or_path, names);
     throw ConfigError(fmt::format(

@@ -355,11 +355,14 @@ Validation validate(const std::string& csv, const std::string& origin) {
 }
 
 Validation validate_path(const std::string& path) {
-  if (!std::filesystem::is_directory(path)) return validate(read_file(path), path);
+  if (!is_folder(path)) return validate(read_file(path), path);
   std::vector<std::filesystem::path> files;
-  for (const auto& entry : std::filesystem::recursive_directory_iterator(path)) {
-    if (entry.path().filename() == "runs.csv") files.push_back(entry.path());
+  std::error_code code;
+  for (std::filesystem::recursive_directory_iterator entry(path, code), end; !code && entry != end;
+       entry.increment(code)) {
+    if (entry->path().filename() == "runs.csv") files.push_back(entry->path());
   }
+  require_config(!code, "--validate {}: cannot read this folder: {}", path, code.message());
   require_config(!files.empty(), "--validate {}: no runs.csv below this folder", path);
   std::sort(files.begin(), files.end());
   std::string all;

@@ -72,7 +72,7 @@ Json parse_json_file(const fs::path& file) {
 
 // Name -> size and checksum of every other file of a checkpoint.
 Json manifest_files(const fs::path& checkpoint) {
-  require_config(fs::exists(checkpoint / kManifest), "{}: not a committed checkpoint ({} is missing)",
+  require_config(path_exists(checkpoint / kManifest), "{}: not a committed checkpoint ({} is missing)",
                  checkpoint.string(), kManifest);
   const Json manifest = parse_json_file(checkpoint / kManifest);
   require_config(manifest.contains("files") && manifest["files"].is_object(), "{}: {} lists no files",
@@ -234,7 +234,7 @@ class CheckpointWriter {
 
 void verify_file(const fs::path& checkpoint, const std::string& name, const Json& entry) {
   const fs::path path = checkpoint / name;
-  require_config(fs::exists(path), "{}: {} is missing", checkpoint.string(), name);
+  require_config(path_exists(path), "{}: {} is missing", checkpoint.string(), name);
   const bool whole = entry.is_object() && entry.contains("bytes") && entry["bytes"].is_number_unsigned() &&
                      entry.contains("xxh3") && entry["xxh3"].is_string();
   require_config(whole, "{}: {} has no size and checksum of {}", checkpoint.string(), kManifest, name);

@@ -39,7 +39,7 @@ std::string MetricsWriter::records_until(std::int64_t last_step) {
 
 MetricsWriter::MetricsWriter(const std::filesystem::path& run_folder, std::int64_t last_step)
     : path_(run_folder / "metrics.jsonl") {
-  if (std::filesystem::exists(path_)) write_file_atomically(path_, records_until(last_step));
+  if (path_exists(path_)) write_file_atomically(path_, records_until(last_step));
   file_.reset(std::fopen(path_.c_str(), "ab"));
   if (file_ == nullptr) throw Error(fmt::format("cannot write {}: {}", path_.string(), std::strerror(errno)));
 }

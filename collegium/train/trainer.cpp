@@ -380,7 +380,7 @@ std::vector<CompanionFile> Trainer::read_companions() const {
     if (!dataset_.has_tokenizer()) names.push_back("tokenizer.model");
   }
   for (const char* name : names) {
-    if (std::filesystem::exists(init / name)) add(init / name);
+    if (path_exists(init / name)) add(init / name);
   }
   return files;
 }

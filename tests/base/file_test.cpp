@@ -125,5 +125,16 @@ TEST_F(File, checksum_is_xxh3) {
   EXPECT_EQ(checksum({}), "2d06800538d394c2");
 }
 
+TEST_F(File, kinds_of_paths) {
+  const fs::path file = folder_ / "a";
+  write_file_atomically(file, "x");
+  EXPECT_TRUE(path_exists(file) && is_file(file) && !is_folder(file));
+  EXPECT_TRUE(path_exists(folder_) && is_folder(folder_) && !is_file(folder_));
+  EXPECT_FALSE(path_exists(folder_ / "nothing") || is_folder(folder_ / "nothing") ||
+               is_file(folder_ / "nothing"));
+  EXPECT_FALSE(path_exists(file / "below"));
+  EXPECT_THROW(path_exists(folder_ / std::string(300, 'x')), ConfigError);
+}
+
 }  // namespace
 }  // namespace collegium
