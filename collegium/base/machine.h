@@ -13,6 +13,8 @@ double machine_memory_bytes();
 /// What     Logical cores of the machine, at least 1.
 int machine_cores();
 
+constexpr int kMaxThreadsPerCore = 8;  ///< of a rank; more than that is a slip
+
 /// What     Equal on all ranks of one running kernel: containers share it, network namespaces too.
 std::string machine_name();
 

@@ -86,6 +86,8 @@ void run_rank(const std::shared_ptr<comm::Communicator>& world, const LaunchOpti
 
 void validate(const LaunchOptions& o) {
   require_config(o.ranks >= 0, "--ranks {}: must be at least 1 (0 = the launcher's)", o.ranks);
+  constexpr int kMostRanks = 1 << 14;
+  require_config(o.ranks <= kMostRanks, "--ranks {}: must be at most {}", o.ranks, kMostRanks);
   require_config(o.backend == "auto" || o.backend == "local" || o.backend == "mpi",
                  "--backend {}: must be auto, local or mpi", o.backend);
   constexpr double kYear = 365.0 * 86400.0;
@@ -95,6 +97,18 @@ void validate(const LaunchOptions& o) {
                  o.ranks_per_node);
   if (!o.emulate.empty()) comm::parse_network(o.emulate);
   require_config(o.threads >= 0, "threads = {}: must not be negative (0 = a share of the cores)", o.threads);
+  const int most_threads = kMaxThreadsPerCore * machine_cores();
+  require_config(o.threads <= most_threads,
+                 "threads = {}: must be at most {}, {} for each of this machine's {} cores", o.threads,
+                 most_threads, kMaxThreadsPerCore, machine_cores());
+}
+
+// Ranks that are started here share this machine, whatever they are.
+void require_cores(int ranks) {
+  constexpr int kMostPerCore = 64;
+  require_config(ranks <= kMostPerCore * machine_cores(),
+                 "ranks = {}: this machine starts at most {}, {} for each of its {} cores", ranks,
+                 kMostPerCore * machine_cores(), kMostPerCore, machine_cores());
 }
 
 void require_launchers_ranks(const LaunchOptions& options, const comm::LauncherClaim& claim) {
@@ -166,6 +180,7 @@ void launch(const LaunchOptions& options, const RankFunction& fn) {
                          .cores = ops::allowed_cores()});
     return;
   }
+  require_cores(count);
   const std::string mpirun = choose_mpirun(options);
   if (!mpirun.empty()) {
     ops::unbind_thread();

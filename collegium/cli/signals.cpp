@@ -22,6 +22,8 @@ void on_signal(int signal) {
 void install_stop_signals() {
   struct sigaction action{};
   action.sa_handler = on_signal;
+  // Whoever reads or writes meanwhile goes on; nothing waits for a signal.
+  action.sa_flags = SA_RESTART;
   for (const int signal : {SIGINT, SIGTERM, SIGUSR1}) sigaction(signal, &action, nullptr);
 }
 

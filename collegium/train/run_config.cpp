@@ -152,7 +152,6 @@ void validate(const RunConfig& c) {
   require_config(c.train.steps >= 1, "train.steps = {}: must be at least 1", c.train.steps);
   require_config(c.train.max_minutes >= 0.0, "train.max_minutes = {}: must not be negative",
                  c.train.max_minutes);
-  constexpr int kMaxThreadsPerCore = 8;
   const int most_threads = kMaxThreadsPerCore * machine_cores();
   require_config(c.train.threads >= 0, "train.threads = {}: must not be negative (0 = a share of the cores)",
                  c.train.threads);

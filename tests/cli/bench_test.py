@@ -229,6 +229,13 @@ def check_refusals() -> None:
     refuses("--seconds -1: must be positive", "layer", "--seconds", "-1")
     refuses("skew W5: a token chooses 5 of", "layer", "--top-k", "5", "--skew", "W5", *local(2))
     refuses("parallel.ep = 3: must divide the number of ranks, 2", "layer", *LAYER, "--ep", "3", *local(2))
+    refuses("threads = 4294967297: must be at most", "layer", "--threads", "4294967297")
+    refuses("--ranks 99999: must be at most 16384", "layer", "--ranks", "99999")
+    many = 64 * (os.cpu_count() or 1) + 1
+    if many <= 16384:
+        refuses(f"ranks = {many}: this machine starts at most", "layer", "--backend", "local", "--ranks", str(many))
+    network = "nodes=65536x65536,intra=1GB/s:1us,inter=1GB/s:1us"
+    refuses("at most 16384 ranks in all", "layer", "--emulate", network)
     refuses("--ranks 2 or more", "comm")
     refuses("--max-mib 0.003: must be at least 0.00390625", "comm", "--max-mib", "0.003")
     uneven = ["--ranks-per-node", "2", "--seconds", "0.002"]

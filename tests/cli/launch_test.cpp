@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
+#include <csignal>
 #include <map>
 #include <string>
 
 #include "collegium/cli/mpirun_output.h"
+#include "collegium/cli/signals.h"
 #include "collegium/comm/launcher.h"
 #include "collegium/ops/threads.h"
 
@@ -73,6 +75,17 @@ TEST(Launcher, open_mpi_counts_with_one_rank_too_and_is_not_refused) {
   ASSERT_TRUE(claim.has_value());
   EXPECT_EQ(claim->ranks, 1);
   EXPECT_NO_THROW(comm::refuse_foreign_launcher(1, claim));
+}
+
+// A request to stop interrupts no read or write.
+TEST(Signals, ask_to_stop_and_let_system_calls_go_on) {
+  cli::install_stop_signals();
+  struct sigaction action{};
+  ASSERT_EQ(::sigaction(SIGUSR1, nullptr, &action), 0);
+  EXPECT_NE(action.sa_flags & SA_RESTART, 0);
+  EXPECT_FALSE(cli::stop_requested());
+  std::raise(SIGUSR1);
+  EXPECT_TRUE(cli::stop_requested());
 }
 
 // 5 cores for 2 ranks: 0 2 | 4 6 7.

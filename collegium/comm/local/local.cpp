@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <condition_variable>
+#include <system_error>
 #include <thread>
 
 #include "collegium/comm/local/world.h"
@@ -101,6 +102,14 @@ struct Run {
     changed.notify_all();
   }
 
+  // This rank and all after it have no thread: they fail, and the others with them.
+  void refuse_from(int rank, const std::string& reason) {
+    world->fail(rank, std::make_exception_ptr(ConfigError(fmt::format(
+                          "the system gives it no thread ({}); start fewer ranks in one process", reason))));
+    const std::lock_guard lock(mutex);
+    std::fill(ended.begin() + rank, ended.end(), true);
+  }
+
   // Waits for all ranks, after a failure no longer than the time-out. Returns the ranks that are still
   // running.
   std::vector<int> wait() {
@@ -134,12 +143,18 @@ void run_ranks(int num_ranks, const std::function<void(Communicator&)>& fn, cons
   require_config(options.timeout.count() > 0, "time-out = {} ms: must be positive", options.timeout.count());
   const auto run = std::make_shared<Run>(num_ranks, fn, options);
   std::vector<std::thread> threads;
-  for (int rank = 0; rank < num_ranks; ++rank) threads.emplace_back([run, rank] { run->run_rank(rank); });
-  const std::vector<int> running = run->wait();
   for (int rank = 0; rank < num_ranks; ++rank) {
-    std::thread& thread = threads[static_cast<std::size_t>(rank)];
-    const bool stuck = std::find(running.begin(), running.end(), rank) != running.end();
-    stuck ? thread.detach() : thread.join();
+    try {
+      threads.emplace_back([run, rank] { run->run_rank(rank); });
+    } catch (const std::system_error& error) {
+      run->refuse_from(rank, error.what());
+      break;
+    }
+  }
+  const std::vector<int> running = run->wait();
+  for (std::size_t rank = 0; rank < threads.size(); ++rank) {
+    const bool stuck = std::find(running.begin(), running.end(), static_cast<int>(rank)) != running.end();
+    stuck ? threads[rank].detach() : threads[rank].join();
   }
   const std::exception_ptr failure = run->world->failure();
   if (!failure) return;

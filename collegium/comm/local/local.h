@@ -26,9 +26,9 @@ struct LocalOptions {
 ///          done. When one rank throws, or returns while others wait for it, the waits of all others end at
 ///          once.
 /// Throws   The first failure only, with "rank R of N: " in front; ConfigError stays ConfigError, CommError
-///          CommError. A rank that has not come back `timeout` after the failure is left running and named
-///          in the message; what `fn` refers to must then stay alive, so the caller should end the process
-///          soon.
+///          CommError. ConfigError when the system has no thread for a rank. A rank that has not come back
+///          `timeout` after the failure is left running and named in the message; what `fn` refers to must
+///          then stay alive, so the caller should end the process soon.
 void run_ranks(int num_ranks, const std::function<void(Communicator&)>& fn, const LocalOptions& options = {});
 
 /// What     A world of one rank: every verb is a copy at most. For code that asks for a communicator and
