@@ -15,6 +15,7 @@
 #include <set>
 
 #include "collegium/base/fields.h"
+#include "collegium/base/machine.h"
 #include "collegium/base/units.h"
 #include "collegium/cli/mpirun.h"
 #include "collegium/cli/verb.h"
@@ -72,11 +73,12 @@ Json examine() {
   ops::bind_threads();
   bool bound = true;
   for (const ops::ThreadBinding& binding : ops::thread_bindings()) bound = bound && binding.cores.size() == 1;
-  const double pages =
+  const double machine =
       static_cast<double>(::sysconf(_SC_PHYS_PAGES)) * static_cast<double>(::sysconf(_SC_PAGE_SIZE));
   return {{"cores", cores},
           {"instruction_sets", instruction_sets()},
-          {"memory_bytes", pages},
+          {"memory_bytes", machine},
+          {"allowed_memory_bytes", machine_memory_bytes()},
           {"threads", at::get_num_threads()},
           {"threads_bound", bound},
           {"openmp_libraries", openmp_libraries()},
@@ -99,7 +101,12 @@ void print(const Json& j) {
              bf16 ? "bfloat16 runs in hardware: train with dtype = \"bfloat16\""
                   : "no bfloat16 in hardware: its products run in fp32, so dtype = \"float32\" is as fast, "
                     "and \"bfloat16\" saves memory");
-  fmt::print("memory       {}\n", format_bytes(j["memory_bytes"].get<double>()));
+  const auto memory = j["memory_bytes"].get<double>();
+  const auto allowed = j["allowed_memory_bytes"].get<double>();
+  fmt::print("memory       {}{}\n", format_bytes(memory),
+             allowed < memory
+                 ? fmt::format(", of which a control group allows this process {}", format_bytes(allowed))
+                 : "");
   fmt::print("threads      {}, {}\n", j["threads"].get<int>(),
              j["threads_bound"].get<bool>() ? "each bound to a core"
                                             : "not bound: parallel regions may wait for the scheduler (unset "

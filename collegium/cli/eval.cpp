@@ -46,6 +46,12 @@ struct EvalArguments {
   bool json = false;
 };
 
+// Where the tokens come from, for messages.
+std::string given_tokens(const EvalArguments& arguments) {
+  if (!arguments.input.empty()) return arguments.input;
+  return arguments.file.empty() ? "--text" : arguments.file;
+}
+
 at::Tensor read_input_ids(const std::string& path, std::int64_t vocab_size) {
   const SafetensorsFile file(path);
   const at::Tensor ids = model::read_tensor(file, "input_ids");
@@ -130,6 +136,13 @@ struct EvalResult {
   std::int64_t num_targets = 0;
 };
 
+// Weights are finite, or they would not have been loaded.
+void require_finite(const EvalArguments& arguments, const EvalResult& result) {
+  if (std::isfinite(result.total_loss)) return;
+  throw Error(fmt::format("eval: the loss is {}: an activation exceeds what {} can hold",
+                          std::isnan(result.total_loss) ? "nan" : "infinite", arguments.dtype));
+}
+
 // What all ranks' sequences add up to.
 struct RankSums {
   double loss = 0.0;
@@ -156,6 +169,15 @@ RankSums sum_losses(comm::Communicator& dp, const at::Tensor& loss, const model:
   return sums;
 }
 
+// Of all sequences, written by rank 0.
+void write_logits(const EvalArguments& arguments, const LoadedModel& loaded, const at::Tensor& hidden_BSD,
+                  const std::vector<std::int64_t>& rows) {
+  const at::NoGradGuard no_grad;
+  comm::Communicator& dp = *loaded.groups.dp;
+  const at::Tensor logits = gather_rows(dp, loaded.decoder.logits(hidden_BSD), rows);
+  if (dp.rank() == 0) model::write_tensors(arguments.logits_file, {{"logits", logits}});
+}
+
 // Every rank takes its share of the sequences, perhaps none, and takes part in everything.
 EvalResult evaluate_ids(const EvalArguments& arguments, const LoadedModel& loaded,
                         const at::Tensor& all_ids_BS) {
@@ -166,7 +188,7 @@ EvalResult evaluate_ids(const EvalArguments& arguments, const LoadedModel& loade
   const std::int64_t unit = moe::indivisible_sequences(config.moe, /*training=*/false);
   require_config(all_ids_BS.size(0) % unit == 0,
                  "{}: {} sequences, must be a multiple of model.moe.capacity.group_sequences = {}",
-                 arguments.input, all_ids_BS.size(0), unit);
+                 given_tokens(arguments), all_ids_BS.size(0), unit);
   const parallel::Share share = parallel::share_of(all_ids_BS.size(0), unit, dp.size(), dp.rank());
   const at::Tensor ids_BS = all_ids_BS.narrow(0, share.first, share.count);
 
@@ -175,12 +197,6 @@ EvalResult evaluate_ids(const EvalArguments& arguments, const LoadedModel& loade
   model::ForwardOptions options;
   options.context.first_sequence = share.first;
   const model::ForwardResult forward = decoder.forward(ids_BS, options);
-  if (!arguments.logits_file.empty()) {
-    const at::NoGradGuard no_grad;
-    const at::Tensor logits = gather_rows(dp, decoder.logits(forward.hidden_BSD),
-                                          parallel::share_rows(all_ids_BS.size(0), unit, dp.size(), 1));
-    if (dp.rank() == 0) model::write_tensors(arguments.logits_file, {{"logits", logits}});
-  }
   const std::int64_t length = ids_BS.size(1) - 1;
   const at::Tensor sum =
       model::cross_entropy_sum(decoder, forward.hidden_BSD.narrow(1, 0, length), ids_BS.narrow(1, 1, length));
@@ -194,6 +210,11 @@ EvalResult evaluate_ids(const EvalArguments& arguments, const LoadedModel& loade
   const at::ScalarType router_dtype = decoder.dtype() == at::kDouble ? at::kDouble : at::kFloat;
   result.aux_loss = moe::hf_pooled_loss(config.moe, sums.layers, coefficient, gradients, router_dtype);
   result.total_loss = result.loss + coefficient * result.aux_loss;
+  require_finite(arguments, result);
+  if (!arguments.logits_file.empty()) {
+    write_logits(arguments, loaded, forward.hidden_BSD,
+                 parallel::share_rows(all_ids_BS.size(0), unit, dp.size(), 1));
+  }
   if (want_gradients) {
     for (std::size_t i = 0; i < gradients.size(); ++i) forward.layers[i]->statistics_gradient = gradients[i];
     (sum / static_cast<double>(result.num_targets)).backward();
@@ -201,6 +222,16 @@ EvalResult evaluate_ids(const EvalArguments& arguments, const LoadedModel& loade
     if (dp.rank() == 0) model::write_tensors(arguments.grads_file, named);
   }
   return result;
+}
+
+// Rank 0 writes what is asked for, at the end.
+void require_folders(const EvalArguments& arguments) {
+  for (const auto& [option, file] :
+       {std::pair{"--logits", &arguments.logits_file}, std::pair{"--grads", &arguments.grads_file}}) {
+    const std::filesystem::path folder = std::filesystem::path(*file).parent_path();
+    require_config(folder.empty() || is_folder(folder), "{} {}: there is no folder {}", option, *file,
+                   folder.string());
+  }
 }
 
 void require_positions(std::int64_t length, const model::ModelConfig& config) {
@@ -222,10 +253,12 @@ EvalResult evaluate_data(const EvalArguments& arguments, const LoadedModel& load
   const train::ValidationResult validation =
       train::validate_model(loaded.decoder, dataset, shape, loaded.groups);
   const double coefficient = config.output_router_logits ? config.router_aux_loss_coef : 0.0;
-  return {.loss = validation.loss,
-          .aux_loss = validation.hf_pooled,
-          .total_loss = validation.loss + coefficient * validation.hf_pooled,
-          .num_targets = validation.num_targets};
+  const EvalResult result{.loss = validation.loss,
+                          .aux_loss = validation.hf_pooled,
+                          .total_loss = validation.loss + coefficient * validation.hf_pooled,
+                          .num_targets = validation.num_targets};
+  require_finite(arguments, result);
+  return result;
 }
 
 void print(const EvalArguments& arguments, const EvalResult& result) {
@@ -244,13 +277,6 @@ void print(const EvalArguments& arguments, const EvalResult& result) {
              result.total_loss);
 }
 
-// Weights are finite, or they would not have been loaded.
-void require_finite(const EvalArguments& arguments, const EvalResult& result) {
-  if (std::isfinite(result.total_loss)) return;
-  throw Error(fmt::format("eval: the loss is {}: an activation exceeds what {} can hold",
-                          std::isnan(result.total_loss) ? "nan" : "infinite", arguments.dtype));
-}
-
 void run(const EvalArguments& arguments) {
   int given = 0;
   for (const std::string* way : {&arguments.input, &arguments.text, &arguments.file, &arguments.data})
@@ -266,10 +292,10 @@ void run(const EvalArguments& arguments) {
   if (!arguments.text.empty() || !arguments.file.empty()) ids_BS = tokenize(arguments, config.vocab_size);
   if (ids_BS.defined()) require_positions(ids_BS.size(1), config);
   launch(arguments.launch, [&](const std::shared_ptr<comm::Communicator>& world) {
+    if (world->rank() == 0) require_folders(arguments);
     const LoadedModel loaded = load_model(arguments.model, config, dtype, world);
     const EvalResult result =
         ids_BS.defined() ? evaluate_ids(arguments, loaded, ids_BS) : evaluate_data(arguments, loaded);
-    require_finite(arguments, result);
     if (world->rank() == 0) print(arguments, result);
   });
 }

@@ -87,10 +87,12 @@ void add_prepare(CLI::App& app) {
                    "NAME=PATH: a file or folder of text; repeat for more (.jsonl: prompt and completion)");
   verb->add_option("--tokens", arguments->tokens,
                    "NAME=FILE: safetensors with input_ids int64 [N], for other tokenizers");
-  verb->add_option("--tokenizer", arguments->tokenizer,
-                   "an existing SentencePiece tokenizer.model (else one is trained)")
-      ->check(CLI::ExistingFile);
-  verb->add_option("--vocab-size", arguments->options.vocab_size, "pieces of the trained tokenizer")
+  CLI::Option* tokenizer = verb->add_option("--tokenizer", arguments->tokenizer,
+                                            "an existing SentencePiece tokenizer.model (else one is trained)")
+                               ->check(CLI::ExistingFile);
+  verb->add_option("--vocab-size", arguments->options.vocab_size,
+                   "pieces of the trained tokenizer; with --tokens: of the one that made them")
+      ->excludes(tokenizer)
       ->capture_default_str();
   verb->add_option("--validation-fraction", arguments->options.validation_fraction,
                    "share of every domain's tokens, in whole documents unless these are too long")

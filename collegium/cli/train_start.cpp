@@ -15,6 +15,17 @@ namespace collegium::cli {
 
 namespace {
 
+// What of a section must stay. Data may lie elsewhere: its checksum says whether it is the same.
+Json compared(const Json& config, const std::string& name) {
+  Json section = config.value(name, Json());
+  if (!section.is_object()) return section;
+  if (name == "data") section.erase("path");
+  if (name != "train") return section;
+  Json kept = Json::object();
+  for (const char* key : {"seed", "dtype", "steps"}) kept[key] = section.value(key, Json());
+  return kept;
+}
+
 // What a resumed run may not change: its losses would no longer be those of the uninterrupted one.
 void require_same_run(const Json& saved, const Json& wanted, const std::filesystem::path& checkpoint) {
   const auto data_checksum = [](const Json& config) {
@@ -26,20 +37,14 @@ void require_same_run(const Json& saved, const Json& wanted, const std::filesyst
       "prepare the same again, start over with --fresh, or take its weights with --weights-only {}",
       checkpoint.string(), wanted["data"]["path"].dump(), data_checksum(saved), data_checksum(wanted),
       checkpoint.string());
-  for (const char* section : {"model", "data", "batch", "optimizer", "schedule"}) {
-    require_config(saved.value(section, Json()) == wanted[section],
-                   "{} was made with another [{}] section; continue with the same one, start over with "
-                   "--fresh, or take its "
-                   "weights with --weights-only {}",
-                   checkpoint.string(), section, checkpoint.string());
-  }
-  const Json saved_train = saved.value("train", Json::object());
-  for (const char* key : {"seed", "dtype", "steps"}) {
-    const Json value = saved_train.is_object() ? saved_train.value(key, Json()) : Json();
+  for (const char* name : {"model", "data", "batch", "optimizer", "schedule", "train"}) {
+    const std::string difference =
+        train::first_difference(compared(saved, name), compared(wanted, name), name);
     require_config(
-        value == wanted["train"][key],
-        "{} was made with train.{} = {}, this run has {}; continue with the same, or start over with --fresh",
-        checkpoint.string(), key, value.dump(), wanted["train"][key].dump());
+        difference.empty(),
+        "{} was made with {}; continue with the same, start over with --fresh, or take its weights "
+        "with --weights-only {}",
+        checkpoint.string(), difference, checkpoint.string());
   }
 }
 

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "collegium/base/error.h"
+#include "collegium/base/file.h"
 #include "collegium/base/rng.h"
 #include "collegium/base/safetensors.h"
 #include "collegium/base/units.h"
@@ -38,14 +39,17 @@ void validate_options(const PrepareOptions& o) {
   require_config(!o.out.empty(), "--out: name the folder to write");
   require_config(o.texts.empty() != o.token_files.empty(),
                  "give either --domain NAME=PATH (text) or --tokens NAME=FILE (token ids)");
+  require_config(o.tokenizer.empty() || o.token_files.empty(),
+                 "--tokenizer {}: goes with --domain, not with --tokens, which are token ids already",
+                 o.tokenizer.string());
   require_config(o.validation_fraction > 0.0 && o.validation_fraction < 1.0,
                  "--validation-fraction {}: must lie between 0 and 1", o.validation_fraction);
   require_config(o.vocab_size >= 300 || !o.token_files.empty(),
                  "--vocab-size {}: needs at least 300 (256 bytes and some pieces)", o.vocab_size);
   require_config(o.vocab_size >= 1 && o.vocab_size <= std::numeric_limits<std::int32_t>::max(),
                  "--vocab-size {}: out of range", o.vocab_size);
-  if (!fs::exists(o.out)) return;
-  require_config(fs::exists(o.out / "dataset.json"), "--out {}: exists and was not made by prepare",
+  if (!path_exists(o.out)) return;
+  require_config(path_exists(o.out / "dataset.json"), "--out {}: exists and was not made by prepare",
                  o.out.string());
   require_config(o.force, "--out {}: exists already; pass --force to replace it", o.out.string());
 }

@@ -121,7 +121,23 @@ def check_messages(model: str, folder: pathlib.Path, run_file: pathlib.Path) -> 
     weights = load_file(huge / "model.safetensors")
     weights["lm_head.weight"] = torch.full_like(weights["lm_head.weight"], 3e38)
     save_file(weights, huge / "model.safetensors", {"format": "pt"})
-    expect(1, "eval: the loss is", "eval", "--model", str(huge), "--text", "def x", "--json")
+    logits = folder / "logits.safetensors"
+    written = ["--logits", str(logits), "--grads", str(folder / "grads.safetensors")]
+    expect(1, "eval: the loss is", "eval", "--model", str(huge), "--text", "def x", "--json", *written)
+    assert not logits.exists() and not (folder / "grads.safetensors").exists(), "a refused loss has left files"
+    missing = str(folder / "missing/logits.safetensors")
+    for option in ("--logits", "--grads"):
+        nowhere = f"{option} {missing}: there is no folder {folder}/missing"
+        expect(2, nowhere, "eval", "--model", model, "--text", "def x", option, missing)
+
+    # One text is no group of two.
+    grouped = shutil.copytree(model, folder / "grouped")
+    config = json.loads((grouped / "config.json").read_text())
+    capacity = {"drop_policy": "position", "group_sequences": 2, "drop_in_evaluation": True}
+    config.setdefault("collegium", {}).setdefault("capacity", {}).update(capacity)
+    (grouped / "config.json").write_text(json.dumps(config))
+    one = "--text: 1 sequences, must be a multiple of model.moe.capacity.group_sequences = 2"
+    expect(2, one, "eval", "--model", str(grouped), "--text", "def x")
 
     # A copy without tokenizer.model.
     other = shutil.copytree(model, folder / "other")
@@ -130,6 +146,8 @@ def check_messages(model: str, folder: pathlib.Path, run_file: pathlib.Path) -> 
     huge_size = ["--set", "model.hidden_size=2000000000"]
     expect(2, "no machine could hold this model", "train", str(run_file), *huge_size, "--dry-run")
     expect(2, "for activations of the rank on this machine, which has", "train", str(run_file), *huge_size)
+    widest = ["--set", f"model.moe.ffn_size={2**31 - 1}", "--set", f"model.hidden_size={2**31 - 4}"]
+    expect(2, "no machine could hold this model", "train", str(run_file), *widest, "--dry-run")
     train = ["train", str(run_file), "--fresh"]
     record = str(folder / "routing")
     expect(0, "checkpoint", *train, "--record-routing", record)

@@ -115,12 +115,16 @@ def main() -> None:
         checkpoint = pathlib.Path(summary["checkpoint"])
         expect(
             2,
-            "was made with another [optimizer] section",
+            "was made with optimizer.learning_rate = 0.01, not 0.5; continue with the same",
             "train",
             str(run_file),
             "--set",
             "optimizer.learning_rate=0.5",
         )
+        expect(2, "was made with train.seed = 3, not 4;", "train", str(run_file), "--set", "train.seed=4")
+        # The same tokens at another place are the same data.
+        shutil.copytree(folder / "data", folder / "moved")
+        expect(0, "checkpoint", "train", str(run_file), "--set", f"data.path={folder}/moved")
         expect(
             0,
             "checkpoint",
@@ -131,6 +135,12 @@ def main() -> None:
             str(shutil.copytree(checkpoint, folder / "start")),
         )
         check_unwritable(run_file)
+        prepared = ["prepare", "--out", str(folder / "again"), "--domain", f"text={run_file}"]
+        both = ["--tokenizer", str(run_file), "--vocab-size", "300"]
+        expect(2, "--vocab-size excludes --tokenizer", *prepared, *both)
+        expect(2, "File name too long", "prepare", "--out", str(folder / "again"), "--domain", "text=" + "x" * 300)
+        expect(2, "File name too long", "eval", "--model", "x" * 300, "--text", "def x")
+        expect(2, "File name too long", "train", str(run_file), "--set", "data.path=" + "x" * 300)
 
         ids = str(folder / "ids.safetensors")
         save_file({"input_ids": torch.arange(22).view(2, 11) % 23}, ids)

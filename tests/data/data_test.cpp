@@ -128,6 +128,9 @@ TEST_F(Corpus, wrong_options_are_named) {
   EXPECT_EQ(refusal(), "domain none: no UTF-8 text found below its paths");
   options_.texts = {};
   EXPECT_THAT(refusal(), testing::StartsWith("give either --domain"));
+  options_.token_files = {{"ids", folder_ / "ids.safetensors"}};
+  options_.tokenizer = "tokenizer.model";
+  EXPECT_THAT(refusal(), testing::StartsWith("--tokenizer tokenizer.model: goes with --domain"));
   EXPECT_FALSE(fs::exists(folder_ / "new"));
   try {
     data::parse_domain_path("--tokens", "nopath");

@@ -99,6 +99,18 @@ TEST_F(RunConfig, overrides_take_toml_values_and_bare_words) {
   EXPECT_THAT(config.model.moe_layers, testing::ElementsAre(true, false));
 }
 
+TEST(RunConfigJson, first_difference_names_key_and_both_values) {
+  const Json ours = {{"steps", 3}, {"moe", {{"top_k", 2}, {"score", "softmax"}}}};
+  Json theirs = ours;
+  EXPECT_EQ(train::first_difference(ours, theirs, "model"), "");
+  theirs["moe"]["top_k"] = 4;
+  EXPECT_EQ(train::first_difference(ours, theirs, "model"), "model.moe.top_k = 2, not 4");
+  theirs = ours;
+  theirs["moe"].erase("score");
+  EXPECT_EQ(train::first_difference(ours, theirs, "model"), "model.moe.score = \"softmax\", not null");
+  EXPECT_EQ(train::first_difference(theirs, ours, "model"), "model.moe: a key is missing");
+}
+
 TEST(Freeze, patterns) {
   EXPECT_TRUE(train::matches("*.gate.*", "model.layers.0.mlp.gate.weight"));
   EXPECT_TRUE(train::matches("*", ""));
