@@ -137,7 +137,7 @@ def main() -> None:
         check_unwritable(run_file)
         prepared = ["prepare", "--out", str(folder / "again"), "--domain", f"text={run_file}"]
         both = ["--tokenizer", str(run_file), "--vocab-size", "300"]
-        expect(2, "--vocab-size excludes --tokenizer", *prepared, *both)
+        expect(2, "--tokenizer excludes --vocab-size", *prepared, *both)
         expect(2, "File name too long", "prepare", "--out", str(folder / "again"), "--domain", "text=" + "x" * 300)
         expect(2, "File name too long", "eval", "--model", "x" * 300, "--text", "def x")
         expect(2, "File name too long", "train", str(run_file), "--set", "data.path=" + "x" * 300)
