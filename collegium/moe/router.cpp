@@ -61,6 +61,11 @@ const at::Tensor& logits(const RouterState& state) {
   return is_noisy(state) ? state.noisy.noisy_TE : state.clean_TE;
 }
 
+// For the gradient of the z-loss; that of softmax scores of the clean logits has it in the scores.
+bool reads_logits_backward(const RouterState& state) {
+  return state.options.router.score == ScoreFunction::kSigmoid || is_noisy(state);
+}
+
 // 2. Scores of the (noisy) logits, and what the statistics want of the clean ones.
 void compute_scores(RouterState& state) {
   if (state.options.router.score == ScoreFunction::kSigmoid) {
@@ -149,6 +154,7 @@ RouterOutput route(const MoeOptions& options, const RouterWeights& weights, cons
   output.statistics = collect_statistics(state, output.routing.chosen_ids_TK, context);
   output.expert_input_TD =
       state.input_jitter && state.jitter_TD.defined() ? state.x_TD.to(x_TD.scalar_type()) : x_TD.detach();
+  if (!reads_logits_backward(state)) state.clean_TE.reset();
   return output;
 }
 
@@ -246,7 +252,7 @@ RouterGradients route_backward(const RouterState& state, const at::Tensor& grad_
     gradients.x_TD = at::mm(noisy.raw_std_TE, state.noise_ED);
   }
   const at::Tensor grad_lse_T1 = lse_gradient(state, grad_statistics);
-  if (grad_lse_T1.defined() && (sigmoid || is_noisy(state)))
+  if (grad_lse_T1.defined() && reads_logits_backward(state))
     grad_clean_TE = grad_clean_TE + grad_lse_T1 * at::exp(state.clean_TE - state.lse_T1);
   gradients.gate_ED = ops::wide_linear_grad_weight(grad_clean_TE, state.x_TD);
   gradients.x_TD = input_gradient(state, grad_clean_TE, gradients.x_TD, grad_expert_input_TD);

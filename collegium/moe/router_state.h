@@ -21,7 +21,7 @@ struct RouterState {
   bool input_jitter = false;
   at::Tensor gate_ED;   ///< router dtype
   at::Tensor noise_ED;  ///< router dtype, or undefined
-  at::Tensor clean_TE;  ///< logits before noise
+  at::Tensor clean_TE;  ///< logits before noise; dropped after the forward pass where they are the softmax's
   NoisyLogits noisy;    ///< learned noise, in training
   SmoothLoad load;
 

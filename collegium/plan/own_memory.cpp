@@ -58,15 +58,15 @@ double held_rows(const OwnRun& run, double imbalance) {
   return per_token * imbalance;
 }
 
-// Of this rank's experts, where their rows lie, and of the router: logits and scores; per choice ids before
-// and after drops and as an index, four weights; per token divisor and log sum.
+// Of this rank's experts, where their rows lie, and of the router: scores, with some routers logits; per
+// choice ids before and after drops and as an index, four weights; per token divisor and log sum.
 double experts_bytes(const OwnRun& run, Widths b, double imbalance) {
   const ModelSpec& m = run.model;
   const auto top_k = static_cast<double>(m.top_k);
   const double rows =
       m.experts_per_token() * imbalance * (static_cast<double>(2 * m.expert_ffn) * b.compute + b.wide) +
       held_rows(run, imbalance) * static_cast<double>(m.hidden) * b.compute;
-  const double router = 2.0 * static_cast<double>(m.experts) * b.wide +
+  const double router = (run.kept_logits ? 2.0 : 1.0) * static_cast<double>(m.experts) * b.wide +
                         top_k * (2.0 * kIndex + kLong + 4.0 * b.wide) + 2.0 * b.wide;
   return rows + 3.0 * kIndex * top_k + router + 2.0 * static_cast<double>(m.shared_ffn) * b.compute;
 }

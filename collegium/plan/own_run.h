@@ -33,6 +33,7 @@ struct OwnRun {
   std::int64_t chunks = 1;    ///< tokens travel in this many chunks
   bool recompute = false;
   bool clipped_qkv = false;              ///< projections are clipped, which keeps them a second time
+  bool kept_logits = false;              ///< of routers, beside the scores: sigmoid and noisy top-K
   std::int64_t loss_tokens = 1024;       ///< whose logits exist at one time
   std::int64_t attention_queries = 128;  ///< whose scores are computed as one block
   bool widened_products = false;         ///< bfloat16 without the instructions: multiplied in fp32

@@ -96,6 +96,8 @@ plan::OwnRun own_run(const RunConfig& config, const model::ModelConfig& model,
   run.chunks = overlap.chunks;
   run.recompute = config.train.recompute;
   run.clipped_qkv = model.clip_qkv > 0.0;
+  run.kept_logits =
+      moe.router.score == moe::ScoreFunction::kSigmoid || moe.router.noise == moe::Noise::kNoisyTopK;
   run.loss_tokens = model::kLossChunkTokens;
   run.attention_queries = model::kAttentionQueries;
   const at::ScalarType dtype = model::parse_dtype(run.dtype, "train.dtype");

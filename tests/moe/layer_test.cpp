@@ -15,6 +15,7 @@
 
 #include "collegium/moe/balance.h"
 #include "collegium/moe/reference/router_reference.h"
+#include "collegium/moe/router_state.h"
 #include "tests/moe/cases.h"
 #include "tests/moe/layer_weights.h"
 #include "tests/moe/router_oracle.h"
@@ -227,6 +228,19 @@ TEST(MoeLayer, all_tokens_to_one_expert) {
   for (std::int64_t expert = 0; expert < options.num_experts; ++expert) {
     EXPECT_EQ(weights.gate_up_LGD.grad()[expert].abs().sum().item<double>() > 0.0, expert == 4);
   }
+}
+
+TEST(Router, keeps_logits_only_for_backward_passes_that_read_them) {
+  const auto keeps = [](const std::function<void(moe::MoeOptions&)>& change) {
+    moe::MoeOptions options = test::base_options();
+    change(options);
+    const at::Tensor x_TD = random_tensor("x", {kSequences * kLength, kWidth});
+    return moe::route(options, make_weights(options).router, x_TD, training_context())
+        .state->clean_TE.defined();
+  };
+  EXPECT_FALSE(keeps([](moe::MoeOptions& o) { o.balance.z_loss = 0.1; }));
+  EXPECT_TRUE(keeps([](moe::MoeOptions& o) { o.router.score = moe::ScoreFunction::kSigmoid; }));
+  EXPECT_TRUE(keeps([](moe::MoeOptions& o) { o.router.noise = moe::Noise::kNoisyTopK; }));
 }
 
 TEST(MoeLayer, low_precision_is_within_its_bound_and_reruns_are_bit_identical) {
