@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/model/config.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "collegium/base/error.h"
@@ -35,6 +36,26 @@ void write_family(const ModelConfig& config, Json& json) {
       return write_qwen3_moe(config, json);
     case Family::kCollegium:
       break;
+  }
+}
+
+// The options that only training needs, beside the family's own keys, which say what the model computes.
+void read_training_options(const Json& json, const std::string& origin, ModelConfig& config) {
+  const Json by_family = write_fields(config.moe).flatten();
+  read_fields(json, origin + ": collegium", config.moe);
+  if (const auto reason = why_not(config)) {
+    throw ConfigError(fmt::format("{}: collegium: the model is not of family {}: {}", origin,
+                                  enum_name(config.family), *reason));
+  }
+  Json keys;
+  write_family(config, keys);
+  const Json given = write_fields(config.moe).flatten();
+  const Json needed = write_fields(parse_model_config(keys, origin).moe).flatten();
+  for (const auto& [pointer, value] : by_family.items()) {
+    std::string key = pointer;
+    std::replace(key.begin(), key.end(), '/', '.');
+    require_config(needed[pointer] == value, "{}: collegium{} = {}: the family's own keys say {}", origin,
+                   key, given[pointer].dump(), value.dump());
   }
 }
 
@@ -77,26 +98,47 @@ ModelConfig parse_model_config(const Json& json, const std::string& origin) {
     throw ConfigError(fmt::format(
         "{}: model_type = \"{}\": must be one of mixtral, olmoe, qwen3_moe, collegium_moe", origin, type));
   }
-  if (type != "collegium_moe" && reader.has("collegium")) {
-    const moe::MoeOptions family = config.moe;
-    read_fields(json["collegium"], origin + ": collegium", config.moe);
-    require_config(family.num_experts == config.moe.num_experts && family.top_k == config.moe.top_k &&
-                       family.ffn_size == config.moe.ffn_size,
-                   "{}: 'collegium' gives other sizes of the experts than the family's own keys", origin);
-  }
   complete(config);
+  if (type != "collegium_moe" && reader.has("collegium"))
+    read_training_options(json["collegium"], origin, config);
   return config;
 }
 
-ModelConfig read_model_config(const std::filesystem::path& path) {
-  const auto file = is_folder(path) ? path / "config.json" : path;
-  Json json;
+namespace {
+
+Json read_json(const std::filesystem::path& file) {
   try {
-    json = Json::parse(read_file(file));
+    return Json::parse(read_file(file));
   } catch (const Json::exception& error) {
     throw ConfigError(fmt::format("{}: not valid JSON: {}", file.string(), error.what()));
   }
-  return parse_model_config(json, file.string());
+}
+
+std::vector<std::int64_t> parse_eos_ids(const Json& json, const std::string& origin) {
+  const std::string path = origin + ": eos_token_id";
+  const auto found = json.find("eos_token_id");
+  std::vector<std::int64_t> ids;
+  if (found == json.end() || found->is_null()) return ids;
+  if (found->is_array()) {
+    read_fields(*found, path, ids);
+  } else {
+    read_fields(*found, path, ids.emplace_back());
+  }
+  return ids;
+}
+
+}  // namespace
+
+ModelConfig read_model_config(const std::filesystem::path& path) {
+  const auto file = is_folder(path) ? path / "config.json" : path;
+  return parse_model_config(read_json(file), file.string());
+}
+
+std::vector<std::int64_t> read_eos_ids(const std::filesystem::path& directory, const ModelConfig& config) {
+  const std::filesystem::path file = directory / "generation_config.json";
+  std::vector<std::int64_t> ids;
+  if (path_exists(file)) ids = parse_eos_ids(read_json(file), file.string());
+  return ids.empty() ? parse_eos_ids(config.source, (directory / "config.json").string()) : ids;
 }
 
 Json write_model_config(const ModelConfig& config, const std::string& dtype_name) {
@@ -139,6 +181,7 @@ void validate(const ModelConfig& c, bool training) {
   require_config(c.norm_eps > 0.0, "model.norm_eps = {}: must be positive", c.norm_eps);
   require_config(c.initializer_range > 0.0, "model.initializer_range = {}: must be positive",
                  c.initializer_range);
+  require_config(c.clip_qkv >= 0.0, "model.clip_qkv = {}: must not be negative (0 = off)", c.clip_qkv);
   require_config(c.sliding_window >= 0, "model.sliding_window = {}: must not be negative", c.sliding_window);
   require_config(static_cast<std::int64_t>(c.moe_layers.size()) == c.num_layers,
                  "model.moe_layers has {} entries: must have one for each of the num_layers = {}",

@@ -84,6 +84,10 @@ void complete(ModelConfig& config);
 ModelConfig read_model_config(const std::filesystem::path& path);
 /// The same from JSON at hand; `origin` names it in messages.
 ModelConfig parse_model_config(const Json& json, const std::string& origin);
+/// What     The tokens that end a text: eos_token_id (a number or a list) of DIR/generation_config.json, else
+///          of the config.json that `config` was read from; empty where neither has one.
+/// Throws   ConfigError naming file, key and value.
+std::vector<std::int64_t> read_eos_ids(const std::filesystem::path& directory, const ModelConfig& config);
 /// What     The config.json of this model: its family's where the family can express it, else model_type
 ///          "collegium_moe". Options the family has no key for, and that do not change what the model
 ///          computes in evaluation (noise, balance losses, capacity in training), go under "collegium".

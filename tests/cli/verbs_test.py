@@ -44,7 +44,7 @@ def check_bad_models(model: pathlib.Path, ids: str, scratch: pathlib.Path) -> No
     for key, value, message in [
         ("model_type", "llama", 'model_type = "llama": must be one of'),
         ("hidden_act", "gelu", 'hidden_act = "gelu": only "silu"'),
-        ("num_experts_per_tok", 9, "other sizes of the experts than the family's own keys"),
+        ("num_experts_per_tok", 9, "collegium.top_k = 2: the family's own keys say 9"),
         ("num_attention_heads", 3, "num_kv_heads = 2: must divide num_heads = 3"),
         ("head_dim", 7, "head_dim = 7: the rotary embedding needs an even number"),
         ("hidden_size", "wide", 'hidden_size = "wide": expected a whole number'),

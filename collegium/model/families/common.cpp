@@ -9,15 +9,35 @@ namespace {
 // Version 5 of transformers nests rope_theta in rope_parameters; the hub has it at the top, with rope_scaling
 // beside it.
 double read_rope_theta(const HfReader& reader, double fallback) {
+  double theta = fallback;
+  std::string found_in;
+  const auto take = [&](const HfReader& rope, const std::string& place) {
+    if (!rope.has("rope_theta")) return;
+    const double value = rope.get("rope_theta", fallback);
+    require_config(found_in.empty() || value == theta, "{}: {} = {}, but {} = {}: must be equal",
+                   reader.origin(), place, value, found_in, theta);
+    theta = value;
+    found_in = place;
+  };
+  take(reader, "rope_theta");
   for (const char* key : {"rope_parameters", "rope_scaling"}) {
     if (!reader.has(key)) continue;
-    const HfReader rope(reader.json()[key], reader.origin() + ": " + key);
+    const Json& json = reader.json()[key];
+    require_config(json.is_object(), "{}: {} = {}: must be an object, or null", reader.origin(), key,
+                   json.dump());
+    const HfReader rope(json, reader.origin() + ": " + key);
     const auto type = rope.get<std::string>({"type", "rope_type"}, "default");
     require_config(type == "default", "{}: rope_type = \"{}\": only \"default\" can be represented",
                    rope.origin(), type);
-    fallback = rope.get("rope_theta", fallback);
+    take(rope, std::string(key) + ".rope_theta");
   }
-  return reader.get("rope_theta", fallback);
+  return theta;
+}
+
+// One per query head where it is null; the class default where the key is absent.
+std::int64_t read_num_kv_heads(const HfReader& reader, std::int64_t fallback) {
+  const bool null = reader.json().contains("num_key_value_heads") && !reader.has("num_key_value_heads");
+  return null ? 0 : reader.get("num_key_value_heads", fallback);
 }
 
 void refuse_unsupported(const HfReader& reader) {
@@ -42,7 +62,7 @@ ModelConfig parse_common(const HfReader& reader, const ModelConfig& defaults) {
   c.num_layers = reader.get("num_hidden_layers", c.num_layers);
   require_listable(c);
   c.num_heads = reader.get("num_attention_heads", c.num_heads);
-  c.num_kv_heads = reader.get("num_key_value_heads", c.num_kv_heads);
+  c.num_kv_heads = read_num_kv_heads(reader, c.num_kv_heads);
   c.head_dim = reader.get("head_dim", c.head_dim);
   c.max_positions = reader.get("max_position_embeddings", c.max_positions);
   c.rope_theta = read_rope_theta(reader, c.rope_theta);

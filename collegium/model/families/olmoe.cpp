@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
+#include "collegium/base/error.h"
 #include "collegium/model/families/family.h"
 
 namespace collegium::model {
@@ -20,6 +21,8 @@ ModelConfig parse_olmoe(const HfReader& reader) {
   if (!reader.json().contains("pad_token_id")) c.padding_id = 1;  // null means none
   c.moe.ffn_size = reader.get<std::int64_t>("intermediate_size", 2048);
   c.clip_qkv = reader.get("clip_qkv", 0.0);
+  require_config(!reader.has("clip_qkv") || c.clip_qkv > 0.0,
+                 "{}: clip_qkv = {}: must be positive, or null for none", reader.origin(), c.clip_qkv);
   c.qk_norm = QkNorm::kProjection;
   c.moe.router.renormalize =
       reader.get("norm_topk_prob", false) ? moe::Renormalize::kBeforeDrop : moe::Renormalize::kNever;
