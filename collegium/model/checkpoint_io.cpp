@@ -46,16 +46,17 @@ WeightFiles open_weights(const fs::path& directory) {
   WeightFiles weights;
   std::set<std::string> names = {"model.safetensors"};
   const fs::path index_file = directory / kIndexFile;
+  const bool whole = path_exists(directory / "model.safetensors");
   if (path_exists(index_file)) {
+    require_config(!whole, "{}: holds both model.safetensors and {}: remove the one that is not the model",
+                   directory.string(), kIndexFile);
     names = shard_names(index_file);
     for (const std::string& name : names) {
       require_config(path_exists(directory / name), "{}: names the shard {}, which is missing",
                      index_file.string(), name);
     }
   } else {
-    require_config(path_exists(directory / "model.safetensors"),
-                   "{}: holds neither model.safetensors nor model.safetensors.index.json",
-                   directory.string());
+    require_config(whole, "{}: holds neither model.safetensors nor {}", directory.string(), kIndexFile);
   }
   for (const std::string& name : names) {
     weights.files.emplace_back(directory / name);

@@ -23,7 +23,7 @@ inline constexpr std::int64_t kMaxShardBytes = 5'000'000'000;
 ///          DIR/model.safetensors or the sharded index, converted to `dtype`. Experts that are not held may
 ///          be there and are not read. Fused expert names (transformers 5 in memory) are accepted too.
 /// Throws   ConfigError naming the tensor and file: missing, extra, mis-shaped, non-finite, truncated,
-///          corrupt header.
+///          corrupt header; a folder with a single file and an index.
 std::vector<Parameter> load_parameters(const std::filesystem::path& directory, const ModelConfig& config,
                                        at::ScalarType dtype, const ExpertRange& held = {});
 

@@ -129,6 +129,13 @@ TEST_F(ModelFolder, one_shard_has_the_plain_name) {
   expect_loads({.first = 3, .count = -1});
 }
 
+TEST_F(ModelFolder, single_file_beside_an_index_is_refused) {
+  save_model(folder_, tiny_config(), initialized(), value_of);
+  write_file_atomically(folder_ / "model.safetensors.index.json", "{}");
+  EXPECT_THAT(refusal<ConfigError>({}),
+              testing::HasSubstr("holds both model.safetensors and model.safetensors.index.json"));
+}
+
 TEST_F(ModelFolder, experts_of_other_ranks_are_not_read) {
   save_model(folder_, tiny_config(), initialized(), value_of);
   edit([](auto& tensors) {
