@@ -122,6 +122,17 @@ void resolve_model(const Json& section, RunConfig& config) {
   read_fields(merged, "model.moe", config.model.moe);
 }
 
+// What would be passed over without a word.
+void validate_capacity(const RunConfig& c) {
+  for (const char* key : {"factor", "min_capacity"}) {
+    const bool given =
+        c.model_source.inline_keys.contains(Json::json_pointer(fmt::format("/moe/capacity/{}", key)));
+    require_config(
+        !given || c.model.moe.capacity.drop_policy != moe::DropPolicy::kNone,
+        "model.moe.capacity.{}: nothing is dropped with capacity.drop_policy = \"none\"; leave it out", key);
+  }
+}
+
 void validate_batch(const RunConfig& c) {
   const BatchOptions& b = c.batch;
   require_config(b.global_batch >= 1, "batch.global_batch = {}: must be at least 1", b.global_batch);
@@ -174,6 +185,7 @@ void validate(const RunConfig& c) {
   require_config(c.data.sequence_length <= c.model.max_positions,
                  "data.sequence_length = {}: more than model.max_positions = {}", c.data.sequence_length,
                  c.model.max_positions);
+  validate_capacity(c);
   validate_batch(c);
   parallel::validate(c.parallel);
   if (!c.planner.cluster.empty()) plan::load_cluster(c.planner.cluster);

@@ -53,6 +53,11 @@ TEST_F(RunConfig, every_mistake_has_its_message) {
        "model.moe.capacity.group_sequences = 2: must divide batch.micro_sequences = 3 and batch.global_batch "
        "= 6"},
       {"model.moe.capacity.group_sequences=0", "model.moe.capacity.group_sequences = 0: must be at least 1"},
+      {"model.moe.capacity.drop_policy=none",
+       "model.moe.capacity.factor: nothing is dropped with capacity.drop_policy = \"none\"; leave it out"},
+      {"model.moe.capacity={min_capacity = 1}",
+       "model.moe.capacity.min_capacity: nothing is dropped with capacity.drop_policy"},
+      {"model.moe.capacity={}", "accepted"},
       {"model.moe.router.noise=jiter",
        "model.moe.router.noise = \"jiter\": must be one of none, jitter_router, jitter_input"},
       {"model.family=llama",
