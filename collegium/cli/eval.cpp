@@ -186,9 +186,6 @@ EvalResult evaluate_ids(const EvalArguments& arguments, const LoadedModel& loade
   comm::Communicator& dp = *loaded.groups.dp;
   const comm::WhereScope scope(dp.where(), {.step = -1, .layer = -1, .phase = "evaluation"});
   const std::int64_t unit = moe::indivisible_sequences(config.moe, /*training=*/false);
-  require_config(all_ids_BS.size(0) % unit == 0,
-                 "{}: {} sequences, must be a multiple of model.moe.capacity.group_sequences = {}",
-                 given_tokens(arguments), all_ids_BS.size(0), unit);
   const parallel::Share share = parallel::share_of(all_ids_BS.size(0), unit, dp.size(), dp.rank());
   const at::Tensor ids_BS = all_ids_BS.narrow(0, share.first, share.count);
 
@@ -241,6 +238,14 @@ void require_positions(std::int64_t length, const model::ModelConfig& config) {
                  length, config.max_positions);
 }
 
+void require_whole_groups(const EvalArguments& arguments, std::int64_t sequences,
+                          const model::ModelConfig& config) {
+  const std::int64_t unit = moe::indivisible_sequences(config.moe, /*training=*/false);
+  require_config(sequences % unit == 0,
+                 "{}: {} sequences, must be a multiple of model.moe.capacity.group_sequences = {}",
+                 given_tokens(arguments), sequences, unit);
+}
+
 EvalResult evaluate_data(const EvalArguments& arguments, const LoadedModel& loaded) {
   const data::Dataset dataset(arguments.data);
   const model::ModelConfig& config = loaded.decoder.config();
@@ -290,7 +295,10 @@ void run(const EvalArguments& arguments) {
   at::Tensor ids_BS;
   if (!arguments.input.empty()) ids_BS = read_input_ids(arguments.input, config.vocab_size);
   if (!arguments.text.empty() || !arguments.file.empty()) ids_BS = tokenize(arguments, config.vocab_size);
-  if (ids_BS.defined()) require_positions(ids_BS.size(1), config);
+  if (ids_BS.defined()) {
+    require_positions(ids_BS.size(1), config);
+    require_whole_groups(arguments, ids_BS.size(0), config);
+  }
   launch(arguments.launch, [&](const std::shared_ptr<comm::Communicator>& world) {
     if (world->rank() == 0) require_folders(arguments);
     const LoadedModel loaded = load_model(arguments.model, config, dtype, world);

@@ -84,6 +84,8 @@ void run(GenerateArguments& arguments) {
   const at::ScalarType dtype = model::parse_dtype(arguments.dtype, "--dtype");
   const model::ModelConfig config = model::read_model_config(arguments.model);
   model::validate(config, /*training=*/false);
+  model::require_generation(config, "generate");
+  arguments.sampling.eos_ids = model::read_eos_ids(arguments.model, config);
   std::optional<data::Tokenizer> tokenizer;
   std::vector<std::int64_t> prompt;
   if (arguments.ids) {
@@ -91,7 +93,7 @@ void run(GenerateArguments& arguments) {
   } else {
     tokenizer = data::Tokenizer::load(std::filesystem::path(arguments.model));
     prompt = tokenizer->encode(arguments.prompt, /*add_bos=*/true);
-    arguments.sampling.eos_id = tokenizer->eos_id();
+    if (arguments.sampling.eos_ids.empty()) arguments.sampling.eos_ids = {tokenizer->eos_id()};
   }
   launch(arguments.launch, [&](const std::shared_ptr<comm::Communicator>& world) {
     continue_prompt(arguments, load_model(arguments.model, config, dtype, world), prompt, tokenizer);

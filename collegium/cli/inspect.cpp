@@ -144,6 +144,7 @@ void run(const InspectArguments& arguments) {
   const at::ScalarType dtype = model::parse_dtype(arguments.dtype, "--dtype");
   const model::ModelConfig config = model::read_model_config(arguments.model);
   model::validate(config, /*training=*/false);
+  moe::require_single_sequences(config.moe, "inspect");
   const Tokens tokens = read_tokens(arguments, config);
   launch(arguments.launch, [&](const std::shared_ptr<comm::Communicator>& world) {
     route(arguments, load_model(arguments.model, config, dtype, world), tokens);

@@ -224,12 +224,7 @@ class Sample {
     const auto length = static_cast<std::int64_t>(ids_.size());
     require_config(length > 0, "logging.sample_prompt = \"{}\": the tokenizer makes no token of it",
                    config.logging.sample_prompt);
-    const moe::MoeOptions& moe = trainer.decoder().config().moe;
-    require_config(
-        moe::indivisible_sequences(moe, /*training=*/false) == 1,
-        "logging.sample_prompt: text is generated one sequence at a time, but with "
-        "capacity.drop_in_evaluation = true groups of capacity.group_sequences = {} belong together",
-        moe.capacity.group_sequences);
+    model::require_generation(trainer.decoder().config(), "logging.sample_prompt");
     const std::int64_t most = trainer.decoder().config().max_positions;
     require_config(config.logging.sample_tokens <= most - length,
                    "logging.sample_tokens = {}: with the {} tokens of logging.sample_prompt more than "
@@ -247,7 +242,7 @@ class Sample {
                                                             .top_k = 0,
                                                             .top_p = kTopP,
                                                             .seed = config_.train.seed,
-                                                            .eos_id = tokenizer_->eos_id()},
+                                                            .eos_ids = {tokenizer_->eos_id()}},
                                                            {}, trainer_.groups().world.get());
     std::vector<std::int64_t> all = ids_;
     all.insert(all.end(), more.begin(), more.end());

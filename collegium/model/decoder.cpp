@@ -133,6 +133,7 @@ ForwardResult Decoder::forward(const at::Tensor& ids_BS, const ForwardOptions& o
       run->context = options.context;
       run->context.num_sequences = ids_BS.size(0);
       run->context.sequence_length = ids_BS.size(1);
+      run->context.past_tokens = past;
       run->context.layer = static_cast<std::int64_t>(layer);
       if (!options.replayed_ids.empty()) run->replayed_ids_TK = options.replayed_ids.at(result.layers.size());
       result.layers.push_back(run);

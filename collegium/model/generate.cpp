@@ -4,12 +4,16 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/tensor.h>
 
+#include <algorithm>
+
 #include "collegium/base/error.h"
 #include "collegium/base/rng.h"
+#include "collegium/model/tensor_io.h"
 
 namespace collegium::model {
 
@@ -18,6 +22,14 @@ void validate(const SamplingOptions& o) {
   require_config(o.temperature >= 0.0, "--temperature {}: must not be negative", o.temperature);
   require_config(o.top_k >= 0, "--top-k {}: must not be negative (0 = all)", o.top_k);
   require_config(o.top_p > 0.0 && o.top_p <= 1.0, "--top-p {}: must lie in (0, 1]", o.top_p);
+}
+
+void require_generation(const ModelConfig& config, const std::string& what) {
+  require_config(config.moe.router.selection != moe::Selection::kExpertChoice,
+                 "{}: model.moe.router.selection = \"expert_choice\": text cannot be generated, as experts "
+                 "choose among all tokens of a sequence, later ones too",
+                 what);
+  moe::require_single_sequences(config.moe, what);
 }
 
 std::int64_t sample_token(const at::Tensor& logits_V, const SamplingOptions& options, std::int64_t index) {
@@ -42,12 +54,25 @@ std::int64_t sample_token(const at::Tensor& logits_V, const SamplingOptions& opt
   return order[chosen].item<std::int64_t>();
 }
 
+namespace {
+
+// Weights are finite, or they would not have been loaded.
+void require_finite(const at::Tensor& logits_V, std::int64_t position) {
+  if (at::isfinite(logits_V).all().item<bool>()) return;
+  throw Error(
+      fmt::format("generation: the logits of token {} are not finite: an activation exceeds what {} can hold",
+                  position, dtype_name(logits_V.scalar_type())));
+}
+
+}  // namespace
+
 std::vector<std::int64_t> generate(const Decoder& decoder, const std::vector<std::int64_t>& prompt,
                                    const SamplingOptions& options,
                                    const std::function<void(std::int64_t)>& on_token,
                                    comm::Communicator* world) {
   validate(options);
   const ModelConfig& config = decoder.config();
+  require_generation(config, "generation");
   require_config(!prompt.empty(), "the prompt is empty: it needs at least one token");
   for (const std::int64_t id : prompt) {
     require_config(id >= 0 && id < config.vocab_size, "prompt token {}: must lie in [0, vocab_size = {})", id,
@@ -69,12 +94,14 @@ std::vector<std::int64_t> generate(const Decoder& decoder, const std::vector<std
     const at::Tensor hidden = decoder.forward(ids, forward).hidden_BSD;
     if (is_root) {
       const at::Tensor logits = decoder.logits(hidden.select(1, hidden.size(1) - 1)).squeeze(0);
+      require_finite(logits, length + static_cast<std::int64_t>(tokens.size()));
       next.fill_(sample_token(logits, options, static_cast<std::int64_t>(tokens.size())));
     }
     if (world != nullptr) world->broadcast(next, 0).wait();
     tokens.push_back(next.item<std::int64_t>());
     if (is_root && on_token) on_token(tokens.back());
-    if (tokens.back() == options.eos_id) break;
+    if (std::find(options.eos_ids.begin(), options.eos_ids.end(), tokens.back()) != options.eos_ids.end())
+      break;
     ids = next.narrow(0, 0, is_root ? 1 : 0);
   }
   return tokens;

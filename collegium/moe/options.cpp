@@ -135,6 +135,16 @@ std::int64_t indivisible_sequences(const MoeOptions& options, bool training) {
   return tokens_interact_in_groups(options, training) ? options.capacity.group_sequences : 1;
 }
 
+void require_single_sequences(const MoeOptions& options, const std::string& what) {
+  const bool by_experts = options.router.selection == Selection::kExpertChoice;
+  require_config(
+      indivisible_sequences(options, /*training=*/false) == 1,
+      "{}: takes one sequence, but with model.moe.{} groups of capacity.group_sequences = {} belong "
+      "together",
+      what, by_experts ? "router.selection = \"expert_choice\"" : "capacity.drop_in_evaluation = true",
+      options.capacity.group_sequences);
+}
+
 void validate(const MoeOptions& options, const std::string& path, bool causal, bool training) {
   validate_sizes(options, path);
   validate_groups(options, path);
@@ -149,6 +159,9 @@ void validate(const MoeOptions& options, const std::string& path, bool causal, b
   require_config(capacity.group_sequences >= 1 && capacity.group_sequences <= kMostPlaces,
                  "{}.capacity.group_sequences = {}: must lie between 1 and 2^31", path,
                  capacity.group_sequences);
+  require_config(
+      !capacity.drop_in_evaluation || capacity.drop_policy != DropPolicy::kNone,
+      "{}.capacity.drop_in_evaluation = true: nothing is dropped with capacity.drop_policy = \"none\"", path);
   require_config(
       options.router.renormalize != Renormalize::kAfterDrop || capacity.drop_policy != DropPolicy::kNone ||
           options.router.noise == Noise::kRandomSecondExpert,

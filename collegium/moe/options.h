@@ -186,6 +186,9 @@ bool tokens_interact_in_groups(const MoeOptions& options, bool training);
 /// What     Consecutive sequences that must stay on one rank: those of a group where its tokens influence
 ///          each other, else one.
 std::int64_t indivisible_sequences(const MoeOptions& options, bool training);
+/// What     Refuses to evaluate one sequence alone where it would be a part of a capacity group.
+/// Throws   ConfigError: `what` takes one sequence, the option that makes groups, and their size.
+void require_single_sequences(const MoeOptions& options, const std::string& what);
 
 }  // namespace collegium::moe
 

@@ -16,7 +16,8 @@ struct TokenContext {
   std::int64_t num_sequences = 1;    ///< B, on this rank
   std::int64_t sequence_length = 0;  ///< S; T = B S
   std::int64_t first_sequence =
-      0;  ///< index of this rank's first sequence in the optimizer step's global batch
+      0;                         ///< index of this rank's first sequence in the optimizer step's global batch
+  std::int64_t past_tokens = 0;  ///< of a sequence that is generated: those before the first one here
   std::uint64_t seed = 0;
   std::int64_t step = 0;  ///< optimizer step
   std::int64_t layer = 0;
@@ -25,7 +26,7 @@ struct TokenContext {
 
   std::int64_t num_tokens() const { return num_sequences * sequence_length; }
   /// Global index of this rank's first token within the optimizer step.
-  std::int64_t first_token() const { return first_sequence * sequence_length; }
+  std::int64_t first_token() const { return first_sequence * sequence_length + past_tokens; }
 };
 
 /// The decision. A token's slots are ordered by (score descending, expert id ascending); where the experts

@@ -13,6 +13,8 @@
 #include <ATen/ops/zeros.h>
 #include <gmock/gmock.h>
 
+#include <limits>
+
 #include "collegium/base/error.h"
 #include "collegium/model/attention.h"
 #include "collegium/model/generate.h"
@@ -24,6 +26,7 @@ namespace collegium::model {
 namespace {
 
 using test::bound;
+using test::kTinyVocabulary;
 using test::relative_difference;
 using test::tiny_decoder;
 using test::tiny_ids;
@@ -69,6 +72,30 @@ TEST(Decoder, cached_logits_equal_uncached_ones) {
       begin += size;
     }
     EXPECT_LE(relative_difference(at::cat(pieces, 1), whole), bound(at::kDouble, 1000));
+  }
+}
+
+TEST(Decoder, forced_choices_follow_positions_with_a_cache_too) {
+  const at::NoGradGuard no_grad;
+  const Decoder plain = tiny_decoder(at::kDouble);
+  const at::Tensor ids = tiny_ids().narrow(0, 0, 1);
+  for (const auto selection : {moe::Selection::kForcedBalance, moe::Selection::kForcedSkew}) {
+    ModelConfig config = plain.config();
+    config.moe.router.selection = selection;
+    config.moe.router.forced_skew = 1.5;
+    const Decoder decoder(config, plain.parameters());
+    const at::Tensor whole = decoder.forward(ids, {}).layers[0]->routing.expert_ids_TK;
+    KvCache cache;
+    ForwardOptions options;
+    options.cache = &cache;
+    std::vector<at::Tensor> pieces;
+    std::int64_t begin = 0;
+    for (const std::int64_t size : {8, 1, 1, 1}) {
+      const ForwardResult result = decoder.forward(ids.narrow(1, begin, size), options);
+      pieces.push_back(result.layers[0]->routing.expert_ids_TK);
+      begin += size;
+    }
+    EXPECT_TRUE(at::equal(at::cat(pieces), whole)) << enum_name(selection);
   }
 }
 
@@ -162,13 +189,14 @@ TEST(CrossEntropySum, equals_autograd_over_several_chunks) {
 
 TEST(Generate, is_a_function_of_its_seed_and_stops_at_the_end_token) {
   const Decoder decoder = tiny_decoder(at::kFloat);
-  SamplingOptions options{.max_tokens = 20, .temperature = 1.5, .top_k = 20, .top_p = 0.95, .seed = 1};
+  SamplingOptions options{
+      .max_tokens = 20, .temperature = 1.5, .top_k = 20, .top_p = 0.95, .seed = 1, .eos_ids = {}};
   const auto first = generate(decoder, {1, 2, 3}, options);
   EXPECT_EQ(first, generate(decoder, {1, 2, 3}, options));
   options.seed = 2;
   EXPECT_NE(first, generate(decoder, {1, 2, 3}, options));
   options.seed = 1;
-  options.eos_id = first[4];
+  options.eos_ids = {first[4], kTinyVocabulary};
   const auto stopped = generate(decoder, {1, 2, 3}, options);
   EXPECT_EQ(stopped.back(), first[4]);
   EXPECT_LE(stopped.size(), 5U);
@@ -178,7 +206,7 @@ TEST(Generate, refuses_prompts_outside_the_vocabulary_and_beyond_the_positions) 
   const Decoder decoder = tiny_decoder(at::kFloat);
   const auto message = [&](const std::vector<std::int64_t>& prompt, std::int64_t max_tokens) {
     try {
-      generate(decoder, prompt, {.max_tokens = max_tokens});
+      generate(decoder, prompt, {.max_tokens = max_tokens, .eos_ids = {}});
     } catch (const ConfigError& error) {
       return std::string(error.what());
     }
@@ -187,6 +215,38 @@ TEST(Generate, refuses_prompts_outside_the_vocabulary_and_beyond_the_positions) 
   EXPECT_THAT(message({}, 1), testing::HasSubstr("the prompt is empty"));
   EXPECT_THAT(message({1, 29}, 1), testing::HasSubstr("prompt token 29: must lie in [0, vocab_size = 29)"));
   EXPECT_THAT(message({1}, 32), testing::HasSubstr("more than the model's max_positions = 32"));
+}
+
+TEST(Generate, refuses_experts_that_choose_among_later_tokens) {
+  ModelConfig config = tiny_decoder(at::kFloat).config();
+  config.moe.router.selection = moe::Selection::kExpertChoice;
+  try {
+    require_generation(config, "generate");
+    FAIL();
+  } catch (const ConfigError& error) {
+    EXPECT_THAT(error.what(),
+                testing::StartsWith("generate: model.moe.router.selection = \"expert_choice\": text"));
+  }
+}
+
+TEST(Generate, logits_that_are_not_finite_are_an_error_before_any_token) {
+  const Decoder decoder = tiny_decoder(at::kFloat);
+  {
+    const at::NoGradGuard no_grad;
+    decoder.value("lm_head")[5].fill_(std::numeric_limits<float>::quiet_NaN());
+  }
+  int seen = 0;
+  try {
+    generate(decoder, {1, 2, 3}, {.temperature = 0.0, .eos_ids = {}}, [&](std::int64_t) { ++seen; });
+    FAIL();
+  } catch (const ConfigError&) {
+    FAIL() << "the user can do nothing about it";
+  } catch (const Error& error) {
+    EXPECT_THAT(
+        error.what(),
+        testing::HasSubstr("the logits of token 3 are not finite: an activation exceeds what float32"));
+  }
+  EXPECT_EQ(seen, 0);
 }
 
 }  // namespace

@@ -102,6 +102,8 @@ TEST(MoeOptions, every_mistake_has_its_message) {
        {"moe.top_k = 1 with renormalised weights", [](MoeOptions& o) { o.top_k = 1; }},
        {"moe.balance.z_loss = -1: must not be negative", [](MoeOptions& o) { o.balance.z_loss = -1; }},
        {"moe.balance.load_cv2 = 0.1: the smooth load needs", [](MoeOptions& o) { o.balance.load_cv2 = 0.1; }},
+       {"moe.capacity.drop_in_evaluation = true: nothing is dropped with capacity.drop_policy = \"none\"",
+        [](MoeOptions& o) { o.capacity.drop_in_evaluation = true; }},
        {"moe.capacity.factor = \"1,5\": must be a positive decimal",
         [](MoeOptions& o) { o.capacity.factor = "1,5"; }},
        {"moe.router.forced_skew = 4: must be at most num_experts / top_k = 3",
@@ -253,10 +255,24 @@ TEST(Groups, bind_evaluation_only_where_they_matter_there) {
   EXPECT_EQ(moe::indivisible_sequences(options, /*training=*/false), 1);
   options.capacity.drop_in_evaluation = true;
   EXPECT_EQ(moe::indivisible_sequences(options, /*training=*/false), 4);
+  const auto alone = [&] {
+    try {
+      moe::require_single_sequences(options, "inspect");
+    } catch (const ConfigError& error) {
+      return std::string(error.what());
+    }
+    return std::string("accepted");
+  };
+  EXPECT_THAT(alone(), testing::StartsWith("inspect: takes one sequence, but with "
+                                           "model.moe.capacity.drop_in_evaluation = true groups of "
+                                           "capacity.group_sequences = 4"));
   options.capacity.drop_policy = moe::DropPolicy::kNone;
   options.router.selection = moe::Selection::kSinkhorn;
   EXPECT_EQ(moe::indivisible_sequences(options, /*training=*/true), 4);
   EXPECT_EQ(moe::indivisible_sequences(options, /*training=*/false), 1);
+  EXPECT_EQ(alone(), "accepted");
+  options.router.selection = moe::Selection::kExpertChoice;
+  EXPECT_THAT(alone(), testing::HasSubstr("with model.moe.router.selection = \"expert_choice\" groups"));
 }
 
 TEST(Capacity, group_that_straddles_ranks_is_refused) {
