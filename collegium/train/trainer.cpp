@@ -14,6 +14,7 @@
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
 #include "collegium/comm/local/local.h"
+#include "collegium/data/tokenizer.h"
 #include "collegium/model/checkpoint_io.h"
 #include "collegium/model/tensor_io.h"
 #include "collegium/moe/balance.h"
@@ -42,6 +43,13 @@ RunConfig with_vocabulary(RunConfig config, const data::Dataset& dataset) {
   if (config.model.vocab_size == 0) config.model.vocab_size = dataset.index().vocab_size;
   model::validate(config.model, /*training=*/true);
   check_vocabulary(dataset, config.model);
+  // A new model begins and ends its texts as its data do; one that the run starts from has its own tokens.
+  if (config.model_source.init.empty() && dataset.has_tokenizer()) {
+    const auto tokenizer = data::Tokenizer::load(dataset.tokenizer_file());
+    const auto or_null = [](std::int64_t id) { return id >= 0 ? Json(id) : Json(); };
+    config.model.source["bos_token_id"] = or_null(tokenizer.bos_id());
+    config.model.source["eos_token_id"] = or_null(tokenizer.eos_id());
+  }
   return config;
 }
 

@@ -103,6 +103,51 @@ def check_text(model: str, folder: pathlib.Path) -> None:
     assert by_text == by_file == by_ids and by_text["num_targets"] == len(inspected["ids"]) - 1
 
 
+def check_end_tokens(model: str, folder: pathlib.Path) -> None:
+    """A new model's config.json has its tokenizer's; generation stops at those of the model's files."""
+    config = json.loads((pathlib.Path(model) / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2), config
+    greedy = ["--ids", "5,6,7", "--temperature", "0", "--max-tokens", "6", "--json"]
+
+    def generated(folder: str) -> list[int]:
+        return json.loads(expect(0, "ids", "generate", "--model", folder, *greedy))["ids"]
+
+    ids = generated(model)
+    unseen = next(token for token in range(300) if token not in ids)
+    ending = shutil.copytree(model, folder / "ending")
+    (ending / "config.json").write_text(json.dumps({**config, "eos_token_id": [unseen, ids[0]]}))
+    assert generated(str(ending)) == ids[:1]
+    (ending / "generation_config.json").write_text(json.dumps({"eos_token_id": unseen}))
+    assert generated(str(ending))[: len(ids)] == ids
+    (ending / "generation_config.json").write_text(json.dumps({"eos_token_id": "end"}))
+    expect(2, 'generation_config.json: eos_token_id = "end": expected', "generate", "--model", str(ending), *greedy)
+
+
+def check_refused_before_weights(folder: pathlib.Path) -> None:
+    """What a model cannot do its config.json says: there are no weights beside it."""
+
+    def described(name: str, **options: dict) -> str:
+        moe = {"num_experts": 4, "top_k": 2, "ffn_size": 8, **options}
+        sizes = {"vocab_size": 300, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "moe": moe}
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps({"model_type": "collegium_moe", "collegium": sizes}))
+        return str(folder / name)
+
+    by_experts = {"selection": "expert_choice", "allow_non_causal": True, "renormalize": "never"}
+    chosen = described("chosen", router=by_experts)
+    message = 'generate: model.moe.router.selection = "expert_choice": text cannot be generated'
+    expect(2, message, "generate", "--model", chosen, "--ids", "1")
+    grouped = described(
+        "grouped", capacity={"drop_policy": "position", "drop_in_evaluation": True, "group_sequences": 4}
+    )
+    rule = "takes one sequence, but with model.moe.capacity.drop_in_evaluation = true groups of"
+    expect(2, f"generate: {rule}", "generate", "--model", grouped, "--ids", "1")
+    expect(2, f"inspect: {rule}", "inspect", "--model", grouped, "--text", "x")
+    ids = folder / "one.safetensors"
+    save_file({"input_ids": torch.zeros(1, 8, dtype=torch.int64)}, ids)
+    expect(2, "eval: 1 sequences: must be a multiple of", "eval", "--model", grouped, "--input", str(ids))
+
+
 def check_messages(model: str, folder: pathlib.Path, run_file: pathlib.Path) -> None:
     expect(2, "no verb 'evall'; did you mean 'eval'?", "evall", "--model", model)
     expect(2, '--ids "": must be token ids', "generate", "--model", model, "--ids", "")
@@ -119,8 +164,11 @@ def check_messages(model: str, folder: pathlib.Path, run_file: pathlib.Path) -> 
     # Weights that are finite and whose products are not.
     huge = shutil.copytree(model, folder / "huge")
     weights = load_file(huge / "model.safetensors")
-    weights["lm_head.weight"] = torch.full_like(weights["lm_head.weight"], 3e38)
+    for name in ("model.norm.weight", "lm_head.weight"):
+        weights[name] = torch.full_like(weights[name], 3e38)
     save_file(weights, huge / "model.safetensors", {"format": "pt"})
+    shown = expect(1, "generation: the logits of token", "generate", "--model", str(huge), "--prompt", "def x")
+    assert shown == "", shown
     logits = folder / "logits.safetensors"
     written = ["--logits", str(logits), "--grads", str(folder / "grads.safetensors")]
     expect(1, "eval: the loss is", "eval", "--model", str(huge), "--text", "def x", "--json", *written)
@@ -205,7 +253,7 @@ def check_refused_before_training(folder: pathlib.Path, run_file: pathlib.Path) 
     group += ["--set", "model.moe.capacity.drop_in_evaluation=true"]
     few = "sequences of 32 tokens are evaluated, fewer than one group of"
     expect(2, few, *train, "--fresh", "--set", "validation.sequences=2", *group)
-    alone = "logging.sample_prompt: text is generated one sequence at a time"
+    alone = "logging.sample_prompt: takes one sequence, but with model.moe.capacity.drop_in_evaluation = true groups of"
     expect(2, alone, *train, "--fresh", "--set", "validation.sequences=4", *group)
     metrics = run / "metrics.jsonl"
     metrics.rename(run / "kept.jsonl")
@@ -269,6 +317,8 @@ def main() -> None:
         assert summary["domains"] == ["code", "prose"] and len(summary["domain_loss"]) == 2, summary
         model = str(shutil.copytree(summary["checkpoint"], folder / "model"))
         check_text(model, folder)
+        check_end_tokens(model, folder)
+        check_refused_before_weights(folder)
         check_messages(model, folder, run_file)
         check_full_disk(folder, run_file)
         check_tokenizers(model, folder, run_file)
