@@ -6,9 +6,11 @@
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
 #include "collegium/base/machine.h"
+#include "collegium/data/tokenizer.h"
 #include "collegium/model/tensor_io.h"
 #include "collegium/moe/capacity.h"
 #include "collegium/plan/cluster.h"
+#include "collegium/train/validation.h"
 
 namespace collegium::train {
 
@@ -122,14 +124,17 @@ void resolve_model(const Json& section, RunConfig& config) {
   read_fields(merged, "model.moe", config.model.moe);
 }
 
-// What would be passed over without a word.
+// A capacity alone would be passed over without a word; who names the policy too knows what it does.
 void validate_capacity(const RunConfig& c) {
+  const auto is_given = [&](const char* key) {
+    return c.model_source.inline_keys.contains(Json::json_pointer(fmt::format("/moe/capacity/{}", key)));
+  };
+  if (c.model.moe.capacity.drop_policy != moe::DropPolicy::kNone || is_given("drop_policy")) return;
   for (const char* key : {"factor", "min_capacity"}) {
-    const bool given =
-        c.model_source.inline_keys.contains(Json::json_pointer(fmt::format("/moe/capacity/{}", key)));
-    require_config(
-        !given || c.model.moe.capacity.drop_policy != moe::DropPolicy::kNone,
-        "model.moe.capacity.{}: nothing is dropped with capacity.drop_policy = \"none\"; leave it out", key);
+    require_config(!is_given(key),
+                   "model.moe.capacity.{}: by default nothing is dropped, so there is no capacity; give "
+                   "model.moe.capacity.drop_policy too",
+                   key);
   }
 }
 
@@ -216,6 +221,19 @@ std::vector<FieldDoc> document_run_config() {
     docs.insert(docs.end(), part.begin(), part.end());
   }
   return docs;
+}
+
+RunConfig with_tokens_of(const data::Dataset& dataset, RunConfig config) {
+  if (config.model.vocab_size == 0) config.model.vocab_size = dataset.index().vocab_size;
+  model::validate(config.model, /*training=*/true);
+  check_vocabulary(dataset, config.model);
+  if (config.model_source.init.empty() && dataset.has_tokenizer()) {
+    const auto tokenizer = data::Tokenizer::load(dataset.tokenizer_file());
+    const auto or_null = [](std::int64_t id) { return id >= 0 ? Json(id) : Json(); };
+    config.model.source["bos_token_id"] = or_null(tokenizer.bos_id());
+    config.model.source["eos_token_id"] = or_null(tokenizer.eos_id());
+  }
+  return config;
 }
 
 Json run_config_json(const RunConfig& config, const data::Dataset& dataset) {

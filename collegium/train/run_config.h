@@ -138,6 +138,11 @@ RunConfig read_run_config(const std::filesystem::path& file, const std::vector<s
 /// Path, default and documentation of every key, in the order of the file.
 std::vector<FieldDoc> document_run_config();
 
+/// What     The run with what it takes from its data: the vocabulary's size, where the run file gives none,
+///          and the tokens that begin and end a new model's texts (one that starts from another has its own).
+/// Throws   ConfigError: more tokens than the model has, or a model that cannot be trained.
+RunConfig with_tokens_of(const data::Dataset& dataset, RunConfig config);
+
 /// What     The whole configuration as JSON, every key present, with a checksum of the data's description,
 ///          which has those of its tokens and tokenizer: what a checkpoint keeps and a resumed run is
 ///          compared with.

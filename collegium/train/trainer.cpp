@@ -14,7 +14,6 @@
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
 #include "collegium/comm/local/local.h"
-#include "collegium/data/tokenizer.h"
 #include "collegium/model/checkpoint_io.h"
 #include "collegium/model/tensor_io.h"
 #include "collegium/moe/balance.h"
@@ -37,20 +36,6 @@ moe::RouterStatisticsGradient scaled(const moe::RouterStatisticsGradient& gradie
           .importance_BE = scale(gradient.importance_BE),
           .load_BE = scale(gradient.load_BE),
           .squared_lse = gradient.squared_lse * factor};
-}
-
-RunConfig with_vocabulary(RunConfig config, const data::Dataset& dataset) {
-  if (config.model.vocab_size == 0) config.model.vocab_size = dataset.index().vocab_size;
-  model::validate(config.model, /*training=*/true);
-  check_vocabulary(dataset, config.model);
-  // A new model begins and ends its texts as its data do; one that the run starts from has its own tokens.
-  if (config.model_source.init.empty() && dataset.has_tokenizer()) {
-    const auto tokenizer = data::Tokenizer::load(dataset.tokenizer_file());
-    const auto or_null = [](std::int64_t id) { return id >= 0 ? Json(id) : Json(); };
-    config.model.source["bos_token_id"] = or_null(tokenizer.bos_id());
-    config.model.source["eos_token_id"] = or_null(tokenizer.eos_id());
-  }
-  return config;
 }
 
 // Ranks that read different files, or were given different --set, would train different models.
@@ -87,7 +72,7 @@ Trainer::Trainer(const RunConfig& config, const std::shared_ptr<comm::Communicat
       groups_(parallel::make_groups(world, config.parallel, config.model.moe)),
       dataset_(config.data.path),
       sampler_(dataset_, data::Split::kTrain, config.data.sequence_length, config.train.seed) {
-  config_ = with_vocabulary(config_, dataset_);
+  config_ = with_tokens_of(dataset_, config_);
   require_same_config(*groups_.world, config_, dataset_);
   const at::ScalarType dtype = model::parse_dtype(config_.train.dtype, "train.dtype");
   parallel::require_memory(config_.model, groups_, static_cast<std::int64_t>(c10::elementSize(dtype)),

@@ -145,7 +145,7 @@ def check_refused_before_weights(folder: pathlib.Path) -> None:
     expect(2, f"inspect: {rule}", "inspect", "--model", grouped, "--text", "x")
     ids = folder / "one.safetensors"
     save_file({"input_ids": torch.zeros(1, 8, dtype=torch.int64)}, ids)
-    expect(2, "eval: 1 sequences: must be a multiple of", "eval", "--model", grouped, "--input", str(ids))
+    expect(2, f"{ids}: 1 sequences, must be a multiple of", "eval", "--model", grouped, "--input", str(ids))
 
 
 def check_messages(model: str, folder: pathlib.Path, run_file: pathlib.Path) -> None:
@@ -179,7 +179,7 @@ def check_messages(model: str, folder: pathlib.Path, run_file: pathlib.Path) -> 
         expect(2, nowhere, "eval", "--model", model, "--text", "def x", option, missing)
 
     # One text is no group of two.
-    grouped = shutil.copytree(model, folder / "grouped")
+    grouped = shutil.copytree(model, folder / "pairs")
     config = json.loads((grouped / "config.json").read_text())
     capacity = {"drop_policy": "position", "group_sequences": 2, "drop_in_evaluation": True}
     config.setdefault("collegium", {}).setdefault("capacity", {}).update(capacity)

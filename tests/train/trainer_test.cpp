@@ -33,7 +33,7 @@ class Training : public test::TinyRun {
 };
 
 TEST_F(Training, loss_falls) {
-  train::Trainer trainer(config({"train.steps=40", "model.moe.capacity={}"}));
+  train::Trainer trainer(config({"train.steps=40", "model.moe.capacity.drop_policy=none"}));
   const double first = trainer.step().loss;
   double last = first;
   for (int i = 1; i < 40; ++i) last = trainer.step().loss;
@@ -114,9 +114,9 @@ TEST_F(Training, record_that_is_too_short_or_of_another_shape_is_refused_beforeh
 }
 
 TEST_F(Training, expert_choice_is_recorded_with_every_expert) {
-  const std::vector<std::string> overrides = {"model.moe.router.selection=expert_choice",
-                                              "model.moe.router.allow_non_causal=true",
-                                              "model.moe.router.renormalize=never", "model.moe.capacity={}"};
+  const std::vector<std::string> overrides = {
+      "model.moe.router.selection=expert_choice", "model.moe.router.allow_non_causal=true",
+      "model.moe.router.renormalize=never", "model.moe.capacity.drop_policy=none"};
   train::Trainer recorded(config(overrides));
   recorded.record_routing(folder_ / "routing");
   train::Trainer replayed(config(overrides));
@@ -214,9 +214,9 @@ TEST_F(Training, frozen_parameters_stay_and_starting_from_a_folder_works) {
 
 TEST_F(Training, balancing_lowers_the_violation) {
   const auto violation = [&](const std::string& coefficient) {
-    train::Trainer trainer(
-        config({"train.steps=120", "model.moe.capacity={}", "model.moe.balance.load_balance=" + coefficient,
-                "model.moe.balance.load_balance_scope=batch"}));
+    train::Trainer trainer(config({"train.steps=120", "model.moe.capacity.drop_policy=none",
+                                   "model.moe.balance.load_balance=" + coefficient,
+                                   "model.moe.balance.load_balance_scope=batch"}));
     double sum = 0.0;
     for (int i = 0; i < 120; ++i) {
       const auto report = trainer.step();
