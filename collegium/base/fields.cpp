@@ -6,7 +6,17 @@
 #include <algorithm>
 #include <numeric>
 
+#include "collegium/base/file.h"
+
 namespace collegium {
+
+Json read_json_file(const std::filesystem::path& file) {
+  try {
+    return Json::parse(read_file(file));
+  } catch (const Json::exception& error) {
+    throw ConfigError(fmt::format("{}: not valid JSON: {}", file.string(), error.what()));
+  }
+}
 
 namespace {
 

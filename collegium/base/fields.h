@@ -16,6 +16,7 @@
 #include <cmath>
 #include <concepts>
 #include <cstdint>
+#include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -30,6 +31,9 @@
 namespace collegium {
 
 using Json = nlohmann::ordered_json;
+
+/// Throws ConfigError naming the file: it cannot be read, or is not JSON.
+Json read_json_file(const std::filesystem::path& file);
 
 /// What     Specialise with `static constexpr std::pair<std::string_view, E> names[]` to let an enum appear
 ///          in fields.

@@ -2,6 +2,7 @@
 #include "collegium/base/file.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -165,6 +166,18 @@ void replace_folder(const std::filesystem::path& from, const std::filesystem::pa
                             former.string(), code.message()));
   }
 }
+
+FolderLock::FolderLock(const std::filesystem::path& folder)
+    : descriptor_(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
+  if (descriptor_ < 0)
+    throw Error(fmt::format("cannot open folder {}: {}", folder.string(), system_reason()));
+  if (::flock(descriptor_, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) return;
+  ::close(descriptor_);
+  throw ConfigError(fmt::format(
+      "{}: another process is writing there; wait until it ends, or name another folder", folder.string()));
+}
+
+FolderLock::~FolderLock() { ::close(descriptor_); }
 
 MappedFile::MappedFile(const std::filesystem::path& path) {
   const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);

@@ -60,6 +60,20 @@ void sync_folder(const std::filesystem::path& folder);
 ///          one cannot be removed.
 void replace_folder(const std::filesystem::path& from, const std::filesystem::path& to);
 
+/// What     Keeps a folder for this process, until it is gone or the process ends, however it ends. Where the
+///          file system locks no folders (NFS), everyone gets in.
+/// Throws   ConfigError naming the folder: another process keeps it. Error: it cannot be opened.
+class FolderLock {
+ public:
+  explicit FolderLock(const std::filesystem::path& folder);
+  ~FolderLock();
+  FolderLock(const FolderLock&) = delete;
+  FolderLock& operator=(const FolderLock&) = delete;
+
+ private:
+  int descriptor_ = -1;
+};
+
 /// What     A read-only memory map of a whole file; an empty file maps to an empty span.
 /// Throws   ConfigError naming the path when it cannot be opened or mapped.
 class MappedFile {

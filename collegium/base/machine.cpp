@@ -8,6 +8,8 @@
 #include <fstream>
 #include <thread>
 
+#include "collegium/base/error.h"
+
 namespace collegium {
 
 double machine_memory_bytes() {
@@ -29,6 +31,15 @@ std::string machine_name() {
   std::array<char, 256> host{};
   ::gethostname(host.data(), host.size() - 1);
   return host.data();
+}
+
+void require_threads(std::int64_t threads, std::string_view path) {
+  constexpr int kMostPerCore = 8;
+  const int cores = machine_cores();
+  require_config(threads >= 0, "{} = {}: must not be negative (0 = a share of the cores)", path, threads);
+  require_config(threads <= kMostPerCore * cores,
+                 "{} = {}: must be at most {}, {} for each of this machine's {} cores", path, threads,
+                 kMostPerCore * cores, kMostPerCore, cores);
 }
 
 int machine_cores() { return static_cast<int>(std::max(1U, std::thread::hardware_concurrency())); }

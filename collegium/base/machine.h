@@ -3,7 +3,9 @@
 
 // What this process may use of the machine it runs on.
 
+#include <cstdint>
 #include <string>
+#include <string_view>
 
 namespace collegium {
 
@@ -13,7 +15,9 @@ double machine_memory_bytes();
 /// What     Logical cores of the machine, at least 1.
 int machine_cores();
 
-constexpr int kMaxThreadsPerCore = 8;  ///< of a rank; more than that is a slip
+/// What     Refuses numbers of threads that can only be a slip: below 0 (0 = chosen), or more than 8 a core.
+/// Throws   ConfigError naming `path`, the value and the bound.
+void require_threads(std::int64_t threads, std::string_view path);
 
 /// What     Equal on all ranks of one running kernel: containers share it, network namespaces too.
 std::string machine_name();

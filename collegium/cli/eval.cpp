@@ -283,6 +283,10 @@ void print(const EvalArguments& arguments, const EvalResult& result) {
 }
 
 void run(const EvalArguments& arguments) {
+  require_config(arguments.sequence_length >= 2, "--sequence-length {}: must be at least 2",
+                 arguments.sequence_length);
+  require_config(arguments.max_sequences >= 1, "--max-sequences {}: must be at least 1",
+                 arguments.max_sequences);
   int given = 0;
   for (const std::string* way : {&arguments.input, &arguments.text, &arguments.file, &arguments.data})
     given += way->empty() ? 0 : 1;
@@ -324,11 +328,9 @@ void add_eval(CLI::App& app) {
       verb->add_option("--data", arguments->data, "prepared data folder: evaluates its validation documents");
   verb->add_option("--sequence-length", arguments->sequence_length, "tokens per sequence")
       ->needs(data)
-      ->check(CLI::PositiveNumber)
       ->capture_default_str();
   verb->add_option("--max-sequences", arguments->max_sequences, "at most this many sequences")
       ->needs(data)
-      ->check(CLI::PositiveNumber)
       ->capture_default_str();
   verb->add_flag("--mask-documents", arguments->mask_documents,
                  "attention stays within a document, as with data.mask_documents in training")

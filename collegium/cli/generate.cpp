@@ -53,9 +53,9 @@ void continue_prompt(const GenerateArguments& arguments, const LoadedModel& mode
   const auto stream = [&](std::int64_t id) {
     all.push_back(id);
     if (arguments.json || !tokenizer) return;
-    // Decoded anew each time: a character may need several byte tokens.
+    // Decoded anew each time: a character may need several byte tokens; before the last it is U+FFFD.
     const std::string text = tokenizer->decode(all);
-    if (text.size() > shown && (text.back() & 0x80) == 0) {
+    if (text.size() > shown && !text.ends_with("\xEF\xBF\xBD")) {
       fmt::print("{}", text.substr(shown));
       std::fflush(stdout);
       shown = text.size();

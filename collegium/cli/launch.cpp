@@ -86,8 +86,7 @@ void run_rank(const std::shared_ptr<comm::Communicator>& world, const LaunchOpti
 
 void validate(const LaunchOptions& o) {
   require_config(o.ranks >= 0, "--ranks {}: must be at least 1 (0 = the launcher's)", o.ranks);
-  constexpr int kMostRanks = 1 << 14;
-  require_config(o.ranks <= kMostRanks, "--ranks {}: must be at most {}", o.ranks, kMostRanks);
+  require_config(o.ranks <= comm::kMostRanks, "--ranks {}: must be at most {}", o.ranks, comm::kMostRanks);
   require_config(o.backend == "auto" || o.backend == "local" || o.backend == "mpi",
                  "--backend {}: must be auto, local or mpi", o.backend);
   constexpr double kYear = 365.0 * 86400.0;
@@ -96,11 +95,7 @@ void validate(const LaunchOptions& o) {
   require_config(o.ranks_per_node >= 0, "--ranks-per-node {}: must not be negative (0 = machines)",
                  o.ranks_per_node);
   if (!o.emulate.empty()) comm::parse_network(o.emulate);
-  require_config(o.threads >= 0, "threads = {}: must not be negative (0 = a share of the cores)", o.threads);
-  const int most_threads = kMaxThreadsPerCore * machine_cores();
-  require_config(o.threads <= most_threads,
-                 "threads = {}: must be at most {}, {} for each of this machine's {} cores", o.threads,
-                 most_threads, kMaxThreadsPerCore, machine_cores());
+  require_threads(o.threads, "threads");
 }
 
 // Ranks that are started here share this machine, whatever they are.

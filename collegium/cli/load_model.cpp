@@ -25,6 +25,7 @@ LoadedModel load_model(const std::string& directory, const model::ModelConfig& c
                                      return fmt::format("rank {} found {}, rank 0 {}: name a checkpoint",
                                                         rank, theirs.dump(), first.dump());
                                    });
+  if (world->rank() == 0) train::warn_of_changed_weights(directory);
   parallel::ParallelOptions options;
   // The fewest exchanges: generation sends few tokens at a time.
   options.dispatcher.kind = moe::DispatcherKind::kUneven;

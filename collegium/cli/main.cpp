@@ -4,9 +4,12 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cstdio>
+#include <cstring>
 #include <exception>
+#include <new>
 #include <thread>
 
 #include "collegium/base/error.h"
@@ -38,7 +41,7 @@ void wait_for_turn(std::size_t others_know = 0) {
   constexpr std::chrono::milliseconds kDistance{20};
   const int rank = launched_rank();
   const auto place = rank > 0 ? kHeadStart + kDistance * std::min(rank, 50) : std::chrono::milliseconds(0);
-  std::this_thread::sleep_for(2 * kHeadStart * std::min<std::size_t>(others_know, 3) + place);
+  std::this_thread::sleep_for(3 * kHeadStart * std::min<std::size_t>(others_know, 3) + place);
 }
 
 // Shows what went wrong and ends the program, and with it the ranks that would wait for it: at once, because
@@ -70,6 +73,13 @@ void require_known_verb(const CLI::App& app, const std::vector<std::string>& arg
                                                    : fmt::format("there are: {}", fmt::join(verbs, ", "))));
 }
 
+// What was printed may wait in a buffer, and the disk that it goes to may be full.
+void require_written() {
+  if (std::fflush(stdout) == 0 && std::ferror(stdout) == 0) return;
+  throw collegium::Error(fmt::format("cannot write to standard output: {}",
+                                     std::strerror(errno)));  // NOLINT(concurrency-mt-unsafe): at the end
+}
+
 int run(int argc, char** argv) {
   CLI::App app("Collegium trains Mixture-of-Experts language models and shows what every expert did.",
                "collegium");
@@ -93,6 +103,7 @@ int run(int argc, char** argv) {
     std::reverse(arguments.begin(), arguments.end());
     arguments.pop_back();
     app.parse(std::move(arguments));
+    require_written();
     return 0;
   } catch (const CLI::ParseError& error) {
     wait_for_turn();
@@ -105,6 +116,8 @@ int run(int argc, char** argv) {
     fail(error.what(), kFailed, std::max<std::size_t>(error.num_missing(), 1) - 1);
   } catch (const c10::Error& error) {
     fail(fmt::format("internal error: {}", error.what_without_backtrace()), kFailed);
+  } catch (const std::bad_alloc&) {
+    fail("out of memory: these sizes are too large for this machine", kFailed);
   } catch (const std::exception& error) {
     fail(error.what(), kFailed);
   }

@@ -115,18 +115,21 @@ void run_search(const PlanArguments& a, const plan::ModelSpec& model) {
     fmt::print("  {}\n", line);
 }
 
-plan::Layout given_layout(const std::string& text, const plan::ModelSpec& model, const plan::Workload& work) {
+plan::Layout given_layout(const PlanArguments& a, const plan::ModelSpec& model, const plan::Workload& work) {
+  const bool by_count = a.gpus > 0;
+  const std::string text = by_count ? fmt::format("dp{}", a.gpus) : a.layout;
   plan::Layout layout = plan::parse_layout(text);
   layout.sequence_parallel = layout.tp > 1;
   if (const auto reason = plan::forbidden(model, layout, work))
-    throw ConfigError(fmt::format("--explain: {}", *reason));
+    throw ConfigError(fmt::format("{} {}: {}", by_count ? "--gpus" : "--explain",
+                                  by_count ? std::to_string(a.gpus) : a.layout, *reason));
   return layout;
 }
 
 void compare_data_parallel(const PlanArguments& a, const plan::ModelSpec& model) {
   const plan::Cluster cluster = plan::load_cluster(a.cluster);
   const plan::Workload work = workload(a);
-  const plan::Layout layout = given_layout(a.gpus > 0 ? fmt::format("dp{}", a.gpus) : a.layout, model, work);
+  const plan::Layout layout = given_layout(a, model, work);
   const auto variants = plan::data_parallel_variants(model, layout, work, cluster, plan::Stack{});
   fmt::print("{}", a.json ? plan::data_parallel_json(variants).dump() + "\n"
                           : plan::format_data_parallel(variants, layout, cluster));
@@ -136,7 +139,7 @@ void explain(const PlanArguments& a, const plan::ModelSpec& model) {
   const plan::Cluster cluster = plan::load_cluster(a.cluster);
   const plan::Workload work = workload(a);
   const plan::Stack stack;
-  const plan::Layout layout = given_layout(a.layout, model, work);
+  const plan::Layout layout = given_layout(a, model, work);
   const plan::StepTime time = plan::step_time(model, layout, work, cluster, stack);
   const plan::MemoryReport memory = plan::worst_memory(model, layout, work, cluster, stack);
   if (a.json) {

@@ -59,6 +59,9 @@ void print_plan(const train::RunConfig& config, int num_ranks, bool json) {
     return;
   }
   fmt::print("the run file is valid\n");
+  if (const auto reason = model::not_of_family(resolved.model))
+    fmt::print("checkpoints will be of collegium_moe, not of {}: {}\n", enum_name(resolved.model.family),
+               *reason);
   fmt::print("parameters   {:>14} in all, {} active per token\n", a.total, a.active);
   fmt::print("  experts    {:>14}\n  router     {:>14}\n  embedding  {:>14}\n  the rest   {:>14}\n",
              a.experts, a.router, a.embedding, a.dense);

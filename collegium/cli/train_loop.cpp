@@ -186,7 +186,7 @@ class Loop {
       violation = std::max(violation, layer.max_violation);
     const auto done = static_cast<double>(report.step - first_step_);
     const double remaining =
-        std::min(seconds_left(),
+        std::min(std::max(seconds_left(), 0.0),
                  seconds_since(start_) / done * static_cast<double>(config_.train.steps - report.step));
     progress_.show(
         fmt::format(
@@ -225,6 +225,8 @@ class Sample {
     require_config(length > 0, "logging.sample_prompt = \"{}\": the tokenizer makes no token of it",
                    config.logging.sample_prompt);
     model::require_generation(trainer.decoder().config(), "logging.sample_prompt");
+    eos_ids_ = model::read_eos_ids(config.model_source.init, trainer.decoder().config());
+    if (eos_ids_.empty()) eos_ids_ = {tokenizer_->eos_id()};
     const std::int64_t most = trainer.decoder().config().max_positions;
     require_config(config.logging.sample_tokens <= most - length,
                    "logging.sample_tokens = {}: with the {} tokens of logging.sample_prompt more than "
@@ -242,7 +244,7 @@ class Sample {
                                                             .top_k = 0,
                                                             .top_p = kTopP,
                                                             .seed = config_.train.seed,
-                                                            .eos_ids = {tokenizer_->eos_id()}},
+                                                            .eos_ids = eos_ids_},
                                                            {}, trainer_.groups().world.get());
     std::vector<std::int64_t> all = ids_;
     all.insert(all.end(), more.begin(), more.end());
@@ -254,6 +256,7 @@ class Sample {
   const train::Trainer& trainer_;
   std::optional<data::Tokenizer> tokenizer_;  ///< none: no sample is wanted, or none can be made
   std::vector<std::int64_t> ids_;             ///< the prompt
+  std::vector<std::int64_t> eos_ids_;
 };
 
 std::string describe_run(const train::Trainer& trainer) {
@@ -269,6 +272,10 @@ std::string describe_run(const train::Trainer& trainer) {
                         groups.dp->size(), groups.ep->size(), groups.edp->size());
     if (groups.ep->size() > 1) text += fmt::format(", dispatcher {}", enum_name(groups.dispatcher.kind));
   }
+  if (const auto reason = model::not_of_family(trainer.decoder().config())) {
+    text += fmt::format("; checkpoints are of collegium_moe, which transformers refuses, not of {}: {}",
+                        enum_name(trainer.decoder().config().family), *reason);
+  }
   return text;
 }
 
@@ -282,7 +289,7 @@ TrainSummary run_training(const train::RunConfig& config, const TrainRequest& re
     moe::require_different_files(request.record_routing, request.replay_routing);
   train::require_validation(trainer.dataset(), validation_shape(config), trainer.decoder().config().moe);
   Sample sample(config, trainer);
-  start_or_resume(config, request, trainer);
+  const std::unique_ptr<FolderLock> lock = start_or_resume(config, request, trainer);
   install_stop_signals();
   Loop loop(config, trainer);
   // Only now can nothing be refused any more.

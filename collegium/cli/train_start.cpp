@@ -83,19 +83,26 @@ void make_run_folder(const std::filesystem::path& folder) {
   std::error_code code;
   std::filesystem::create_directories(folder, code);
   if (code) throw Error(fmt::format("cannot create {}: {}", folder.string(), code.message()));
-  train::remove_temporary_folders(folder);
 }
 
 }  // namespace
 
-void start_or_resume(const train::RunConfig& config, const TrainRequest& request, train::Trainer& trainer) {
+std::unique_ptr<FolderLock> start_or_resume(const train::RunConfig& config, const TrainRequest& request,
+                                            train::Trainer& trainer) {
   const std::filesystem::path folder = config.run_folder;
   const bool root = trainer.groups().is_root();
+  std::unique_ptr<FolderLock> lock;
+  if (root && is_folder(folder)) lock = std::make_unique<FolderLock>(folder);
   resume(folder, request, trainer);
   if (!request.replay_routing.empty()) trainer.replay_routing(request.replay_routing, config.train.steps);
   trainer.groups().world->barrier();
-  if (root) make_run_folder(folder);
+  if (root) {
+    make_run_folder(folder);
+    if (!lock) lock = std::make_unique<FolderLock>(folder);
+    train::remove_temporary_folders(folder);
+  }
   if (!request.record_routing.empty()) trainer.record_routing(request.record_routing);
+  return lock;
 }
 
 }  // namespace collegium::cli

@@ -27,6 +27,8 @@ enum class Operation : std::uint8_t {
 
 enum class ReduceOp : std::uint8_t { kSum, kMax, kMin };
 
+constexpr int kMostRanks = 1 << 14;  ///< of a world; more than that is a slip
+
 /// What     The operation as the verbs spell it: "all_to_all".
 std::string_view operation_name(Operation operation);
 

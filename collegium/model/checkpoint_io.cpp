@@ -48,9 +48,11 @@ WeightFiles open_weights(const fs::path& directory) {
   const fs::path index_file = directory / kIndexFile;
   const bool whole = path_exists(directory / "model.safetensors");
   if (path_exists(index_file)) {
-    require_config(!whole, "{}: holds both model.safetensors and {}: remove the one that is not the model",
-                   directory.string(), kIndexFile);
     names = shard_names(index_file);
+    require_config(!whole || names.contains("model.safetensors"),
+                   "{}: holds both model.safetensors and {}, which does not name it: remove the one that is "
+                   "not the model",
+                   directory.string(), kIndexFile);
     for (const std::string& name : names) {
       require_config(path_exists(directory / name), "{}: names the shard {}, which is missing",
                      index_file.string(), name);

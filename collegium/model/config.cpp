@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
 
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
@@ -10,9 +11,7 @@
 
 namespace collegium::model {
 
-namespace {
-
-std::optional<std::string> why_not(const ModelConfig& config) {
+std::optional<std::string> not_of_family(const ModelConfig& config) {
   switch (config.family) {
     case Family::kMixtral:
       return not_mixtral(config);
@@ -21,10 +20,12 @@ std::optional<std::string> why_not(const ModelConfig& config) {
     case Family::kQwen3Moe:
       return not_qwen3_moe(config);
     case Family::kCollegium:
-      return "its family is collegium_moe";
+      break;
   }
-  return "unknown family";
+  return std::nullopt;
 }
+
+namespace {
 
 void write_family(const ModelConfig& config, Json& json) {
   switch (config.family) {
@@ -43,7 +44,7 @@ void write_family(const ModelConfig& config, Json& json) {
 void read_training_options(const Json& json, const std::string& origin, ModelConfig& config) {
   const Json by_family = write_fields(config.moe).flatten();
   read_fields(json, origin + ": collegium", config.moe);
-  if (const auto reason = why_not(config)) {
+  if (const auto reason = not_of_family(config)) {
     throw ConfigError(fmt::format("{}: collegium: the model is not of family {}: {}", origin,
                                   enum_name(config.family), *reason));
   }
@@ -70,7 +71,12 @@ void require_listable(const ModelConfig& c) {
 void complete(ModelConfig& config) {
   require_listable(config);
   if (config.num_kv_heads == 0) config.num_kv_heads = config.num_heads;
-  if (config.head_dim == 0 && config.num_heads > 0) config.head_dim = config.hidden_size / config.num_heads;
+  if (config.head_dim == 0 && config.num_heads > 0) {
+    require_config(config.hidden_size % config.num_heads == 0,
+                   "model.hidden_size = {}: must be a multiple of num_heads = {} where head_dim is not given",
+                   config.hidden_size, config.num_heads);
+    config.head_dim = config.hidden_size / config.num_heads;
+  }
   if (config.moe_layers.empty() && config.num_layers > 0) {
     config.moe_layers.assign(static_cast<std::size_t>(config.num_layers), true);
   }
@@ -106,14 +112,6 @@ ModelConfig parse_model_config(const Json& json, const std::string& origin) {
 
 namespace {
 
-Json read_json(const std::filesystem::path& file) {
-  try {
-    return Json::parse(read_file(file));
-  } catch (const Json::exception& error) {
-    throw ConfigError(fmt::format("{}: not valid JSON: {}", file.string(), error.what()));
-  }
-}
-
 std::vector<std::int64_t> parse_eos_ids(const Json& json, const std::string& origin) {
   const std::string path = origin + ": eos_token_id";
   const auto found = json.find("eos_token_id");
@@ -131,14 +129,20 @@ std::vector<std::int64_t> parse_eos_ids(const Json& json, const std::string& ori
 
 ModelConfig read_model_config(const std::filesystem::path& path) {
   const auto file = is_folder(path) ? path / "config.json" : path;
-  return parse_model_config(read_json(file), file.string());
+  return parse_model_config(read_json_file(file), file.string());
 }
 
 std::vector<std::int64_t> read_eos_ids(const std::filesystem::path& directory, const ModelConfig& config) {
+  // transformers leaves keys out of config.json that are as its class has them.
+  static const std::map<Family, std::int64_t> class_defaults = {{Family::kMixtral, 2},
+                                                                {Family::kOlmoe, 50279}};
   const std::filesystem::path file = directory / "generation_config.json";
   std::vector<std::int64_t> ids;
-  if (path_exists(file)) ids = parse_eos_ids(read_json(file), file.string());
-  return ids.empty() ? parse_eos_ids(config.source, (directory / "config.json").string()) : ids;
+  if (path_exists(file)) ids = parse_eos_ids(read_json_file(file), file.string());
+  if (!ids.empty()) return ids;
+  if (!config.source.contains("eos_token_id") && class_defaults.contains(config.family))
+    return {class_defaults.at(config.family)};
+  return parse_eos_ids(config.source, (directory / "config.json").string());
 }
 
 Json write_model_config(const ModelConfig& config, const std::string& dtype_name) {
@@ -147,7 +151,7 @@ Json write_model_config(const ModelConfig& config, const std::string& dtype_name
     json.erase(key);
   json["dtype"] = dtype_name;
   json["torch_dtype"] = dtype_name;
-  if (why_not(config)) {
+  if (config.family == Family::kCollegium || not_of_family(config)) {
     json["model_type"] = "collegium_moe";
     json["architectures"] = Json::array();
     json["collegium"] = write_fields(config);

@@ -79,6 +79,10 @@ std::int64_t layer_number(const ModelConfig& config, std::size_t moe_layer);
 /// What     Fills what may be left out: num_kv_heads, head_dim, moe_layers.
 void complete(ModelConfig& config);
 
+/// What     Why no config.json of the model's family can describe it, so that its checkpoints are of
+///          collegium_moe; nothing where one can, and for collegium_moe itself.
+std::optional<std::string> not_of_family(const ModelConfig& config);
+
 /// What     Reads `DIR/config.json` (or a path to a .json file) in the dialect of transformers 4 or 5.
 /// Throws   ConfigError naming file, key, value and rule for anything that cannot be represented exactly.
 ModelConfig read_model_config(const std::filesystem::path& path);

@@ -56,7 +56,6 @@ std::int64_t sample_token(const at::Tensor& logits_V, const SamplingOptions& opt
 
 namespace {
 
-// Weights are finite, or they would not have been loaded.
 void require_finite(const at::Tensor& logits_V, std::int64_t position) {
   if (at::isfinite(logits_V).all().item<bool>()) return;
   throw Error(

@@ -160,9 +160,6 @@ void validate(const MoeOptions& options, const std::string& path, bool causal, b
                  "{}.capacity.group_sequences = {}: must lie between 1 and 2^31", path,
                  capacity.group_sequences);
   require_config(
-      !capacity.drop_in_evaluation || capacity.drop_policy != DropPolicy::kNone,
-      "{}.capacity.drop_in_evaluation = true: nothing is dropped with capacity.drop_policy = \"none\"", path);
-  require_config(
       options.router.renormalize != Renormalize::kAfterDrop || capacity.drop_policy != DropPolicy::kNone ||
           options.router.noise == Noise::kRandomSecondExpert,
       "{}.router.renormalize = \"after_drop\": nothing is dropped with capacity.drop_policy = \"none\"",

@@ -95,7 +95,8 @@ double distinct_groups(double experts, double top_k, double groups) {
   const double others = experts - experts / groups;
   // C(E - E/G, K) / C(E, K) as a product, so that nothing overflows.
   double missed = 1.0;
-  for (double i = 0.0; i < top_k; i += 1.0) missed *= std::max(0.0, (others - i) / (experts - i));
+  for (double i = 0.0; i < top_k; i += 1.0)
+    missed *= std::pow(std::max(0.0, (others - i) / (experts - i)), std::min(1.0, top_k - i));
   return groups * (1.0 - missed);
 }
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // config.json of each Hugging Face family as a ModelSpec. Only sizes are read: what changes no weight and no
 // FLOP is ignored, so released files load as they are.
+#include <algorithm>
+#include <charconv>
 #include <functional>
 #include <map>
 
@@ -38,6 +40,12 @@ class Keys {
   }
   bool present(const char* key) const { return json_.contains(key) && !json_[key].is_null(); }
   const Json& json() const { return json_; }
+  /// The keys below `key`, none where it is not there.
+  Keys part(const char* key) const {
+    if (!present(key)) return {Json::object(), fmt::format("{}: {}", origin_, key)};
+    require_config(json_[key].is_object(), "{}: {}: must be an object", origin_, key);
+    return {json_[key], fmt::format("{}: {}", origin_, key)};
+  }
 
  private:
   std::int64_t integer(const char* key) const {
@@ -211,8 +219,21 @@ ModelSpec glm(const Keys& keys) {
   return m;
 }
 
-ModelSpec collegium_moe(const Keys& keys) {
-  const Keys moe(keys.json().contains("moe") ? keys.json()["moe"] : Json::object(), "moe");
+// Where experts choose their tokens, how many compute a token on average; 0 where tokens choose.
+double mean_experts(const Keys& router, std::int64_t experts) {
+  if (router.text("selection", "top_k") != "expert_choice") return 0.0;
+  const std::string factor = router.text("expert_choice_factor", "2");
+  double number = 0.0;
+  const auto [end, error] = std::from_chars(factor.data(), factor.data() + factor.size(), number);
+  require_config(error == std::errc() && end == factor.data() + factor.size() && number > 0.0,
+                 "expert_choice_factor = \"{}\": must be a positive number", factor);
+  return std::min(number, static_cast<double>(experts));
+}
+
+// Everything stands under "collegium", by the names of a run file's [model].
+ModelSpec collegium_moe(const Keys& file) {
+  const Keys keys = file.part("collegium");
+  const Keys moe = keys.part("moe");
   ModelSpec m;
   m.vocab = keys.require({"vocab_size"});
   m.hidden = keys.require({"hidden_size"});
@@ -224,11 +245,10 @@ ModelSpec collegium_moe(const Keys& keys) {
   m.max_positions = keys.get("max_positions", 0);
   m.tied_embeddings = keys.flag("tie_embeddings", false);
   m.experts = moe.require({"num_experts"});
-  m.top_k = moe.require({"top_k"});
+  m.mean_experts = mean_experts(moe.part("router"), m.experts);
+  m.top_k = m.mean_experts > 0.0 ? m.experts : moe.require({"top_k"});
   m.expert_ffn = moe.require({"ffn_size"});
-  const Keys shared(moe.json().contains("shared_expert") ? moe.json()["shared_expert"] : Json::object(),
-                    "moe.shared_expert");
-  m.shared_ffn = shared.get("ffn_size", 0);
+  m.shared_ffn = moe.part("shared_expert").get("ffn_size", 0);
   const std::string norm = keys.text("qk_norm", "none");
   m.qk_norm = norm == "per_head" ? SpecQkNorm::kPerHead
                                  : (norm == "projection" ? SpecQkNorm::kProjection : SpecQkNorm::kNone);

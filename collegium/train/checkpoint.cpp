@@ -62,19 +62,11 @@ std::vector<fs::path> list_checkpoints(const fs::path& run_folder) {
   return checkpoints;
 }
 
-Json parse_json_file(const fs::path& file) {
-  try {
-    return Json::parse(read_file(file));
-  } catch (const Json::exception& error) {
-    throw ConfigError(fmt::format("{}: not valid JSON: {}", file.string(), error.what()));
-  }
-}
-
 // Name -> size and checksum of every other file of a checkpoint.
 Json manifest_files(const fs::path& checkpoint) {
   require_config(path_exists(checkpoint / kManifest), "{}: not a committed checkpoint ({} is missing)",
                  checkpoint.string(), kManifest);
-  const Json manifest = parse_json_file(checkpoint / kManifest);
+  const Json manifest = read_json_file(checkpoint / kManifest);
   require_config(manifest.contains("files") && manifest["files"].is_object(), "{}: {} lists no files",
                  checkpoint.string(), kManifest);
   return manifest["files"];
@@ -243,10 +235,12 @@ void verify_file(const fs::path& checkpoint, const std::string& name, const Json
                  checkpoint.string(), name, fs::file_size(path), bytes);
   const std::string sum = checksum_file(path);
   const auto expected = entry["xxh3"].get<std::string>();
-  require_config(sum == expected,
-                 "{}: {} is damaged or was changed: checksum {}, the manifest says {}; "
-                 "start from its weights alone with --weights-only",
-                 checkpoint.string(), name, sum, expected);
+  require_config(
+      sum == expected,
+      "{}: {} is damaged or was changed: checksum {}, the manifest says {}; if it was edited, start "
+      "from its weights alone with --weights-only; if it is damaged, remove the folder: the run then "
+      "continues from the checkpoint before",
+      checkpoint.string(), name, sum, expected);
 }
 
 // Files number `first`, first + stride, ... of the manifest against what is there.
@@ -268,7 +262,7 @@ std::vector<fs::path> optimizer_paths(const fs::path& checkpoint) {
 }
 
 TrainingState read_state(const fs::path& checkpoint) {
-  const Json json = parse_json_file(checkpoint / kState);
+  const Json json = read_json_file(checkpoint / kState);
   try {
     return {.step = json.at("step").get<std::int64_t>(),
             .samples = json.at("samples").get<std::int64_t>(),
@@ -309,7 +303,15 @@ std::optional<fs::path> find_latest_checkpoint(const fs::path& run_folder) {
 void remove_temporary_folders(const fs::path& run_folder) {
   for (const fs::path& path : list_folder(run_folder)) {
     const std::string name = path.filename().string();
-    if (name.starts_with("step-") && contains(name, ".tmp-")) fs::remove_all(path);
+    if (!name.starts_with("step-") || !contains(name, ".tmp-")) continue;
+    // Where names cannot be exchanged (NFS), a kill may leave a checkpoint that made room, and nothing yet in
+    // its place.
+    const fs::path final_path = run_folder / name.substr(0, name.find(".tmp-"));
+    if (name.ends_with("-replaced") && !path_exists(final_path)) {
+      fs::rename(path, final_path);
+    } else {
+      fs::remove_all(path);
+    }
   }
 }
 
@@ -317,6 +319,18 @@ void remove_checkpoints(const fs::path& run_folder) {
   remove_temporary_folders(run_folder);
   for (const fs::path& path : list_folder(run_folder)) {
     if (step_of(path.filename().string())) remove_checkpoint(path);
+  }
+}
+
+void warn_of_changed_weights(const fs::path& directory) {
+  if (!path_exists(directory / kManifest)) return;
+  const Json files = manifest_files(directory);
+  for (const auto& [name, entry] : files.items()) {
+    const fs::path path = directory / name;
+    if (fs::path(name).has_parent_path() || path.extension() != ".safetensors" || !is_file(path)) continue;
+    if (entry.value("xxh3", "") == checksum_file(path)) continue;
+    log_warning(
+        fmt::format("{} is not the file that training wrote: it was edited, or is damaged", path.string()));
   }
 }
 

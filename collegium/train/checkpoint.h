@@ -61,6 +61,9 @@ void remove_temporary_folders(const std::filesystem::path& run_folder);
 ///          is taken for one.
 void remove_checkpoints(const std::filesystem::path& run_folder);
 
+/// What     Warns of weights beside a manifest that are not those that training wrote: edited, or damaged.
+void warn_of_changed_weights(const std::filesystem::path& model_directory);
+
 /// What     Checks every file against the manifest.
 /// Throws   ConfigError naming the file: missing, other size, other checksum.
 void verify_checkpoint(const std::filesystem::path& checkpoint);

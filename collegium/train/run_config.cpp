@@ -130,7 +130,7 @@ void validate_capacity(const RunConfig& c) {
     return c.model_source.inline_keys.contains(Json::json_pointer(fmt::format("/moe/capacity/{}", key)));
   };
   if (c.model.moe.capacity.drop_policy != moe::DropPolicy::kNone || is_given("drop_policy")) return;
-  for (const char* key : {"factor", "min_capacity"}) {
+  for (const char* key : {"factor", "min_capacity", "drop_in_evaluation"}) {
     require_config(!is_given(key),
                    "model.moe.capacity.{}: by default nothing is dropped, so there is no capacity; give "
                    "model.moe.capacity.drop_policy too",
@@ -168,12 +168,7 @@ void validate(const RunConfig& c) {
   require_config(c.train.steps >= 1, "train.steps = {}: must be at least 1", c.train.steps);
   require_config(c.train.max_minutes >= 0.0, "train.max_minutes = {}: must not be negative",
                  c.train.max_minutes);
-  const int most_threads = kMaxThreadsPerCore * machine_cores();
-  require_config(c.train.threads >= 0, "train.threads = {}: must not be negative (0 = a share of the cores)",
-                 c.train.threads);
-  require_config(c.train.threads <= most_threads,
-                 "train.threads = {}: must be at most {}, {} for each of this machine's {} cores",
-                 c.train.threads, most_threads, kMaxThreadsPerCore, machine_cores());
+  require_threads(c.train.threads, "train.threads");
   model::parse_dtype(c.train.dtype, "train.dtype");
   optim::validate(c.optimizer, "optimizer");
   optim::validate(c.schedule, c.train.steps, "schedule");
@@ -250,12 +245,14 @@ std::string first_difference(const Json& ours, const Json& theirs, const std::st
   if (ours == theirs) return "";
   if (!ours.is_object() || !theirs.is_object())
     return fmt::format("{} = {}, not {}", path, ours.dump(), theirs.dump());
-  for (const auto& [key, value] : ours.items()) {
-    const std::string difference =
-        first_difference(value, theirs.value(key, Json()), path.empty() ? key : path + "." + key);
+  Json keys = ours;
+  keys.update(theirs);
+  for (const auto& [key, unused] : keys.items()) {
+    const std::string difference = first_difference(ours.value(key, Json()), theirs.value(key, Json()),
+                                                    path.empty() ? key : path + "." + key);
     if (!difference.empty()) return difference;
   }
-  return fmt::format("{}: a key is missing", path);
+  return fmt::format("{}: a key is null and missing in the other", path);
 }
 
 }  // namespace collegium::train

@@ -88,6 +88,7 @@ Trainer::Trainer(const RunConfig& config, const std::shared_ptr<comm::Communicat
     parameters = model::list_parameters(config_.model, held);
     model::initialize_parameters(config_.model, config_.train.seed, dtype, parameters);
   } else {
+    if (groups_.is_root()) warn_of_changed_weights(config_.model_source.init);
     parameters = model::load_parameters(config_.model_source.init, config_.model, dtype, held);
   }
   freeze_parameters(config_.model, freezing, parameters);

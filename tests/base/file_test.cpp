@@ -115,6 +115,16 @@ TEST_F(File, folder_takes_a_name_and_what_was_called_so_is_gone) {
   EXPECT_EQ(read_file(folder_ / "final" / "second"), "second");
 }
 
+TEST_F(File, folder_is_kept_for_one_at_a_time) {
+  {
+    const FolderLock lock(folder_);
+    EXPECT_THROW(FolderLock{folder_}, ConfigError);
+  }
+  EXPECT_NO_THROW(FolderLock{folder_});
+  EXPECT_THROW(FolderLock{folder_ / "none"}, Error);
+  EXPECT_EQ(entries(), 0U);
+}
+
 TEST_F(File, empty_file_maps_to_no_bytes) {
   write_file_atomically(folder_ / "a", "");
   EXPECT_TRUE(MappedFile(folder_ / "a").bytes().empty());

@@ -61,6 +61,7 @@ def without_end(model: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     shutil.copytree(model, folder)
     config = json.loads((folder / "config.json").read_text())
     config["max_position_embeddings"] = 10**7
+    config["eos_token_id"] = None
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -122,7 +123,9 @@ def check_messages(model: pathlib.Path, ids: str, scratch: pathlib.Path) -> None
         message = f"rank 2 of 3: {corrupt}/model.safetensors: tensor '{name}': not finite at [1, 2]"
         expect_message(2, message, *evaluate, str(corrupt), *launch)
         expect_message(2, "cannot read nowhere", *evaluate, "nowhere", *launch)
-        expect_message(1, "rank 0 of 3: cannot write", *evaluate, str(model), *launch, "--logits", "/nowhere/logits")
+        nowhere = "rank 0 of 3: --logits /nowhere/logits: there is no folder /nowhere"
+        expect_message(2, nowhere, *evaluate, str(model), *launch, "--logits", "/nowhere/logits")
+        expect_message(1, "rank 0 of 3: cannot write", *evaluate, str(model), *launch, "--logits", str(scratch))
     expect_message(2, "--ranks -1: must be at least 1", *evaluate, str(model), "--ranks", "-1")
     several = ["inspect", "--model", str(model), "--input", ids]
     expect_message(2, "input_ids has shape [5, 11]: inspect takes one sequence", *several)
@@ -273,6 +276,9 @@ def check_stop_signals(run_file: pathlib.Path) -> None:
         while not (metrics.exists() and metrics.stat().st_size > 0):
             assert process.poll() is None, "the run ended by itself"
             time.sleep(0.02)
+        second = subprocess.run([BINARY, *arguments], capture_output=True, text=True, check=False, timeout=60)
+        refusal = f"{folder}: another process is writing there"
+        passed(second.returncode == 2 and refusal in second.stderr, f"{backend}: {second.stderr}")
         for _ in range(signals):
             process.send_signal(signal.SIGTERM)
             time.sleep(0.01)
@@ -302,7 +308,7 @@ def check_launchers(model: pathlib.Path, ids: str) -> None:
         ("3", ["--ranks", "2"], 2, "--ranks 2: the launcher has started 3 (OMPI_COMM_WORLD_SIZE = 3)"),
         ("1", ["--ranks", "2"], 2, "--ranks 2: the launcher has started 1 (OMPI_COMM_WORLD_SIZE = 1)"),
         ("2", ["--backend", "local"], 2, "--backend local: the launcher has started 2 ranks as processes"),
-        ("3", ["--logits", "/nowhere/logits"], 1, "rank 0 of 3: cannot write"),
+        ("3", ["--logits", "/nowhere/logits"], 2, "rank 0 of 3: --logits /nowhere/logits: there is no folder"),
         ("3", ["--no-such-option"], 2, "--no-such-option"),
     ]:
         done = run(*evaluate, *options, code=code, prefix=(*MPIRUN_COMMAND, "-n", count))

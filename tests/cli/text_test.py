@@ -123,7 +123,7 @@ def check_end_tokens(model: str, folder: pathlib.Path) -> None:
     expect(2, 'generation_config.json: eos_token_id = "end": expected', "generate", "--model", str(ending), *greedy)
 
 
-def check_refused_before_weights(folder: pathlib.Path) -> None:
+def check_refused_before_weights(model: str, folder: pathlib.Path) -> None:
     """What a model cannot do its config.json says: there are no weights beside it."""
 
     def described(name: str, **options: dict) -> str:
@@ -146,6 +146,9 @@ def check_refused_before_weights(folder: pathlib.Path) -> None:
     ids = folder / "one.safetensors"
     save_file({"input_ids": torch.zeros(1, 8, dtype=torch.int64)}, ids)
     expect(2, f"{ids}: 1 sequences, must be a multiple of", "eval", "--model", grouped, "--input", str(ids))
+    shutil.copy(pathlib.Path(model) / "tokenizer.model", grouped)
+    one = "--text: 1 sequences, must be a multiple of model.moe.capacity.group_sequences = 4"
+    expect(2, one, "eval", "--model", grouped, "--text", "def x")
 
 
 def check_messages(model: str, folder: pathlib.Path, run_file: pathlib.Path) -> None:
@@ -169,6 +172,8 @@ def check_messages(model: str, folder: pathlib.Path, run_file: pathlib.Path) -> 
     save_file(weights, huge / "model.safetensors", {"format": "pt"})
     shown = expect(1, "generation: the logits of token", "generate", "--model", str(huge), "--prompt", "def x")
     assert shown == "", shown
+    edited = "huge/model.safetensors is not the file that training wrote: it was edited, or is damaged"
+    expect(1, edited, "generate", "--model", str(huge), "--prompt", "def x")
     logits = folder / "logits.safetensors"
     written = ["--logits", str(logits), "--grads", str(folder / "grads.safetensors")]
     expect(1, "eval: the loss is", "eval", "--model", str(huge), "--text", "def x", "--json", *written)
@@ -177,15 +182,6 @@ def check_messages(model: str, folder: pathlib.Path, run_file: pathlib.Path) -> 
     for option in ("--logits", "--grads"):
         nowhere = f"{option} {missing}: there is no folder {folder}/missing"
         expect(2, nowhere, "eval", "--model", model, "--text", "def x", option, missing)
-
-    # One text is no group of two.
-    grouped = shutil.copytree(model, folder / "pairs")
-    config = json.loads((grouped / "config.json").read_text())
-    capacity = {"drop_policy": "position", "group_sequences": 2, "drop_in_evaluation": True}
-    config.setdefault("collegium", {}).setdefault("capacity", {}).update(capacity)
-    (grouped / "config.json").write_text(json.dumps(config))
-    one = "--text: 1 sequences, must be a multiple of model.moe.capacity.group_sequences = 2"
-    expect(2, one, "eval", "--model", str(grouped), "--text", "def x")
 
     # A copy without tokenizer.model.
     other = shutil.copytree(model, folder / "other")
@@ -205,6 +201,11 @@ def check_messages(model: str, folder: pathlib.Path, run_file: pathlib.Path) -> 
         full = "cannot write /dev/full: No space left on device"
         expect(1, full, *train, "--record-routing", "/dev/full")
         expect(1, full, "eval", "--model", model, "--text", "def x", "--logits", "/dev/full")
+        with open("/dev/full", "w") as nowhere:
+            done = subprocess.run(
+                [BINARY, "plan", "--list"], stdout=nowhere, stderr=subprocess.PIPE, text=True, check=False
+            )
+        assert done.returncode == 1 and "cannot write to standard output: No space left" in done.stderr, done
     expect(0, "loss", "eval", "--model", model, "--text", "def x", "--logits", "/dev/null")
     assert pathlib.Path("/dev/null").is_char_device()
 
@@ -318,7 +319,7 @@ def main() -> None:
         model = str(shutil.copytree(summary["checkpoint"], folder / "model"))
         check_text(model, folder)
         check_end_tokens(model, folder)
-        check_refused_before_weights(folder)
+        check_refused_before_weights(model, folder)
         check_messages(model, folder, run_file)
         check_full_disk(folder, run_file)
         check_tokenizers(model, folder, run_file)

@@ -50,12 +50,13 @@ void long_tensors_are_reduced_in_parts(Communicator& comm) {
 // Who posts an operation moves on those that are under way: nobody waits for this sum or looks whether it is
 // through. Each of its stages needs that the other ranks have begun theirs.
 void later_operations_advance_earlier_ones(Communicator& comm) {
+  comm.barrier();
   const at::Tensor sum = at::ones({64 * 1024}, at::kDouble);
   Work work = comm.all_reduce(sum);
   std::vector<Work> later;
   const at::Tensor small = at::ones({8});
-  for (int i = 0; i < 6; ++i) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(40));
+  for (int i = 0; i < 60; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
     later.push_back(comm.all_reduce(small.clone()));
   }
   EXPECT_NE(work.timeline().done, Clock::time_point{});
@@ -111,10 +112,10 @@ void be_killed(Communicator& comm) {
 
 void disagree_on_sizes(Communicator& comm) { comm.broadcast(at::ones({10 + comm.rank()}), 0).wait(); }
 
-// Far beyond the scratch memory of a reduction, by other parts of it.
+// Far beyond the scratch memory of a reduction, by a whole number of its parts.
 void disagree_on_lengths(Communicator& comm) {
   const std::int64_t mebibyte = 1024 * 1024;
-  comm.all_reduce(at::ones({(20 + 6 * comm.rank()) * mebibyte})).wait();
+  comm.all_reduce(at::ones({16 * (1 + comm.rank()) * mebibyte})).wait();
 }
 
 }  // namespace

@@ -131,9 +131,16 @@ TEST_F(ModelFolder, one_shard_has_the_plain_name) {
 
 TEST_F(ModelFolder, single_file_beside_an_index_is_refused) {
   save_model(folder_, tiny_config(), initialized(), value_of);
-  write_file_atomically(folder_ / "model.safetensors.index.json", "{}");
-  EXPECT_THAT(refusal<ConfigError>({}),
-              testing::HasSubstr("holds both model.safetensors and model.safetensors.index.json"));
+  const auto write_index = [&](const char* shard) {
+    const Json index = {{"weight_map", {{"lm_head.weight", shard}}}};
+    write_file_atomically(folder_ / "model.safetensors.index.json", index.dump());
+  };
+  write_index("model-00001-of-00001.safetensors");
+  EXPECT_THAT(
+      refusal<ConfigError>({}),
+      testing::HasSubstr("holds both model.safetensors and model.safetensors.index.json, which does"));
+  write_index("model.safetensors");
+  expect_loads({});
 }
 
 TEST_F(ModelFolder, experts_of_other_ranks_are_not_read) {

@@ -102,8 +102,6 @@ TEST(MoeOptions, every_mistake_has_its_message) {
        {"moe.top_k = 1 with renormalised weights", [](MoeOptions& o) { o.top_k = 1; }},
        {"moe.balance.z_loss = -1: must not be negative", [](MoeOptions& o) { o.balance.z_loss = -1; }},
        {"moe.balance.load_cv2 = 0.1: the smooth load needs", [](MoeOptions& o) { o.balance.load_cv2 = 0.1; }},
-       {"moe.capacity.drop_in_evaluation = true: nothing is dropped with capacity.drop_policy = \"none\"",
-        [](MoeOptions& o) { o.capacity.drop_in_evaluation = true; }},
        {"moe.capacity.factor = \"1,5\": must be a positive decimal",
         [](MoeOptions& o) { o.capacity.factor = "1,5"; }},
        {"moe.router.forced_skew = 4: must be at most num_experts / top_k = 3",

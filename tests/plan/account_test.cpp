@@ -84,6 +84,21 @@ TEST(Account, forward_flops_of_a_token) {
   }
 }
 
+// As `train` writes it; 3 matrices of 16 x 8 an expert, of which 1.5 of 4 compute a token.
+TEST(Account, a_config_of_collegium_moe_has_everything_below_one_key) {
+  const Json moe = {{"num_experts", 4},
+                    {"top_k", 2},
+                    {"ffn_size", 8},
+                    {"router", {{"selection", "expert_choice"}, {"expert_choice_factor", "1.5"}}},
+                    {"shared_expert", {{"kind", "none"}, {"ffn_size", 0}}}};
+  const Json sizes = {{"vocab_size", 300}, {"hidden_size", 16}, {"num_layers", 1}, {"num_heads", 2},
+                      {"head_dim", 8},     {"num_kv_heads", 2}, {"moe", moe}};
+  const ModelSpec model = parse_model({{"model_type", "collegium_moe"}, {"collegium", sizes}}, "config.json");
+  EXPECT_EQ(model.experts_per_token(), 1.5);
+  const Account counted = account(model);
+  EXPECT_EQ(counted.total - counted.active, 3 * 16 * 8 * 5 / 2);
+}
+
 TEST(Account, windowed_layers_see_fewer_keys) {
   EXPECT_DOUBLE_EQ(mean_visible_keys(4, 0), 2.5);
   EXPECT_DOUBLE_EQ(mean_visible_keys(4, 2), (1 + 2 + 2 + 2) / 4.0);

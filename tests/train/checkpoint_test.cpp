@@ -106,6 +106,13 @@ TEST_F(Checkpoints, of_older_steps_are_pruned_and_leftovers_passed_over) {
   EXPECT_EQ(train::find_latest_checkpoint(folder())->filename(), "step-00000004");
   train::remove_temporary_folders(folder());
   EXPECT_EQ(folders(folder()), (std::set<std::string>{"step-00000003", "step-00000004", "step-00000008"}));
+  // A kill between the two renames of a file system that cannot exchange names.
+  fs::rename(folder() / "step-00000004", folder() / "step-00000004.tmp-1-replaced");
+  fs::create_directories(folder() / "step-00000004.tmp-1");
+  fs::create_directories(folder() / "step-00000003.tmp-1-replaced");
+  train::remove_temporary_folders(folder());
+  EXPECT_EQ(folders(folder()), (std::set<std::string>{"step-00000003", "step-00000004", "step-00000008"}));
+  EXPECT_EQ(train::find_latest_checkpoint(folder())->filename(), "step-00000004");
   fs::create_directories(folder() / "step-00000009.tmp-1/training");
   fs::create_directories(folder() / "step-00000004-best");
   train::remove_checkpoints(folder());

@@ -82,7 +82,6 @@ Network parse_network(const std::string& text) {
     refuse("nodes", nodes, "write nodes x ranks per node, for instance 2x4");
   network.nodes = parse_count("nodes", nodes.substr(0, cross));
   network.ranks_per_node = parse_count("nodes", nodes.substr(cross + 1));
-  constexpr int kMostRanks = 1 << 14;
   if (network.nodes > kMostRanks / network.ranks_per_node)
     refuse("nodes", nodes, fmt::format("at most {} ranks in all", kMostRanks));
   network.links = {parse_link("intra", fields["intra"]), parse_link("inter", fields["inter"])};

@@ -5,6 +5,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
+#include <cstring>
 #include <numeric>
 #include <thread>
 
@@ -86,16 +88,32 @@ struct Reduction {
 
   std::int64_t longest() const { return *std::max_element(slice_bytes.begin(), slice_bytes.end()); }
 
-  // Where the part that starts at `begin` ends. The first is what the others, which are full, leave: so ranks
-  // that come with tensors of other lengths see it in their first message, not by waiting for a last one.
-  std::int64_t end_of_part(std::int64_t begin) const {
-    const std::int64_t full = parts.size(1);
-    return full == 0 ? 0 : longest() - (longest() - begin - 1) / full * full;
+  std::int64_t part_bytes(int rank, std::int64_t begin) const {
+    return std::clamp<std::int64_t>(slice_bytes[static_cast<std::size_t>(rank)] - begin, 0, parts.size(1));
   }
 
-  std::int64_t part_bytes(int rank, std::int64_t begin) const {
-    const std::int64_t rest = slice_bytes[static_cast<std::size_t>(rank)] - begin;
-    return std::clamp<std::int64_t>(rest, 0, end_of_part(begin) - begin);
+  // Where parts follow one another, ranks that come with tensors of other lengths would see it only by
+  // waiting for a last one: so they first say how much they will send. Lands in the memory of the parts.
+  void announce(MpiOperation& operation) const {
+    for (int rank = 0; rank < operation.group().size(); ++rank) {
+      if (rank == operation.group().rank) continue;
+      constexpr std::int64_t kBytes = sizeof(std::int64_t);
+      operation.recv(bytes_of(parts) + rank * parts.size(1), kBytes, rank, tag);
+      operation.send(&slice_bytes[static_cast<std::size_t>(rank)], kBytes, rank, tag);
+    }
+  }
+
+  void check_announced(const MpiOperation& operation) const {
+    const int self = operation.group().rank;
+    const std::int64_t expected = slice_bytes[static_cast<std::size_t>(self)];
+    for (int rank = 0; rank < operation.group().size(); ++rank) {
+      std::int64_t bytes = 0;
+      std::memcpy(&bytes, bytes_of(parts) + rank * parts.size(1), sizeof(bytes));
+      if (rank == self || bytes == expected) continue;
+      const std::array<int, 1> peer = {rank};
+      throw CommError(fmt::format("{}: {} sends {} bytes where {} are expected", operation.name(),
+                                  describe_ranks(operation.group(), peer), bytes, expected));
+    }
   }
 
   const char* part_of_input(const Call& call, int rank, std::int64_t begin) const {
@@ -135,11 +153,15 @@ struct Reduction {
 
 void add_reduction(MpiOperation& operation, Reduction what) {
   const auto reduction = std::make_shared<const Reduction>(std::move(what));
+  if (reduction->longest() > reduction->parts.size(1)) {
+    operation.add_stage([=](MpiOperation& op) { reduction->announce(op); });
+    operation.add_stage([=](MpiOperation& op) { reduction->check_announced(op); });
+  }
   std::int64_t begin = 0;
   do {
     operation.add_stage([=](MpiOperation& op) { reduction->exchange(op, begin); });
     operation.add_stage([=](MpiOperation& op) { reduction->reduce(op.call(), op.group().rank, begin); });
-    begin = reduction->end_of_part(begin);
+    begin += reduction->parts.size(1);
   } while (begin < reduction->longest());
 }
 

@@ -7,19 +7,9 @@ namespace collegium::model {
 namespace {
 
 // Version 5 of transformers nests rope_theta in rope_parameters; the hub has it at the top, with rope_scaling
-// beside it.
+// beside it. As there, the nested one counts where both are given.
 double read_rope_theta(const HfReader& reader, double fallback) {
-  double theta = fallback;
-  std::string found_in;
-  const auto take = [&](const HfReader& rope, const std::string& place) {
-    if (!rope.has("rope_theta")) return;
-    const double value = rope.get("rope_theta", fallback);
-    require_config(found_in.empty() || value == theta, "{}: {} = {}, but {} = {}: must be equal",
-                   reader.origin(), place, value, found_in, theta);
-    theta = value;
-    found_in = place;
-  };
-  take(reader, "rope_theta");
+  double theta = reader.get("rope_theta", fallback);
   for (const char* key : {"rope_parameters", "rope_scaling"}) {
     if (!reader.has(key)) continue;
     const Json& json = reader.json()[key];
@@ -29,7 +19,7 @@ double read_rope_theta(const HfReader& reader, double fallback) {
     const auto type = rope.get<std::string>({"type", "rope_type"}, "default");
     require_config(type == "default", "{}: rope_type = \"{}\": only \"default\" can be represented",
                    rope.origin(), type);
-    take(rope, std::string(key) + ".rope_theta");
+    theta = rope.get("rope_theta", theta);
   }
   return theta;
 }
@@ -100,11 +90,12 @@ void write_common(const ModelConfig& c, Json& json) {
 
 std::optional<std::string> not_plain_router(const ModelConfig& config) {
   const moe::RouterOptions& r = config.moe.router;
+  const moe::CapacityOptions& capacity = config.moe.capacity;
+  const bool drops = capacity.drop_policy != moe::DropPolicy::kNone && capacity.drop_in_evaluation;
   if (r.score != moe::ScoreFunction::kSoftmax) return "router.score is not softmax";
   if (r.order == moe::ScoreOrder::kSelectFirst) return "router.order is select_first";
-  if (r.renormalize == moe::Renormalize::kAfterDrop && config.moe.capacity.drop_in_evaluation) {
+  if (r.renormalize == moe::Renormalize::kAfterDrop && drops)
     return "weights are renormalised after dropping in evaluation";
-  }
   if (r.scaling_factor != 1.0) return "router.scaling_factor is not 1";
   if (r.num_groups != r.top_groups) return "routing is limited to groups";
   if (r.bias_balancing) return "experts have a bias";
@@ -112,7 +103,7 @@ std::optional<std::string> not_plain_router(const ModelConfig& config) {
   if (r.selection != moe::Selection::kTopK && r.selection != moe::Selection::kSinkhorn)
     return "selection is not top-K";
   if (config.moe.shared_expert.kind != moe::SharedExpert::kNone) return "there is a shared expert";
-  if (config.moe.capacity.drop_in_evaluation) return "tokens are dropped in evaluation";
+  if (drops) return "tokens are dropped in evaluation";
   return std::nullopt;
 }
 

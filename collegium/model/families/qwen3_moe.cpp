@@ -16,6 +16,8 @@ ModelConfig parse_qwen3_moe(const HfReader& reader) {
   defaults.norm_eps = 1e-6;
   defaults.moe.num_experts = 128;
   defaults.moe.top_k = 8;
+  require_config(!reader.json().contains("num_key_value_heads") || reader.has("num_key_value_heads"),
+                 "{}: num_key_value_heads = null: must be a whole number", reader.origin());
   ModelConfig c = parse_common(reader, defaults);
   c.moe.ffn_size = reader.get<std::int64_t>("moe_intermediate_size", 768);
   c.dense_ffn_size = reader.get<std::int64_t>("intermediate_size", 6144);
