@@ -12,6 +12,7 @@
 
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
+#include "collegium/base/log.h"
 #include "collegium/base/text.h"
 #include "collegium/model/checkpoint_io.h"
 #include "collegium/model/tensor_io.h"

@@ -113,6 +113,7 @@ def check_text_verbs(model: pathlib.Path, ids: str, data: str) -> None:
 def check_messages(model: pathlib.Path, ids: str, scratch: pathlib.Path) -> None:
     corrupt = scratch / "corrupt"
     shutil.copytree(model, corrupt)
+    shutil.rmtree(corrupt / "training")  # whose manifest would have it that the file was edited
     weights = {key: value.clone() for key, value in load_file(corrupt / "model.safetensors").items()}
     name = "model.layers.1.mlp.experts.3.down_proj.weight"  # of the last rank
     weights[name][1, 2] = float("nan")

@@ -170,10 +170,11 @@ def check_messages(model: str, folder: pathlib.Path, run_file: pathlib.Path) -> 
     for name in ("model.norm.weight", "lm_head.weight"):
         weights[name] = torch.full_like(weights[name], 3e38)
     save_file(weights, huge / "model.safetensors", {"format": "pt"})
-    shown = expect(1, "generation: the logits of token", "generate", "--model", str(huge), "--prompt", "def x")
+    prompt = ["--prompt", "def x", "--max-tokens", "2"]
+    shown = expect(1, "generation: the logits of token", "generate", "--model", str(huge), *prompt)
     assert shown == "", shown
     edited = "huge/model.safetensors is not the file that training wrote: it was edited, or is damaged"
-    expect(1, edited, "generate", "--model", str(huge), "--prompt", "def x")
+    expect(1, edited, "generate", "--model", str(huge), *prompt)
     logits = folder / "logits.safetensors"
     written = ["--logits", str(logits), "--grads", str(folder / "grads.safetensors")]
     expect(1, "eval: the loss is", "eval", "--model", str(huge), "--text", "def x", "--json", *written)

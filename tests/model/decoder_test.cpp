@@ -237,7 +237,8 @@ TEST(Generate, logits_that_are_not_finite_are_an_error_before_any_token) {
   }
   int seen = 0;
   try {
-    generate(decoder, {1, 2, 3}, {.temperature = 0.0, .eos_ids = {}}, [&](std::int64_t) { ++seen; });
+    generate(decoder, {1, 2, 3}, {.max_tokens = 2, .temperature = 0.0, .eos_ids = {}},
+             [&](std::int64_t) { ++seen; });
     FAIL();
   } catch (const ConfigError&) {
     FAIL() << "the user can do nothing about it";
