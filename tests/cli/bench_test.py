@@ -253,7 +253,8 @@ def check_refusals() -> None:
     refuses("--micro 9: must not exceed --sequences = 8", "step", "--micro", "9")
     refuses("--set: needs a run file", "step", "--set", "train.dtype=float32")
     refuses("--sequences 0: must be at least 1", "step", "--sequences", "0")
-    refuses("head_dim = 73: the rotary embedding needs an even number", "step", "--heads", "7")
+    refuses("hidden_size = 512: must be a multiple of num_heads = 7", "step", "--heads", "7")
+    refuses("head_dim = 9: the rotary embedding needs an even number", "step", "--hidden", "63", "--heads", "7")
     refuses("no verb 'layr'; did you mean 'layer'?", "layr")
     refuses("A subcommand is required")
 
