@@ -140,6 +140,12 @@ void write_file_atomically(const std::filesystem::path& path, std::string_view t
   file.commit();
 }
 
+void require_folder_of(const std::filesystem::path& file, std::string_view option) {
+  const std::filesystem::path folder = file.parent_path();
+  require_config(folder.empty() || is_folder(folder), "{} {}: there is no folder {}", option, file.string(),
+                 folder.string());
+}
+
 void sync_folder(const std::filesystem::path& folder) {
   const std::filesystem::path target = folder.empty() ? std::filesystem::path(".") : folder;
   const int descriptor = ::open(target.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);

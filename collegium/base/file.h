@@ -49,6 +49,10 @@ class AtomicFile {
 /// AtomicFile for content that is at hand as one text.
 void write_file_atomically(const std::filesystem::path& path, std::string_view text);
 
+/// What     Refuses to begin what would be written to a folder that is not there; `option` names the file.
+/// Throws   ConfigError naming option, file and folder.
+void require_folder_of(const std::filesystem::path& file, std::string_view option);
+
 /// What     Makes a folder's entries durable (fsync of the folder): call after creating or renaming inside
 ///          it.
 void sync_folder(const std::filesystem::path& folder);

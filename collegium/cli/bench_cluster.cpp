@@ -334,9 +334,7 @@ void run(const ClusterBenchOptions& options) {
   require_config(options.seconds > 0.0, "--seconds {}: must be positive", options.seconds);
   const std::filesystem::path file = options.file;
   require_config(file.extension() == ".toml", "--write {}: must end in .toml", options.file);
-  const std::filesystem::path folder = file.parent_path();
-  require_config(folder.empty() || is_folder(folder), "--write {}: there is no folder {}", options.file,
-                 folder.string());
+  require_folder_of(file, "--write");
   launch(options.launch, [&](const std::shared_ptr<comm::Communicator>& world) {
     plan::Cluster cluster = ClusterBench(*world, options.seconds).measure(file.stem().string());
     cluster.accelerator.step_efficiency = measure_step_efficiency(cluster, world);

@@ -221,16 +221,6 @@ EvalResult evaluate_ids(const EvalArguments& arguments, const LoadedModel& loade
   return result;
 }
 
-// Rank 0 writes what is asked for, at the end.
-void require_folders(const EvalArguments& arguments) {
-  for (const auto& [option, file] :
-       {std::pair{"--logits", &arguments.logits_file}, std::pair{"--grads", &arguments.grads_file}}) {
-    const std::filesystem::path folder = std::filesystem::path(*file).parent_path();
-    require_config(folder.empty() || is_folder(folder), "{} {}: there is no folder {}", option, *file,
-                   folder.string());
-  }
-}
-
 void require_positions(std::int64_t length, const model::ModelConfig& config) {
   require_config(length <= config.max_positions,
                  "eval: sequences of {} tokens: more than the model's "
@@ -304,7 +294,11 @@ void run(const EvalArguments& arguments) {
     require_whole_groups(arguments, ids_BS.size(0), config);
   }
   launch(arguments.launch, [&](const std::shared_ptr<comm::Communicator>& world) {
-    if (world->rank() == 0) require_folders(arguments);
+    // Rank 0 writes, at the end.
+    if (world->rank() == 0) {
+      require_folder_of(arguments.logits_file, "--logits");
+      require_folder_of(arguments.grads_file, "--grads");
+    }
     const LoadedModel loaded = load_model(arguments.model, config, dtype, world);
     const EvalResult result =
         ids_BS.defined() ? evaluate_ids(arguments, loaded, ids_BS) : evaluate_data(arguments, loaded);

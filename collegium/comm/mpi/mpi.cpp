@@ -79,14 +79,16 @@ std::vector<std::int64_t> times(const std::vector<std::int64_t>& rows, std::int6
   return result;
 }
 
+std::int64_t longest_of(const std::vector<std::int64_t>& slice_bytes) {
+  return *std::max_element(slice_bytes.begin(), slice_bytes.end());
+}
+
 // Every rank's slice of all inputs, which that rank reduces, in rank order, part by part.
 struct Reduction {
   std::vector<std::int64_t> slice_bytes;  // of each rank; they follow one another in the input
   char* output = nullptr;                 // where this rank's slice goes
   at::Tensor parts;                       // uint8 [rank, bytes]: what the others hold of the part under way
   int tag = 0;
-
-  std::int64_t longest() const { return *std::max_element(slice_bytes.begin(), slice_bytes.end()); }
 
   std::int64_t part_bytes(int rank, std::int64_t begin) const {
     return std::clamp<std::int64_t>(slice_bytes[static_cast<std::size_t>(rank)] - begin, 0, parts.size(1));
@@ -153,7 +155,8 @@ struct Reduction {
 
 void add_reduction(MpiOperation& operation, Reduction what) {
   const auto reduction = std::make_shared<const Reduction>(std::move(what));
-  if (reduction->longest() > reduction->parts.size(1)) {
+  const std::int64_t longest = longest_of(reduction->slice_bytes);
+  if (longest > reduction->parts.size(1)) {
     operation.add_stage([=](MpiOperation& op) { reduction->announce(op); });
     operation.add_stage([=](MpiOperation& op) { reduction->check_announced(op); });
   }
@@ -162,7 +165,7 @@ void add_reduction(MpiOperation& operation, Reduction what) {
     operation.add_stage([=](MpiOperation& op) { reduction->exchange(op, begin); });
     operation.add_stage([=](MpiOperation& op) { reduction->reduce(op.call(), op.group().rank, begin); });
     begin += reduction->parts.size(1);
-  } while (begin < reduction->longest());
+  } while (begin < longest);
 }
 
 // Where all_reduce cuts: slices of almost equal size.
@@ -285,7 +288,7 @@ class MpiCommunicator final : public Communicator {
   // uses it.
   at::Tensor scratch(const std::vector<std::int64_t>& slice_bytes) {
     const std::int64_t most = kMostScratchBytes / size() / kPartAlignment * kPartAlignment;
-    const std::int64_t part = std::min(*std::max_element(slice_bytes.begin(), slice_bytes.end()), most);
+    const std::int64_t part = std::min(longest_of(slice_bytes), most);
     const std::int64_t bytes = part * size();
     if (!scratch_.defined() || scratch_.numel() < bytes || scratch_.storage().use_count() > 1)
       scratch_ = at::empty({bytes}, at::kByte);
