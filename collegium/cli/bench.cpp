@@ -5,13 +5,10 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/ones_like.h>
-#include <ATen/ops/zeros.h>
 #include <fmt/format.h>
-#include <sched.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -21,11 +18,10 @@
 #include <fstream>
 #include <functional>
 #include <numeric>
-#include <set>
 
 #include "collegium/base/error.h"
-#include "collegium/base/machine.h"
 #include "collegium/cli/verb.h"
+#include "collegium/comm/seats.h"
 #include "collegium/model/tensor_io.h"
 #include "collegium/ops/gemm_peak.h"
 #include "collegium/ops/product.h"
@@ -141,37 +137,16 @@ Spread time_runs(comm::Communicator& world, double budget_s, std::int64_t& runs,
   return spread_of(max_over_ranks(world, seconds));
 }
 
-std::vector<int> ranks_of_this_machine(comm::Communicator& world) {
-  const auto name = static_cast<std::int64_t>(std::hash<std::string>()(machine_name()));
-  const at::Tensor own = at::full({1}, name, at::kLong);
-  const at::Tensor all = at::empty({world.size()}, at::kLong);
-  world.all_gather(own, all).wait();
-  std::vector<int> ranks;
-  for (int rank = 0; rank < world.size(); ++rank) {
-    if (all[rank].item<std::int64_t>() == name) ranks.push_back(rank);
-  }
-  return ranks;
-}
-
 namespace {
 
 // Whether the threads of this machine's ranks are more than the cores that they may run on.
 bool ranks_share_cores(comm::Communicator& world) {
-  const at::Tensor own = at::zeros({1, CPU_SETSIZE}, at::kLong);
-  for (const ops::ThreadBinding& binding : ops::thread_bindings()) {
-    for (const int core : binding.cores) own.mutable_data_ptr<std::int64_t>()[core] = 1;
-  }
-  const at::Tensor all = at::empty({world.size(), CPU_SETSIZE}, at::kLong);
-  world.all_gather(own, all).wait();
-  const std::vector<int> ranks = ranks_of_this_machine(world);
-  std::set<int> cores;
-  for (const int rank : ranks) {
-    const auto* row = all.const_data_ptr<std::int64_t>() + std::int64_t{rank} * CPU_SETSIZE;
-    for (int core = 0; core < CPU_SETSIZE; ++core) {
-      if (row[core] != 0) cores.insert(core);
-    }
-  }
-  return ranks.size() * static_cast<std::size_t>(at::get_num_threads()) > cores.size();
+  std::vector<int> cores;
+  for (const ops::ThreadBinding& binding : ops::thread_bindings())
+    cores.insert(cores.end(), binding.cores.begin(), binding.cores.end());
+  const comm::Seats seats(world, cores);
+  const auto ranks = static_cast<int>(seats.neighbours().size());
+  return ranks * at::get_num_threads() > seats.num_cores();
 }
 
 }  // namespace

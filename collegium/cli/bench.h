@@ -51,10 +51,6 @@ double resident_bytes();
 /// What     Whether the ranks are threads of one process.
 /// Comm     one all_reduce.
 bool ranks_share_a_process(comm::Communicator& world);
-/// What     The ranks on this rank's machine, ascending; by its name and not by node, which an emulated
-///          network makes up.
-/// Comm     one all_gather.
-std::vector<int> ranks_of_this_machine(comm::Communicator& world);
 /// What     How often to repeat what takes rank 0 `once_s` to fill its budget; the same on all ranks.
 std::int64_t agree_on_runs(comm::Communicator& world, double once_s, double budget_s, std::int64_t least);
 
@@ -65,7 +61,7 @@ Spread time_runs(comm::Communicator& world, double budget_s, std::int64_t& runs,
 
 /// What     The GEMM peaks of all ranks, measured at the same time and added, FLOP/s. Where ranks share
 ///          cores, the mean rates.
-/// Comm     two all_gathers, one all_reduce.
+/// Comm     one all_gather, one all_reduce.
 double gemm_peak_of_all_ranks(comm::Communicator& world, at::ScalarType dtype);
 
 /// How experts are reached. What is left at its default keeps the value of a run file.

@@ -10,10 +10,12 @@
 #include <functional>
 
 #include "collegium/base/error.h"
+#include "collegium/base/machine.h"
 #include "collegium/base/units.h"
 #include "collegium/cli/bench.h"
 #include "collegium/cli/launch.h"
 #include "collegium/cli/progress.h"
+#include "collegium/comm/seats.h"
 
 namespace collegium::cli {
 
@@ -138,12 +140,24 @@ void print_rows(const std::vector<CommRow>& rows, int ranks) {
   }
 }
 
+void require_memory(const CommBenchOptions& options, comm::Communicator& world) {
+  constexpr double kBuffers = 5.0;
+  const auto ranks = static_cast<double>(comm::Seats(world).neighbours().size());
+  const double most_mib = machine_memory_bytes() / kMib / kBuffers / ranks;
+  require_config(
+      options.max_mib <= most_mib,
+      "--max-mib {}: must be at most {:.0f}: {} ranks of this machine hold {} buffers each, and it "
+      "has {}",
+      options.max_mib, most_mib, ranks, kBuffers, format_bytes(machine_memory_bytes()));
+}
+
 void run(const CommBenchOptions& options) {
   constexpr double kLeastMib = static_cast<double>(kSmallest) / kMib;
   require_config(options.max_mib >= kLeastMib, "--max-mib {}: must be at least {}, the smallest buffer",
                  options.max_mib, kLeastMib);
   require_config(options.seconds > 0.0, "--seconds {}: must be positive", options.seconds);
   launch(options.launch, [&](const std::shared_ptr<comm::Communicator>& world) {
+    require_memory(options, *world);
     const std::vector<CommRow> rows = measure(options, *world);
     if (world->rank() != 0) return;
     if (options.json) {

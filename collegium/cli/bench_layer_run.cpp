@@ -11,6 +11,8 @@
 #include <set>
 
 #include "collegium/base/error.h"
+#include "collegium/base/machine.h"
+#include "collegium/base/units.h"
 #include "collegium/cli/bench_floor.h"
 #include "collegium/cli/bench_layer.h"
 #include "collegium/cli/progress.h"
@@ -54,6 +56,7 @@ class LayerBench {
         transport_(parallel::make_transport(groups_, options.parallel)),
         dtype_(model::parse_dtype(options.dtype, "--dtype")) {
     place_tokens();
+    require_memory();
     make_tensors();
   }
 
@@ -84,6 +87,24 @@ class LayerBench {
     first_token_ = std::accumulate(shares.begin(), rank, std::int64_t{0});
     num_tokens_ = *rank;
     shape_ = {.num_experts = options_.experts, .top_k = options_.top_k, .num_ranks = groups_.ep->size()};
+  }
+
+  // At least what is there while a layer runs: inputs, weights and their gradients, and rows between the
+  // products.
+  void require_memory() const {
+    const auto tokens = static_cast<double>(num_tokens_);
+    const auto hidden = static_cast<double>(options_.hidden);
+    const auto ffn = static_cast<double>(options_.ffn);
+    const auto local = static_cast<double>(groups_.placement.count(groups_.ep->rank()));
+    const double values = 4.0 * tokens * hidden + 2.0 * 3.0 * local * hidden * ffn +
+                          tokens * static_cast<double>(options_.top_k) * (hidden + 3.0 * ffn);
+    const double bytes = values * static_cast<double>(c10::elementSize(dtype_));
+    require_config(
+        bytes <= machine_memory_bytes(),
+        "bench layer: rank {} needs at least {} for {} tokens x {} and {} experts of width {}; this "
+        "machine has {}",
+        world_->rank(), format_bytes(bytes), num_tokens_, options_.hidden, local, options_.ffn,
+        format_bytes(machine_memory_bytes()));
   }
 
   void make_tensors() {

@@ -10,6 +10,7 @@
 #include "collegium/base/error.h"
 #include "collegium/base/units.h"
 #include "collegium/cli/bench.h"
+#include "collegium/cli/signals.h"
 #include "collegium/data/dataset.h"
 #include "collegium/model/tensor_io.h"
 
@@ -204,6 +205,7 @@ void run(const StepBenchOptions& options) {
   LaunchOptions launch_options = options.launch;
   if (launch_options.threads == 0) launch_options.threads = config.train.threads;
   launch(launch_options, [&](const std::shared_ptr<comm::Communicator>& world) {
+    remove_temporary_folders_on_signals();
     const StepBenchResult result = run_step_bench(config, options.seconds, world);
     if (world->rank() != 0) return;
     if (options.json) {

@@ -1,21 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <ATen/Parallel.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <filesystem>
 #include <memory>
 #include <utility>
 
+#include "collegium/base/error.h"
+#include "collegium/base/machine.h"
 #include "collegium/base/rng.h"
+#include "collegium/base/units.h"
 #include "collegium/cli/bench_step.h"
 #include "collegium/cli/progress.h"
 #include "collegium/data/made_corpus.h"
 #include "collegium/model/account.h"
 #include "collegium/model/tensor_io.h"
 #include "collegium/ops/arena.h"
+#include "collegium/train/machine_folder.h"
 #include "collegium/train/trainer.h"
 
 namespace collegium::cli {
@@ -32,6 +34,12 @@ constexpr std::array kPhases = {"plan",   "dispatch", "combine", "combine backwa
 // Enough for some steps; an epoch after the other if there are more.
 void write_random_corpus(const fs::path& folder, const train::RunConfig& config) {
   constexpr std::int64_t kSteps = 4;
+  const double bytes = sizeof(std::int64_t) * static_cast<double>(kSteps * config.batch.global_batch) *
+                       static_cast<double>(config.data.sequence_length + 1);
+  require_config(bytes <= machine_memory_bytes(),
+                 "bench step: {} sequences of {} tokens: {} steps of them take {}, this machine has {}",
+                 config.batch.global_batch, config.data.sequence_length, kSteps, format_bytes(bytes),
+                 format_bytes(machine_memory_bytes()));
   const std::int64_t count = kSteps * config.batch.global_batch * (config.data.sequence_length + 1);
   const RandomStream random(1, "bench/tokens");
   std::vector<std::int64_t> ids;
@@ -43,37 +51,6 @@ void write_random_corpus(const fs::path& folder, const train::RunConfig& config)
   data::prepare_made_corpus(folder, {{.name = "random", .ids = std::move(ids)}}, config.model.vocab_size,
                             0.05);
 }
-
-// A folder per machine, which its first rank fills and removes and all its ranks read: the tokens are the
-// same on all.
-class CorpusFolder {
- public:
-  CorpusFolder(const train::RunConfig& config, const std::shared_ptr<comm::Communicator>& world)
-      : world_(world) {
-    const at::Tensor pid = at::scalar_tensor(static_cast<std::int64_t>(::getpid()), at::kLong);
-    world_->broadcast(pid, 0).wait();
-    path_ = fs::temp_directory_path() / fmt::format("collegium-bench-{}", pid.item<std::int64_t>());
-    writes_ = world_->rank() == ranks_of_this_machine(*world_).front();
-    if (writes_) {
-      fs::create_directories(path_);
-      write_random_corpus(path_, config);
-    }
-    world_->barrier();
-  }
-  ~CorpusFolder() {
-    std::error_code ignored;
-    if (writes_) fs::remove_all(path_, ignored);
-  }
-  CorpusFolder(const CorpusFolder&) = delete;
-  CorpusFolder& operator=(const CorpusFolder&) = delete;
-
-  fs::path data() const { return path_ / "data"; }
-
- private:
-  std::shared_ptr<comm::Communicator> world_;
-  fs::path path_;
-  bool writes_ = false;
-};
 
 // Of all processes, which ranks that are threads share. Every rank has read `own` when one returns.
 double over_processes(comm::Communicator& world, double own) {
@@ -211,8 +188,10 @@ class StepBench {
 
 StepBenchResult run_step_bench(train::RunConfig config, double seconds,
                                const std::shared_ptr<comm::Communicator>& world) {
-  auto folder = std::make_unique<CorpusFolder>(config, world);
-  config.data.path = folder->data().string();
+  // The tokens are the same on all machines.
+  auto folder = std::make_unique<train::MachineFolder>(
+      world, "collegium-bench", [&](const fs::path& path) { write_random_corpus(path, config); });
+  config.data.path = (folder->path() / "data").string();
   StepBench bench(config, world);
   // The ranks have mapped it: without its names, an interrupted measurement leaves nothing behind.
   world->barrier();

@@ -236,12 +236,17 @@ void require_whole_groups(const EvalArguments& arguments, std::int64_t sequences
                  given_tokens(arguments), sequences, unit);
 }
 
-EvalResult evaluate_data(const EvalArguments& arguments, const LoadedModel& loaded) {
-  const data::Dataset dataset(arguments.data);
-  const model::ModelConfig& config = loaded.decoder.config();
+data::Dataset open_data(const EvalArguments& arguments, const model::ModelConfig& config) {
+  require_positions(arguments.sequence_length, config);
+  data::Dataset dataset(arguments.data);
   train::check_vocabulary(dataset, config);
   if (!arguments.any_tokenizer) data::require_same_tokenizer(dataset, arguments.model, "--any-tokenizer");
-  require_positions(arguments.sequence_length, config);
+  return dataset;
+}
+
+EvalResult evaluate_data(const EvalArguments& arguments, const data::Dataset& dataset,
+                         const LoadedModel& loaded) {
+  const model::ModelConfig& config = loaded.decoder.config();
   const train::ValidationShape shape{.sequence_length = arguments.sequence_length,
                                      .max_sequences = arguments.max_sequences,
                                      .mask_documents = arguments.mask_documents};
@@ -283,6 +288,8 @@ void run(const EvalArguments& arguments) {
   require_config(given == 1, "eval: give either --input or --data, or a text by --text or --file");
   require_config(arguments.data.empty() || (arguments.logits_file.empty() && arguments.grads_file.empty()),
                  "eval: --logits and --grads need --input, --text or --file");
+  require_config(arguments.logits_file.empty() || arguments.logits_file != arguments.grads_file,
+                 "eval: --logits and --grads both name {}", arguments.logits_file);
   const at::ScalarType dtype = model::parse_dtype(arguments.dtype, "--dtype");
   const model::ModelConfig config = model::read_model_config(arguments.model);
   model::validate(config, /*training=*/false);
@@ -293,6 +300,8 @@ void run(const EvalArguments& arguments) {
     require_positions(ids_BS.size(1), config);
     require_whole_groups(arguments, ids_BS.size(0), config);
   }
+  std::optional<data::Dataset> dataset;
+  if (!arguments.data.empty()) dataset.emplace(open_data(arguments, config));
   launch(arguments.launch, [&](const std::shared_ptr<comm::Communicator>& world) {
     // Rank 0 writes, at the end.
     if (world->rank() == 0) {
@@ -301,7 +310,7 @@ void run(const EvalArguments& arguments) {
     }
     const LoadedModel loaded = load_model(arguments.model, config, dtype, world);
     const EvalResult result =
-        ids_BS.defined() ? evaluate_ids(arguments, loaded, ids_BS) : evaluate_data(arguments, loaded);
+        dataset ? evaluate_data(arguments, *dataset, loaded) : evaluate_ids(arguments, loaded, ids_BS);
     if (world->rank() == 0) print(arguments, result);
   });
 }

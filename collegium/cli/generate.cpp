@@ -118,7 +118,9 @@ void add_generate(CLI::App& app) {
       ->capture_default_str();
   verb->add_option("--top-p", arguments->sampling.top_p, "sample from the smallest set with this probability")
       ->capture_default_str();
-  verb->add_option("--seed", arguments->sampling.seed, "of the sampling")->capture_default_str();
+  verb->add_option("--seed", arguments->sampling.seed, "of the sampling")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   verb->add_option("--dtype", arguments->dtype, "float64, float32 or bfloat16")->capture_default_str();
   verb->add_flag("--json", arguments->json, "print one JSON object");
   add_launch_options(*verb, arguments->launch);

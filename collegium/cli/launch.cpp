@@ -2,12 +2,10 @@
 #include "collegium/cli/launch.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <array>
 #include <cstdlib>
 
 #include "collegium/base/error.h"
@@ -17,50 +15,17 @@
 #include "collegium/comm/launcher.h"
 #include "collegium/comm/local/local.h"
 #include "collegium/comm/mpi/mpi.h"
+#include "collegium/comm/seats.h"
 #include "collegium/ops/threads.h"
 
 namespace collegium::cli {
 
 namespace {
 
-// A rank's machine and the cores it may run on there, as a message: the machine's number, then one bit per
-// core.
-constexpr int kCoreWords = 16;
-using Seat = std::array<std::int64_t, 1 + kCoreWords>;
-
-Seat own_seat(const std::vector<int>& cores) {
-  Seat seat{};
-  seat[0] = static_cast<std::int64_t>(std::hash<std::string>()(machine_name()));
-  for (const int core : cores) {
-    const auto bit = static_cast<std::size_t>(core);
-    if (bit / 64 < kCoreWords) seat[1 + bit / 64] |= std::int64_t{1} << (bit % 64);
-  }
-  return seat;
-}
-
-// Ranks of one machine with the same cores share them: this rank's place among them, and how many they are.
-// So where a launcher gave every rank, or every socket, cores of its own, they are kept.
-std::pair<int, int> place_among_sharers(comm::Communicator& world, const std::vector<int>& cores) {
-  const Seat own = own_seat(cores);
-  const auto width = static_cast<std::int64_t>(own.size());
-  const at::Tensor mine = at::empty({1, width}, at::kLong);
-  std::copy(own.begin(), own.end(), mine.mutable_data_ptr<std::int64_t>());
-  const at::Tensor all = at::empty({world.size(), width}, at::kLong);
-  world.all_gather(mine, all).wait();
-  int place = 0;
-  int count = 0;
-  for (int rank = 0; rank < world.size(); ++rank) {
-    const auto* seat = all.const_data_ptr<std::int64_t>() + rank * width;
-    if (!std::equal(own.begin(), own.end(), seat)) continue;
-    if (rank < world.rank()) ++place;
-    ++count;
-  }
-  return {place, count};
-}
-
 void prepare_threads(comm::Communicator& world, const LaunchOptions& options, int default_threads) {
   const std::vector<int> cores = ops::allowed_cores();
-  const auto [place, count] = place_among_sharers(world, cores);
+  // Where a launcher gave every rank, or every socket, cores of its own, they are kept.
+  const auto [place, count] = comm::Seats(world, cores).place_among_sharers();
   // NOLINTNEXTLINE(concurrency-mt-unsafe): nothing here changes the environment
   const bool user_chose = options.threads > 0 || std::getenv("OMP_NUM_THREADS") != nullptr;
   int threads = options.threads > 0 ? static_cast<int>(options.threads) : default_threads;

@@ -26,6 +26,7 @@ namespace {
 
 constexpr int kFailed = 1;
 constexpr int kWrongUsage = 2;
+constexpr const char* kOutOfMemory = "out of memory: these sizes are too large for this machine";
 
 // Which rank of a launcher's world this process is.
 int launched_rank() {
@@ -115,9 +116,11 @@ int run(int argc, char** argv) {
   } catch (const collegium::comm::NoAnswer& error) {
     fail(error.what(), kFailed, std::max<std::size_t>(error.num_missing(), 1) - 1);
   } catch (const c10::Error& error) {
+    if (std::string(error.what_without_backtrace()).find("can't allocate memory") != std::string::npos)
+      fail(kOutOfMemory, kFailed);
     fail(fmt::format("internal error: {}", error.what_without_backtrace()), kFailed);
   } catch (const std::bad_alloc&) {
-    fail("out of memory: these sizes are too large for this machine", kFailed);
+    fail(kOutOfMemory, kFailed);
   } catch (const std::exception& error) {
     fail(error.what(), kFailed);
   }

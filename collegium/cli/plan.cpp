@@ -7,6 +7,7 @@
 #include <array>
 #include <iterator>
 #include <memory>
+#include <optional>
 
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
@@ -30,7 +31,7 @@ struct PlanArguments {
   std::string precision = "bf16";
   std::string layout;
   double seq_len = 4096;
-  double global_batch = 0;
+  std::optional<double> global_batch;
   double imbalance = 1.0;
   int gpus = 0;
   std::size_t top = 20;
@@ -84,9 +85,9 @@ void check_combination(const CLI::App& verb) {
 }
 
 plan::Workload workload(const PlanArguments& a) {
-  require_config(a.global_batch != 0.0, "--global-batch is missing: sequences of an optimizer step");
+  require_config(a.global_batch.has_value(), "--global-batch is missing: sequences of an optimizer step");
   plan::Workload work{.seq_len = a.seq_len,
-                      .global_batch = a.global_batch,
+                      .global_batch = *a.global_batch,
                       .precision = a.precision,
                       .imbalance = a.imbalance};
   plan::check_workload(work, "--");

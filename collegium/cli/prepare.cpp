@@ -8,6 +8,7 @@
 
 #include "collegium/base/log.h"
 #include "collegium/base/units.h"
+#include "collegium/cli/signals.h"
 #include "collegium/cli/verb.h"
 
 namespace collegium::cli {
@@ -47,6 +48,7 @@ Json summary_json(const data::PrepareSummary& summary, const std::string& out) {
 }
 
 void run(PrepareArguments& arguments) {
+  remove_temporary_folders_on_signals();
   data::PrepareOptions& options = arguments.options;
   options.out = arguments.out;
   options.tokenizer = arguments.tokenizer;

@@ -1,7 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/cli/signals.h"
 
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <array>
+#include <chrono>
 #include <csignal>
+#include <mutex>
+#include <thread>
+
+#include "collegium/base/error.h"
+#include "collegium/base/temporary_folder.h"
 
 namespace collegium::cli {
 
@@ -17,6 +27,33 @@ void on_signal(int signal) {
   requested = 1;
 }
 
+// A handler may not remove files; a thread that waits for its message may.
+std::array<int, 2> signal_pipe = {-1, -1};
+
+void pass_on(int signal) {
+  if (::write(signal_pipe[1], &signal, sizeof(signal)) < 0) ::_exit(1);
+}
+
+void end_after_removal() {
+  int signal = 0;
+  while (::read(signal_pipe[0], &signal, sizeof(signal)) != sizeof(signal)) {
+  }
+  // mpirun ends all ranks as soon as one has ended: that is not to be one with nothing to do.
+  constexpr std::chrono::milliseconds kOthers{300};
+  if (!TemporaryFolder::remove_all()) std::this_thread::sleep_for(kOthers);
+  std::signal(signal, SIG_DFL);
+  ::kill(::getpid(), signal);
+}
+
+void start_removal_thread() {
+  if (::pipe2(signal_pipe.data(), O_CLOEXEC) != 0) throw Error("cannot make a pipe for signals");
+  std::thread(end_after_removal).detach();
+  struct sigaction action{};
+  action.sa_handler = pass_on;
+  action.sa_flags = SA_RESTART;
+  for (const int signal : {SIGINT, SIGTERM, SIGUSR1}) sigaction(signal, &action, nullptr);
+}
+
 }  // namespace
 
 void install_stop_signals() {
@@ -28,5 +65,10 @@ void install_stop_signals() {
 }
 
 bool stop_requested() { return requested != 0; }
+
+void remove_temporary_folders_on_signals() {
+  static std::once_flag started;
+  std::call_once(started, start_removal_thread);
+}
 
 }  // namespace collegium::cli

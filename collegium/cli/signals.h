@@ -10,4 +10,8 @@ namespace collegium::cli {
 void install_stop_signals();
 bool stop_requested();
 
+/// What     From now on SIGINT, SIGTERM and SIGUSR1 end the process only after its temporary folders
+///          (base/temporary_folder.h) are removed. Calls after the first do nothing.
+void remove_temporary_folders_on_signals();
+
 }  // namespace collegium::cli

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <optional>
 
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
@@ -23,7 +24,7 @@ struct SimulateArguments {
   std::string trace;
   std::string routing;
   double seq_len = 4096;
-  double global_batch = 0;
+  std::optional<double> global_batch;
   double skew = 0.0;
   std::uint64_t seed = 0;
   bool schedules = false;
@@ -36,7 +37,7 @@ struct Outcome {
 };
 
 Outcome run_one(const SimulateArguments& a, const plan::ModelSpec& model, plan::Layout layout) {
-  const plan::Workload work{.seq_len = a.seq_len, .global_batch = a.global_batch, .precision = a.precision};
+  const plan::Workload work{.seq_len = a.seq_len, .global_batch = *a.global_batch, .precision = a.precision};
   if (const auto reason = plan::forbidden(model, layout, work))
     throw ConfigError(fmt::format("--layout: {}", *reason));
   const plan::Cluster cluster = plan::load_cluster(a.cluster);
@@ -70,7 +71,8 @@ std::vector<Outcome> run_all(const SimulateArguments& a) {
   for (const auto& [name, schedule] : EnumNames<plan::Schedule>::names) {
     layout.schedule = schedule;
     layout.virtual_stages = schedule == plan::Schedule::kInterleaved ? std::max(2, virtual_stages) : 1;
-    const plan::Workload work{.seq_len = a.seq_len, .global_batch = a.global_batch, .precision = a.precision};
+    const plan::Workload work{
+        .seq_len = a.seq_len, .global_batch = *a.global_batch, .precision = a.precision};
     if (const auto reason = plan::forbidden(model, layout, work)) {
       fmt::print(stderr, "{} left out: {}\n", name, *reason);
       continue;
@@ -99,9 +101,9 @@ void print(const Outcome& o) {
 }
 
 void run_simulate(const SimulateArguments& a) {
-  require_config(a.global_batch != 0.0, "--global-batch is missing: sequences of an optimizer step");
+  require_config(a.global_batch.has_value(), "--global-batch is missing: sequences of an optimizer step");
   plan::check_workload(
-      {.seq_len = a.seq_len, .global_batch = a.global_batch, .precision = a.precision, .imbalance = 1.0},
+      {.seq_len = a.seq_len, .global_batch = *a.global_batch, .precision = a.precision, .imbalance = 1.0},
       "--");
   require_config(a.skew == 0.0 || a.routing.empty(), "--skew and --routing: give one of them");
   require_config(std::isfinite(a.skew) && a.skew >= 0.0, "--skew = {}: must be finite and not negative",
@@ -113,8 +115,8 @@ void run_simulate(const SimulateArguments& a) {
     for (const Outcome& o : all) list.push_back(outcome_json(o));
     fmt::print("{}\n", list.dump());
   } else {
-    fmt::print("{} on {}, {} sequences of {} positions, products in {}\n", a.model, a.cluster, a.global_batch,
-               a.seq_len, a.precision);
+    fmt::print("{} on {}, {} sequences of {} positions, products in {}\n", a.model, a.cluster,
+               *a.global_batch, a.seq_len, a.precision);
     for (const Outcome& o : all) print(o);
     fmt::print("digits: forward passes, letters: backward, +: weight gradients apart, dots: idle\n");
   }

@@ -10,6 +10,7 @@
 #include "collegium/base/error.h"
 #include "collegium/base/units.h"
 #include "collegium/cli/launch.h"
+#include "collegium/cli/signals.h"
 #include "collegium/cli/verb.h"
 
 namespace collegium::cli {
@@ -56,6 +57,7 @@ void run(const VerifyArguments& arguments) {
   options.ranks_per_node = pretended_ranks_per_node(options);
   options.threads = 1;
   launch(options, [&](const std::shared_ptr<comm::Communicator>& world) {
+    remove_temporary_folders_on_signals();
     const auto start = std::chrono::steady_clock::now();
     train::VerifyRequest request{.config = {}, .steps = arguments.steps, .on_row = {}};
     if (!arguments.config.empty())

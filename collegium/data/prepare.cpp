@@ -14,6 +14,7 @@
 #include "collegium/base/file.h"
 #include "collegium/base/rng.h"
 #include "collegium/base/safetensors.h"
+#include "collegium/base/temporary_folder.h"
 #include "collegium/base/units.h"
 #include "collegium/data/tokenizer.h"
 
@@ -215,32 +216,6 @@ void write_folder(const fs::path& folder, Tokens& tokens) {
   write_file_atomically(folder / "dataset.json", write_fields(tokens.index).dump(1));
 }
 
-// A folder under a temporary name, removed unless it was moved to its final one.
-class TemporaryFolder {
- public:
-  explicit TemporaryFolder(const fs::path& final_path) : final_(final_path), path_(final_path) {
-    path_ += fmt::format(".tmp-{}", ::getpid());
-    std::error_code code;
-    fs::create_directories(path_, code);
-    if (code) throw Error(fmt::format("cannot create {}: {}", path_.string(), code.message()));
-  }
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    if (!path_.empty()) fs::remove_all(path_, ignored);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-  const fs::path& path() const { return path_; }
-  void move_to_final() {
-    replace_folder(path_, final_);
-    path_.clear();
-  }
-
- private:
-  fs::path final_;
-  fs::path path_;
-};
-
 }  // namespace
 
 PrepareSummary prepare(const PrepareOptions& options,
@@ -251,7 +226,8 @@ PrepareSummary prepare(const PrepareOptions& options,
   Corpus corpus;
   if (!options.texts.empty()) corpus = find_texts(options.texts);
   summary.num_skipped = corpus.num_skipped;
-  TemporaryFolder folder(options.out.filename().empty() ? options.out.parent_path() : options.out);
+  const fs::path out = options.out.filename().empty() ? options.out.parent_path() : options.out;
+  TemporaryFolder folder(fmt::format("{}.tmp-{}", out.string(), ::getpid()));
   if (!options.texts.empty()) {
     const fs::path model_file = folder.path() / "tokenizer.model";
     if (options.tokenizer.empty()) {
@@ -273,7 +249,7 @@ PrepareSummary prepare(const PrepareOptions& options,
   require_tokens(tokens.index);
   tokens.index.unigram_entropy = unigram_entropy(tokens);
   write_folder(folder.path(), tokens);
-  folder.move_to_final();
+  folder.move_to(out);
   summary.index = tokens.index;
   return summary;
 }

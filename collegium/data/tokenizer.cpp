@@ -36,6 +36,14 @@ void refuse_other_kinds(const fs::path& directory) {
       directory.string()));
 }
 
+// SentencePiece's words without the place in its sources and the condition there:
+// "Internal: src/file.cc(12) [(a) <= (b)] What it says."
+std::string reason_of(const std::string& status) {
+  const std::size_t place = status.find(".cc(");
+  const std::size_t end = place == std::string::npos ? place : status.find("] ", place);
+  return end == std::string::npos ? status : status.substr(end + 2);
+}
+
 class LineIterator : public sentencepiece::SentenceIterator {
  public:
   explicit LineIterator(TrainingLines& lines) : lines_(lines) {}
@@ -64,7 +72,7 @@ Tokenizer Tokenizer::load(const fs::path& model_file_or_directory) {
   auto impl = std::make_unique<Impl>();
   const std::string content = read_file(file);
   const auto status = impl->processor.LoadFromSerializedProto(content);
-  require_config(status.ok(), "{}: not a SentencePiece model: {}", file.string(), status.ToString());
+  require_config(status.ok(), "{}: not a SentencePiece model", file.string());
   impl->checksum = collegium::checksum(std::as_bytes(std::span(content.data(), content.size())));
   return Tokenizer(std::move(impl));
 }
@@ -126,7 +134,7 @@ void train_tokenizer(const Corpus& corpus, std::int64_t vocab_size, const fs::pa
   std::size_t num_files = 0;
   for (const Corpus::Domain& domain : corpus.domains) num_files += domain.files.size();
   require_config(status.ok(), "cannot train a tokenizer of vocab_size = {} on {} files: {}", vocab_size,
-                 num_files, status.ToString());
+                 num_files, reason_of(status.ToString()));
   write_file_atomically(model_file, model);
 }
 

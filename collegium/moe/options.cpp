@@ -23,6 +23,8 @@ void validate_sizes(const MoeOptions& o, const std::string& path) {
   require_config(shared.kind == SharedExpert::kNone || shared.ffn_size >= 1,
                  "{}.shared_expert.ffn_size = {}: must be at least 1 for kind = \"{}\"", path,
                  shared.ffn_size, enum_name(shared.kind));
+  require_config(shared.kind != SharedExpert::kNone || shared.ffn_size == 0,
+                 "{}.shared_expert.ffn_size = {}: has no effect with kind = \"none\"", path, shared.ffn_size);
   require_config(shared.ffn_size < kMaxWidth, "{}.shared_expert.ffn_size = {}: must be below 2^31", path,
                  shared.ffn_size);
 }

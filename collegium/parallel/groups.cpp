@@ -55,7 +55,9 @@ int resolve_ep(const ParallelOptions& options, int num_ranks, std::int64_t num_e
 
 void validate(const ParallelOptions& o) {
   require_config(o.ep >= 0, "parallel.ep = {}: must not be negative (0 = chosen)", o.ep);
-  require_config(o.overlap.chunks >= 1, "parallel.overlap.chunks = {}: must be at least 1", o.overlap.chunks);
+  constexpr std::int64_t kMostChunks = 256;
+  require_config(o.overlap.chunks >= 1 && o.overlap.chunks <= kMostChunks,
+                 "parallel.overlap.chunks = {}: must lie between 1 and {}", o.overlap.chunks, kMostChunks);
   require_config(o.bucket_mib > 0.0, "parallel.bucket_mib = {}: must be positive", o.bucket_mib);
 }
 

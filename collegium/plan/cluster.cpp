@@ -99,14 +99,14 @@ std::vector<std::string> cluster_names() {
   return names;
 }
 
-Cluster load_cluster(const std::string& name_or_path) {
+Cluster load_cluster(const std::string& name_or_path, std::string_view field) {
   for (const EmbeddedFile& file : embedded_clusters()) {
     if (file.name == name_or_path) return parse_cluster(file.text, fmt::format("cluster {}", name_or_path));
   }
   if (!path_exists(name_or_path)) {
     const std::vector<std::string> names = cluster_names();
     const auto nearest = nearest_name(name_or_path, names);
-    throw ConfigError(fmt::format("--cluster {}: neither a cluster of the catalogue nor a file{}; known: {}",
+    throw ConfigError(fmt::format("{} {}: neither a cluster of the catalogue nor a file{}; known: {}", field,
                                   name_or_path, nearest ? fmt::format(" (did you mean {}?)", *nearest) : "",
                                   fmt::join(names, ", ")));
   }

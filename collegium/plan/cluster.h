@@ -121,10 +121,10 @@ void describe(Fields& fields, Cluster& c) {
   fields("slow_link", c.slow_link, "between domains");
 }
 
-/// What     A cluster by its name in the catalogue or from a TOML file.
+/// What     A cluster by its name in the catalogue or from a TOML file; `field` is what named it.
 /// Throws   ConfigError: unknown name (with the nearest), unknown key, or a figure that is not a positive
 ///          number.
-Cluster load_cluster(const std::string& name_or_path);
+Cluster load_cluster(const std::string& name_or_path, std::string_view field = "--cluster");
 /// The same from TOML text at hand; `origin` names it in messages.
 Cluster parse_cluster(std::string_view text, const std::string& origin);
 /// What     Names of the catalogue, sorted.

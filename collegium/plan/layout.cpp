@@ -3,6 +3,7 @@
 
 #include <charconv>
 #include <cmath>
+#include <map>
 #include <vector>
 
 #include "collegium/base/error.h"
@@ -167,7 +168,7 @@ bool read_name(const std::string& part, E& value) {
   return false;
 }
 
-bool read_number(const std::string& part, Layout& l) {
+std::string_view read_number(const std::string& part, Layout& l) {
   // Longer keys first: "etp" ends in "tp".
   const std::pair<std::string_view, int*> keys[] = {
       {"etp", &l.etp},           {"ep", &l.ep}, {"tp", &l.tp},         {"cp", &l.cp}, {"pp", &l.pp},
@@ -175,29 +176,40 @@ bool read_number(const std::string& part, Layout& l) {
   for (const auto& [key, target] : keys) {
     if (const auto value = number_after(part, key)) {
       *target = *value;
-      return true;
+      return key;
     }
   }
   if (const auto value = number_after(part, "zero")) {
     require_config(*value >= 0 && *value <= 3, "layout part {}: ZeRO stages are 0 to 3", part);
     l.zero = static_cast<Zero>(*value);
-    return true;
+    return "zero";
   }
-  return false;
+  return {};
+}
+
+// Puts what a part says into `l`. Returns what it is about.
+std::string_view read_part(const std::string& part, Layout& l) {
+  if (const std::string_view key = read_number(part, l); !key.empty()) return key;
+  if (read_name(part, l.dispatcher)) return "dispatcher";
+  if (read_name(part, l.schedule)) return "schedule";
+  try {
+    l.recompute = parse_recompute(part);
+  } catch (const ConfigError&) {
+    throw ConfigError(
+        fmt::format("layout part {}: write parts such as tp2.pp4.dp8.ep8.zero1.mb1.full.a2a.1f1b", part));
+  }
+  return "recompute";
 }
 
 }  // namespace
 
 Layout parse_layout(const std::string& text) {
   Layout l;
+  std::map<std::string_view, std::string> read;
   for (const std::string& part : split(text, '.')) {
-    if (read_number(part, l) || read_name(part, l.dispatcher) || read_name(part, l.schedule)) continue;
-    try {
-      l.recompute = parse_recompute(part);
-    } catch (const ConfigError&) {
-      throw ConfigError(
-          fmt::format("layout part {}: write parts such as tp2.pp4.dp8.ep8.zero1.mb1.full.a2a.1f1b", part));
-    }
+    const auto [former, is_first] = read.emplace(read_part(part, l), part);
+    require_config(is_first, "layout {}: both {} and {} say its {}", text, former->second, part,
+                   former->first);
   }
   // With virtual stages 1F1B is the interleaved schedule.
   if (l.virtual_stages > 1 && l.schedule == Schedule::k1F1B) l.schedule = Schedule::kInterleaved;

@@ -188,7 +188,7 @@ void validate(const RunConfig& c) {
   validate_capacity(c);
   validate_batch(c);
   parallel::validate(c.parallel);
-  if (!c.planner.cluster.empty()) plan::load_cluster(c.planner.cluster);
+  if (!c.planner.cluster.empty()) plan::load_cluster(c.planner.cluster, "planner.cluster =");
 }
 
 }  // namespace

@@ -3,7 +3,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/scalar_tensor.h>
-#include <unistd.h>
 
 #include <cmath>
 
@@ -11,6 +10,7 @@
 #include "collegium/comm/local/local.h"
 #include "collegium/data/dataset.h"
 #include "collegium/model/tensor_io.h"
+#include "collegium/train/machine_folder.h"
 #include "collegium/train/verify_cases.h"
 
 namespace collegium::train {
@@ -18,33 +18,6 @@ namespace collegium::train {
 namespace {
 
 namespace fs = std::filesystem;
-
-// A folder that rank 0 makes and removes, and all ranks see.
-class SharedFolder {
- public:
-  explicit SharedFolder(const std::shared_ptr<comm::Communicator>& world) : world_(world) {
-    const at::Tensor pid = at::scalar_tensor(static_cast<std::int64_t>(::getpid()), at::kLong);
-    world_->broadcast(pid, 0).wait();
-    path_ = fs::temp_directory_path() / fmt::format("collegium-verify-{}", pid.item<std::int64_t>());
-    if (world_->rank() == 0) {
-      fs::create_directories(path_);
-      write_verification_corpus(path_);
-    }
-    world_->barrier();
-  }
-  ~SharedFolder() {
-    std::error_code ignored;
-    if (world_->rank() == 0) fs::remove_all(path_, ignored);
-  }
-  SharedFolder(const SharedFolder&) = delete;
-  SharedFolder& operator=(const SharedFolder&) = delete;
-
-  const fs::path& path() const { return path_; }
-
- private:
-  std::shared_ptr<comm::Communicator> world_;
-  fs::path path_;
-};
 
 std::vector<int> nodes_of(const comm::Communicator& world) {
   std::vector<int> nodes;
@@ -56,7 +29,7 @@ std::vector<int> nodes_of(const comm::Communicator& world) {
 class Verification {
  public:
   Verification(const VerifyRequest& request, const std::shared_ptr<comm::Communicator>& world)
-      : request_(request), world_(world), folder_(world) {}
+      : request_(request), world_(world), folder_(world, "collegium-verify", write_verification_corpus) {}
 
   bool run() {
     RunConfig config = request_.config.value_or(verification_run(folder_.path()));
@@ -89,9 +62,10 @@ class Verification {
 
   void run_layouts(const std::string& section, const RunConfig& config, const std::vector<Layout>& layouts,
                    double bound, bool replay = false) {
-    const fs::path routing = replay ? folder_.path() / "routing" : fs::path();
+    constexpr const char* kRouting = "routing";
+    const fs::path routing = replay ? folder_.path() / kRouting : fs::path();
     const Snapshot expected = reference(config, routing);
-    world_->barrier();
+    replay ? folder_.share(kRouting) : world_->barrier();
     int rerun_ep = 0;  // the last layout of every ep is run twice
     for (std::size_t i = 0; i < layouts.size(); ++i) {
       const bool rerun = i + 1 == layouts.size() || layouts[i + 1].ep != layouts[i].ep;
@@ -150,7 +124,7 @@ class Verification {
 
   const VerifyRequest& request_;
   std::shared_ptr<comm::Communicator> world_;
-  SharedFolder folder_;
+  MachineFolder folder_;
   std::int64_t steps_ = 0;  ///< of the comparison under way
   std::int64_t num_failed_ = 0;
 };

@@ -134,6 +134,8 @@ TEST(Layout, impossible_ones_name_the_rule_and_the_other_number) {
               HasSubstr("virtual stages = 2: only the interleaved schedule has them, zb has not"));
   EXPECT_FALSE(forbidden(model, parse_layout("pp4.vp2"), work).has_value());
   EXPECT_THROW(parse_layout("tp2.what"), ConfigError);
+  for (const char* twice : {"tp2.tp4", "tp2.dp2.tp2", "zero1.zero2", "full.none", "1f1b.gpipe", "a2a.hier"})
+    EXPECT_THROW(parse_layout(twice), ConfigError) << twice;
 }
 
 TEST(Cluster, bad_files_name_field_and_value) {

@@ -13,7 +13,8 @@ namespace collegium::comm {
 namespace {
 
 [[noreturn]] void refuse(std::string_view field, std::string_view value, std::string_view rule) {
-  throw ConfigError(fmt::format("network: {} = \"{}\": {}", field, value, rule));
+  throw ConfigError(
+      fmt::format("network: {}{}: {}", field, value.empty() ? "" : fmt::format(" = \"{}\"", value), rule));
 }
 
 // A positive number with a unit of the table.
