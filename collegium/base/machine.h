@@ -4,6 +4,8 @@
 // What this process may use of the machine it runs on.
 
 #include <cstdint>
+#include <filesystem>
+#include <istream>
 #include <string>
 #include <string_view>
 
@@ -11,6 +13,11 @@ namespace collegium {
 
 /// What     Memory that this machine has, or that a control group (a container) leaves to this process.
 double machine_memory_bytes();
+
+/// What     The least limit of the control groups that a process is in and of those around them, bytes;
+///          infinity where there is none. `root` is where they are mounted, `own_groups` what
+///          /proc/self/cgroup says, of version 1 or 2.
+double control_group_limit(const std::filesystem::path& root, std::istream& own_groups);
 
 /// What     Logical cores of the machine, at least 1.
 int machine_cores();

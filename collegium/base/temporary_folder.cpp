@@ -54,11 +54,10 @@ void TemporaryFolder::move_to(const std::filesystem::path& final_path) {
   forget(std::exchange(path_, {}));
 }
 
-bool TemporaryFolder::remove_all() {
+void TemporaryFolder::remove_all() {
   const std::lock_guard lock(registry().mutex);
   std::error_code ignored;
   for (const std::filesystem::path& path : registry().paths) std::filesystem::remove_all(path, ignored);
-  return !registry().paths.empty();
 }
 
 }  // namespace collegium

@@ -22,8 +22,7 @@ class TemporaryFolder {
 
   /// What     Removes all of this process's: for a program that a signal is about to end. They may be in use
   ///          in another thread, whose next access fails.
-  /// Returns  whether there was one.
-  static bool remove_all();
+  static void remove_all();
 
  private:
   std::filesystem::path path_;  // empty: moved

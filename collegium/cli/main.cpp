@@ -16,6 +16,7 @@
 #include "collegium/base/fields.h"
 #include "collegium/base/log.h"
 #include "collegium/cli/mpirun.h"
+#include "collegium/cli/signals.h"
 #include "collegium/cli/verb.h"
 #include "collegium/comm/errors.h"
 #include "collegium/comm/launcher.h"
@@ -48,6 +49,7 @@ void wait_for_turn(std::size_t others_know = 0) {
 // Shows what went wrong and ends the program, and with it the ranks that would wait for it: at once, because
 // ranks that are threads may still be running.
 [[noreturn]] void fail(const std::string& message, int exit_code, std::size_t others_know = 0) {
+  collegium::cli::let_removal_end();
   if (!collegium::cli::report_to_starter(message, exit_code)) {
     wait_for_turn(others_know);
     fmt::print(stderr, "collegium: {}\n", message);

@@ -30,7 +30,10 @@ void on_signal(int signal) {
 // A handler may not remove files; a thread that waits for its message may.
 std::array<int, 2> signal_pipe = {-1, -1};
 
+volatile std::sig_atomic_t removing = 0;
+
 void pass_on(int signal) {
+  removing = 1;
   if (::write(signal_pipe[1], &signal, sizeof(signal)) < 0) ::_exit(1);
 }
 
@@ -38,9 +41,14 @@ void end_after_removal() {
   int signal = 0;
   while (::read(signal_pipe[0], &signal, sizeof(signal)) != sizeof(signal)) {
   }
-  // mpirun ends all ranks as soon as one has ended: that is not to be one with nothing to do.
-  constexpr std::chrono::milliseconds kOthers{300};
-  if (!TemporaryFolder::remove_all()) std::this_thread::sleep_for(kOthers);
+  // Who is filling a folder may make it once more, and then finds that its files are gone. mpirun ends all
+  // ranks as soon as one has ended, so one with nothing to do ends no sooner.
+  constexpr int kTimes = 10;
+  constexpr std::chrono::milliseconds kPause{20};
+  for (int i = 0; i < kTimes; ++i) {
+    TemporaryFolder::remove_all();
+    std::this_thread::sleep_for(kPause);
+  }
   std::signal(signal, SIG_DFL);
   ::kill(::getpid(), signal);
 }
@@ -69,6 +77,10 @@ bool stop_requested() { return requested != 0; }
 void remove_temporary_folders_on_signals() {
   static std::once_flag started;
   std::call_once(started, start_removal_thread);
+}
+
+void let_removal_end() {
+  while (removing != 0) ::pause();
 }
 
 }  // namespace collegium::cli

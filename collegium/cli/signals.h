@@ -13,5 +13,8 @@ bool stop_requested();
 /// What     From now on SIGINT, SIGTERM and SIGUSR1 end the process only after its temporary folders
 ///          (base/temporary_folder.h) are removed. Calls after the first do nothing.
 void remove_temporary_folders_on_signals();
+/// What     Returns, unless such a signal has come: what fails now fails because of the removal, and must not
+///          end the process before it is done.
+void let_removal_end();
 
 }  // namespace collegium::cli

@@ -218,7 +218,10 @@ class Loop {
 class Sample {
  public:
   Sample(const train::RunConfig& config, const train::Trainer& trainer) : config_(config), trainer_(trainer) {
-    if (config.logging.sample_prompt.empty() || !trainer.dataset().has_tokenizer()) return;
+    if (config.logging.sample_prompt.empty()) return;
+    require_config(trainer.dataset().has_tokenizer(),
+                   "logging.sample_prompt: data.path = {} has token ids and no tokenizer that would read it",
+                   config.data.path);
     tokenizer_ = data::Tokenizer::load(trainer.dataset().tokenizer_file());
     ids_ = tokenizer_->encode(config.logging.sample_prompt, /*add_bos=*/true);
     const auto length = static_cast<std::int64_t>(ids_.size());

@@ -101,7 +101,8 @@ std::vector<SourceText> read_texts(const fs::path& file) {
   std::istringstream lines(content);
   std::string line;
   for (std::int64_t number = 1; std::getline(lines, line); ++number) {
-    if (!line.empty()) texts.push_back(parse_line(line, fmt::format("{}:{}", file.string(), number)));
+    const bool blank = line.find_first_not_of(" \t\r") == std::string::npos;
+    if (!blank) texts.push_back(parse_line(line, fmt::format("{}:{}", file.string(), number)));
   }
   return texts;
 }

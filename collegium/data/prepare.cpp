@@ -66,7 +66,8 @@ void tokenize_texts(const Corpus& corpus, const Tokenizer& tokenizer, Tokens& to
                           .end = 0,
                           .domain = static_cast<std::int64_t>(domain),
                           .split = Split::kTrain};
-        if (tokenizer.bos_id() >= 0) tokens.append({tokenizer.bos_id()}, false);
+        // Part of a prompt; elsewhere a target like any other, as in data that have no prompts.
+        if (tokenizer.bos_id() >= 0) tokens.append({tokenizer.bos_id()}, source.prompt.empty());
         tokens.append(tokenizer.encode(source.prompt, false), false);
         tokens.append(tokenizer.encode(source.text, false), true);
         if (tokenizer.eos_id() >= 0) tokens.append({tokenizer.eos_id()}, true);

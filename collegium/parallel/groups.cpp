@@ -58,7 +58,9 @@ void validate(const ParallelOptions& o) {
   constexpr std::int64_t kMostChunks = 256;
   require_config(o.overlap.chunks >= 1 && o.overlap.chunks <= kMostChunks,
                  "parallel.overlap.chunks = {}: must lie between 1 and {}", o.overlap.chunks, kMostChunks);
-  require_config(o.bucket_mib > 0.0, "parallel.bucket_mib = {}: must be positive", o.bucket_mib);
+  constexpr double kMostMib = 1048576.0;
+  require_config(o.bucket_mib > 0.0 && o.bucket_mib <= kMostMib,
+                 "parallel.bucket_mib = {}: must be positive, and at most {}", o.bucket_mib, kMostMib);
 }
 
 Groups make_groups(const std::shared_ptr<comm::Communicator>& world, const ParallelOptions& options,

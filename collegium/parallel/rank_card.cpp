@@ -50,7 +50,8 @@ std::vector<RankCard> make_rank_cards(const model::ModelConfig& config, const Pa
                   .edp_group = {edp_group.begin(), edp_group.end()},
                   .first_expert = placement.first(place.ep),
                   .num_experts = placement.count(place.ep)};
-    card.sequences = share_of(micro_sequences, 1, num_ranks, rank).count;
+    const std::int64_t unit = moe::indivisible_sequences(config.moe, /*training=*/true);
+    card.sequences = share_of(micro_sequences, unit, num_ranks, rank).count;
     count_parameters(config, card);
     count_bytes(bytes_per_value, card);
     cards.push_back(std::move(card));

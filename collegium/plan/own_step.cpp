@@ -30,6 +30,24 @@ void slow_down(StepTime& t, double efficiency) {
   t.step_s += planned / efficiency - planned;
 }
 
+// The last micro-step may be shorter than the others.
+StepTime passes_and_update(const OwnRun& run, const Workload& work, const Cluster& cluster,
+                           const Stack& stack) {
+  StepTime t = step_time(run.model, own_layout(run), work, cluster, stack);
+  const std::int64_t rest = run.global_batch % run.micro_sequences;
+  if (rest == 0) return t;
+  OwnRun short_run = run;
+  short_run.micro_sequences = rest;
+  short_run.global_batch = 2 * rest;  // as of several, whose gradients are summed
+  const StepTime s =
+      step_time(run.model, own_layout(short_run), own_workload(short_run, work.imbalance), cluster, stack);
+  const double before = t.busy.total();
+  t.busy.add(t.busy, -1.0 / t.micro_batches).add(s.busy, 1.0 / s.micro_batches);
+  t.expert_comm_s += s.expert_comm_s / s.micro_batches - t.expert_comm_s / t.micro_batches;
+  t.step_s += t.busy.total() - before;
+  return t;
+}
+
 }  // namespace
 
 double computation_seconds(const StepTime& t) {
@@ -112,7 +130,7 @@ StepTime own_step(const OwnRun& run, const Cluster& cluster, double imbalance) {
     ours.accelerator.attention_backward *= useful;
   }
   const Stack stack = own_stack(run);
-  StepTime t = step_time(run.model, own_layout(run), own_workload(run, imbalance), ours, stack);
+  StepTime t = passes_and_update(run, own_workload(run, imbalance), ours, stack);
   // The gradients of a lone micro-step are added to the sums too.
   if (t.micro_batches <= 1.0) {
     const StageWeights held = stage_weights(run.model, own_layout(run), stack, 0);

@@ -157,7 +157,8 @@ AuditedTraffic audit_traffic(const plan::OwnRun& run, const plan::RoutingCounts&
 
 std::vector<PredictedFigure> compare_run(const RunConfig& config, const plan::OwnRun& run,
                                          const MeasuredRun& measured) {
-  const bool timed = !config.planner.cluster.empty();
+  // A cluster's file has no rate of float64 products.
+  const bool timed = !config.planner.cluster.empty() && config.train.dtype != "float64";
   const plan::Cluster cluster = plan::load_cluster(timed ? config.planner.cluster : kDefaultCluster);
   std::vector<PredictedFigure> figures;
   const double imbalance = measured.traffic.imbalance;

@@ -130,6 +130,9 @@ void validate_capacity(const RunConfig& c) {
     return c.model_source.inline_keys.contains(Json::json_pointer(fmt::format("/moe/capacity/{}", key)));
   };
   if (c.model.moe.capacity.drop_policy != moe::DropPolicy::kNone || is_given("drop_policy")) return;
+  require_config(!is_given("group_sequences") || moe::tokens_interact_in_groups(c.model.moe, true),
+                 "model.moe.capacity.group_sequences: nothing is dropped, and this router's tokens do not "
+                 "influence each other, so there are no groups; give model.moe.capacity.drop_policy too");
   for (const char* key : {"factor", "min_capacity", "drop_in_evaluation"}) {
     require_config(!is_given(key),
                    "model.moe.capacity.{}: by default nothing is dropped, so there is no capacity; give "

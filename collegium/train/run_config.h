@@ -110,7 +110,7 @@ void describe(Fields& fields, PlannerOptions& o) {
   fields(
       "cluster", o.cluster,
       "cluster, by name or as a file of 'bench cluster --write', whose predicted step time is set beside the "
-      "measured one; empty = bytes and memory only");
+      "measured one (not in float64); empty = bytes and memory only");
 }
 
 struct RunConfig {

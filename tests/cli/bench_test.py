@@ -220,6 +220,11 @@ def check_sessions() -> None:
 def check_refusals() -> None:
     refuses("--write cluster.txt: must end in .toml", "cluster", "--write", "cluster.txt")
     refuses("--seconds 0: must be positive", "cluster", "--write", "a.toml", "--seconds", "0")
+    refuses("bench layer: rank 0 needs at least", "layer", "--hidden", "1000000000", "--ffn", "100000000000")
+    refuses("bench step: 1000000000000 sequences of 512 tokens: ", "step", "--sequences", "1000000000000")
+    refuses("--max-mib 1000000000000: must be at most", "comm", "--max-mib", "1e12", *local(2))
+    refuses("network: foo: write name=value", "comm", "--emulate", "foo")
+    refuses('network: nodes = "2": write nodes x ranks', "comm", "--emulate", "nodes=2,intra=1GB/s:1us,inter=1GB/s:1us")
     refuses("--top-k 9: must be between 1 and --experts = 8", "layer", "--top-k", "9")
     refuses("--tokens 0: must be at least 1", "layer", "--tokens", "0")
     refuses("--dtype", "layer", "--dtype", "float16")

@@ -142,6 +142,14 @@ def main() -> None:
         expect(2, "File name too long", "eval", "--model", "x" * 300, "--text", "def x")
         expect(2, "File name too long", "train", str(run_file), "--set", "data.path=" + "x" * 300)
 
+        no_tokenizer = ["--set", "logging.sample_prompt=x", "--set", f"run_folder={folder}/sampled"]
+        expect(2, "has token ids and no tokenizer", "train", str(run_file), *no_tokenizer)
+        assert not (folder / "sampled").exists()
+        to_both = ["--input", "ids", "--logits", "same.safetensors", "--grads", "same.safetensors"]
+        expect(2, "--logits and --grads both name same.safetensors", "eval", "--model", str(checkpoint), *to_both)
+        expect(2, "--seed", "generate", "--model", str(checkpoint), "--ids", "1", "--seed", "-1")
+        expect(2, "--global-batch = 0: ", "plan", "--model", "mixtral-8x7b", "--gpus", "8", "--global-batch", "0")
+
         ids = str(folder / "ids.safetensors")
         save_file({"input_ids": torch.arange(22).view(2, 11) % 23}, ids)
         check_transformers_loads(checkpoint, ids)

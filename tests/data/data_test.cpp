@@ -244,12 +244,18 @@ TEST_F(Corpus, damaged_folders_are_named) {
 TEST_F(Corpus, prompts_are_no_targets) {
   std::ofstream(folder_ / "chat.jsonl")
       << R"({"prompt": "Question mice? ", "completion": "answer hill"})" << "\n"
-      << R"({"text": "mice went up the hill"})" << "\n";
+      << "\r\n"
+      << R"({"text": "mice went up the hill"})" << "\r\n";
   options_.texts.push_back({"chat", folder_ / "chat.jsonl"});
   prepare();
   const data::Dataset dataset(folder_ / "out");
   ASSERT_TRUE(dataset.index().has_loss_mask);
   const data::Document& chat = dataset.index().documents[dataset.index().documents.size() - 2];
+  // Documents without a prompt are targets from the first token to the last, as in data without any prompt.
+  for (const data::Document& document : dataset.index().documents) {
+    if (document.begin == chat.begin) continue;
+    for (std::int64_t i = document.begin; i < document.end; ++i) EXPECT_TRUE(dataset.is_target(i)) << i;
+  }
   EXPECT_FALSE(dataset.is_target(chat.begin));
   EXPECT_TRUE(dataset.is_target(chat.end - 1));
   std::ofstream(folder_ / "chat.jsonl") << "{\"question\": 1}\n";

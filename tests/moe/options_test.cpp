@@ -113,6 +113,8 @@ TEST(MoeOptions, every_mistake_has_its_message) {
         [](MoeOptions& o) { o.capacity.group_sequences = 0; }},
        {"moe.router.renormalize = \"after_drop\": nothing is dropped",
         [](MoeOptions& o) { o.router.renormalize = Renormalize::kAfterDrop; }},
+       {"moe.shared_expert.ffn_size = 4: has no effect with kind = \"none\"",
+        [](MoeOptions& o) { o.shared_expert.ffn_size = 4; }},
        {"moe.shared_expert.ffn_size = 0: must be at least 1 for kind = \"sum\"",
         [](MoeOptions& o) { o.shared_expert.kind = SharedExpert::kSum; }}});
 }

@@ -112,6 +112,18 @@ TEST(RankCards, worked_example) {
   EXPECT_EQ(cards[3].optimizer_bytes, 12 * (cards[3].expert_parameters + cards[3].dense_parameters));
   EXPECT_EQ(cards[1].sequences, 2);
   EXPECT_THAT(parallel::rank_cards_text(cards, config, with_ep(2)), HasSubstr("edp = dp / ep = 2 copies"));
+
+  // Groups that share a capacity stay whole.
+  config.moe.capacity.group_sequences = 2;
+  const auto sequences = [&] {
+    std::vector<std::int64_t> all;
+    for (const parallel::RankCard& card : parallel::make_rank_cards(config, with_ep(1), 3, 8, 2))
+      all.push_back(card.sequences);
+    return all;
+  };
+  EXPECT_THAT(sequences(), testing::ElementsAre(3, 3, 2));
+  config.moe.capacity.drop_policy = moe::DropPolicy::kPosition;
+  EXPECT_THAT(sequences(), testing::ElementsAre(4, 2, 2));
 }
 
 // N (1 - C(E - E/N, K) / C(E, K)) by hand, beside K / 2.

@@ -184,6 +184,28 @@ TEST(OwnRun, memory_and_time_follow_the_run) {
   EXPECT_GT(own_step(run, cluster).step_s, step.step_s);
 }
 
+TEST(OwnRun, a_shorter_last_micro_step_takes_less_time) {
+  OwnRun run;
+  run.model = load_model("olmoe-1b-7b");
+  run.ranks = run.ep = 2;
+  const Cluster cluster = load_cluster("cpu-2core");
+  const auto step = [&](std::int64_t global, std::int64_t micro) {
+    run.global_batch = global;
+    run.micro_sequences = micro;
+    return own_step(run, cluster);
+  };
+  const StepTime mixed = step(20, 8);  // 8 + 8 + 4
+  const StepTime eights = step(16, 8);
+  const StepTime fours = step(8, 4);
+  EXPECT_DOUBLE_EQ(mixed.micro_batches, 3.0);
+  EXPECT_DOUBLE_EQ(mixed.optimizer_s, eights.optimizer_s);
+  const double expected = eights.busy.total() + fours.busy.total() / 2.0;
+  EXPECT_NEAR(mixed.busy.total(), expected, 1e-12 * expected);
+  EXPECT_NEAR(mixed.step_s - mixed.busy.total(), eights.step_s - eights.busy.total(), 1e-12 * mixed.step_s);
+  const double exchange = eights.expert_comm_s + fours.expert_comm_s / 2.0;
+  EXPECT_NEAR(mixed.expert_comm_s, exchange, 1e-12 * exchange);
+}
+
 TEST(OwnRun, rates_measured_apart_change_what_they_describe) {
   OwnRun run;
   run.model = load_model("olmoe-1b-7b");

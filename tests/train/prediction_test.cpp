@@ -128,6 +128,9 @@ TEST_F(Prediction, comparison_names_what_was_predicted) {
   EXPECT_FALSE(untimed[1].predicted);
   EXPECT_THAT(train::comparison_text(untimed), testing::HasSubstr("500 ms"));
   config.planner.cluster = "cpu-2core";
+  // A cluster has no rate of float64 products.
+  EXPECT_FALSE(train::compare_run(config, trainer.own_run(), measured)[1].predicted);
+  config.train.dtype = "float32";
   const auto timed = train::compare_run(config, trainer.own_run(), measured);
   ASSERT_TRUE(timed[1].predicted);
   EXPECT_GT(*timed[1].predicted, 0.0);

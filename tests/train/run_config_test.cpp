@@ -53,12 +53,9 @@ TEST_F(RunConfig, every_mistake_has_its_message) {
        "model.moe.capacity.group_sequences = 2: must divide batch.micro_sequences = 3 and batch.global_batch "
        "= 6"},
       {"model.moe.capacity.group_sequences=0", "model.moe.capacity.group_sequences = 0: must be at least 1"},
-      {"model.moe.capacity.drop_policy=none", "accepted"},
-      {"model.moe.capacity={min_capacity = 1}",
-       "model.moe.capacity.min_capacity: by default nothing is dropped, so there is no capacity"},
-      {"model.moe.capacity={drop_in_evaluation = true}",
-       "model.moe.capacity.drop_in_evaluation: by default nothing is dropped"},
-      {"model.moe.capacity={factor = 1.5}", "model.moe.capacity.factor: by default nothing is dropped"},
+      {"parallel.bucket_mib=1e30", "parallel.bucket_mib = 1e+30: must be positive, and at most 1048576"},
+      {"parallel.overlap.chunks=257", "parallel.overlap.chunks = 257: must lie between 1 and 256"},
+      {"planner.cluster=nowhere", "planner.cluster = nowhere: neither a cluster of the catalogue nor a file"},
       {"model.moe.router.noise=jiter",
        "model.moe.router.noise = \"jiter\": must be one of none, jitter_router, jitter_input"},
       {"model.family=llama",
@@ -96,6 +93,20 @@ TEST_F(RunConfig, toml_syntax_errors_name_file_line_and_column) {
   } catch (const ConfigError& error) {
     EXPECT_THAT(error.what(), testing::HasSubstr("bad.toml:2:"));
   }
+}
+
+TEST_F(RunConfig, capacity_keys_that_would_do_nothing_are_refused) {
+  const std::pair<const char*, const char*> mistakes[] = {
+      {"model.moe.capacity.drop_policy=none", "accepted"},
+      {"model.moe.capacity={min_capacity = 1}",
+       "model.moe.capacity.min_capacity: by default nothing is dropped, so there is no capacity"},
+      {"model.moe.capacity={drop_in_evaluation = true}",
+       "model.moe.capacity.drop_in_evaluation: by default nothing is dropped"},
+      {"model.moe.capacity={group_sequences = 2}",
+       "model.moe.capacity.group_sequences: nothing is dropped, and this router's tokens do not"},
+      {"model.moe.capacity={factor = 1.5}", "model.moe.capacity.factor: by default nothing is dropped"}};
+  for (const auto& [text, expected] : mistakes)
+    EXPECT_THAT(message(text), testing::StartsWith(expected)) << text;
 }
 
 TEST_F(RunConfig, overrides_take_toml_values_and_bare_words) {
