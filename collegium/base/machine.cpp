@@ -54,8 +54,8 @@ std::string machine_name() {
 }
 
 void require_threads(std::int64_t threads, std::string_view path) {
-  constexpr int kMostPerCore = 8;
-  const int cores = machine_cores();
+  constexpr std::int64_t kMostPerCore = 8;
+  const std::int64_t cores = machine_cores();
   require_config(threads >= 0, "{} = {}: must not be negative (0 = a share of the cores)", path, threads);
   require_config(threads <= kMostPerCore * cores,
                  "{} = {}: must be at most {}, {} for each of this machine's {} cores", path, threads,

@@ -136,9 +136,10 @@ std::vector<std::int64_t> pack_call(const Call& call, int group_size) {
               std::min(call.where.phase.size(), kPhaseBytes - 1));
   auto rows = packed.begin() + static_cast<std::ptrdiff_t>(kFixedNumbers + kPhaseNumbers);
   std::copy(call.send_rows.begin(), call.send_rows.end(), rows);
-  std::copy(call.recv_rows.begin(), call.recv_rows.end(), rows + group_size);
-  std::copy(call.send_cuts.begin(), call.send_cuts.end(), rows + 2 * group_size);
-  std::copy(call.recv_cuts.begin(), call.recv_cuts.end(), rows + 3 * group_size);
+  const std::ptrdiff_t width = group_size;
+  std::copy(call.recv_rows.begin(), call.recv_rows.end(), rows + width);
+  std::copy(call.send_cuts.begin(), call.send_cuts.end(), rows + 2 * width);
+  std::copy(call.recv_cuts.begin(), call.recv_cuts.end(), rows + 3 * width);
   return packed;
 }
 
@@ -157,7 +158,7 @@ Call unpack_call(std::span<const std::int64_t> packed, int group_size) {
   call.where.layer = packed[8];
   call.where.phase = reinterpret_cast<const char*>(&packed[kFixedNumbers]);
   const auto rows = packed.subspan(kFixedNumbers + kPhaseNumbers);
-  const auto numbers = [&](int which) {
+  const auto numbers = [&](std::ptrdiff_t which) {
     const auto begin = rows.begin() + which * group_size;
     return std::vector<std::int64_t>(begin, begin + group_size);
   };

@@ -203,14 +203,14 @@ Group Communicator::agree_on_split(int color, int key, const std::string& name) 
   const at::Tensor all = at::empty({size(), 2}, at::kLong);
   all_gather(own, all).wait();
   const auto* values = all.data_ptr<std::int64_t>();
-  std::vector<int> ranks;
-  for (int r = 0; r < size() && color >= 0; ++r) {
+  std::vector<std::ptrdiff_t> ranks;
+  for (std::ptrdiff_t r = 0; r < size() && color >= 0; ++r) {
     if (values[2 * r] == color) ranks.push_back(r);
   }
   std::stable_sort(ranks.begin(), ranks.end(),
-                   [&](int a, int b) { return values[2 * a + 1] < values[2 * b + 1]; });
+                   [&](std::ptrdiff_t a, std::ptrdiff_t b) { return values[2 * a + 1] < values[2 * b + 1]; });
   Group group{.name = name, .rank = 0, .members = {}, .where = group_.where};
-  for (const int r : ranks) {
+  for (const std::ptrdiff_t r : ranks) {
     if (r == rank()) group.rank = group.size();
     group.members.push_back(group_.members[static_cast<std::size_t>(r)]);
   }

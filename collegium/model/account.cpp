@@ -16,9 +16,9 @@ ParameterAccount count_parameters(const ModelConfig& config) {
     account.total += count;
     const bool expert = p.kind == ParameterKind::kExpert;
     // Of one expert, times the experts of a token, which are no whole number where experts choose.
-    account.active += expert ? std::llround(static_cast<double>(count / config.moe.num_experts) *
-                                            moe::experts_per_token(config.moe))
-                             : count;
+    const std::int64_t of_one = expert ? count / config.moe.num_experts : 0;
+    account.active +=
+        expert ? std::llround(static_cast<double>(of_one) * moe::experts_per_token(config.moe)) : count;
     if (expert) {
       account.experts += count;
     } else if (p.kind == ParameterKind::kRouter) {

@@ -8,6 +8,8 @@
 #include <ATen/ops/repeat_interleave.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 
+#include <utility>
+
 #include "collegium/model/causal_attention.h"
 #include "collegium/model/linear.h"
 #include "collegium/model/norm.h"
@@ -64,7 +66,7 @@ AttentionContext attention_context(const ModelConfig& config, std::int64_t past,
     const at::Tensor same = document_ids_BS.unsqueeze(2) == document_ids_BS.unsqueeze(1);
     visible = visible.logical_and(same.unsqueeze(1));
   }
-  context.mask = visible;
+  context.mask = std::move(visible);
   return context;
 }
 

@@ -102,13 +102,13 @@ class Loader {
     return file;
   }
 
-  void copy(const std::string& name, const std::vector<std::int64_t>& shape, at::Tensor target) {
-    copy_rows(name, shape, 0, shape[0], std::move(target));
+  void copy(const std::string& name, const std::vector<std::int64_t>& shape, const at::Tensor& target) {
+    copy_rows(name, shape, 0, shape[0], target);
   }
 
   // Rows [first, first + count) of a tensor of this shape; the others are not read.
   void copy_rows(const std::string& name, const std::vector<std::int64_t>& shape, std::int64_t first,
-                 std::int64_t count, at::Tensor target) {
+                 std::int64_t count, const at::Tensor& target) {
     const SafetensorsFile& file = require(name, shape);
     const std::string where = fmt::format("{}: tensor '{}'", file.path().string(), name);
     const at::Tensor value = read_rows(file, name, first, count);

@@ -40,7 +40,7 @@ struct Decoder::BlockCall {
   }
 };
 
-Decoder::Decoder(ModelConfig config, std::vector<Parameter> parameters)
+Decoder::Decoder(const ModelConfig& config, std::vector<Parameter> parameters)
     : Decoder(config, std::move(parameters),
               {.dispatcher = moe::make_local_dispatcher(config.moe.num_experts), .overlap = {}}) {}
 

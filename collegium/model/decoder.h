@@ -45,7 +45,7 @@ class Decoder {
   /// The parameters must be initialised or loaded. Trainable ones become autograd leaves.
   Decoder(ModelConfig config, std::vector<Parameter> parameters, moe::ExpertTransport transport);
   /// Of a rank that holds every expert.
-  Decoder(ModelConfig config, std::vector<Parameter> parameters);
+  Decoder(const ModelConfig& config, std::vector<Parameter> parameters);
 
   const ModelConfig& config() const { return config_; }
   const std::vector<Parameter>& parameters() const { return parameters_; }

@@ -2,8 +2,9 @@
 #pragma once
 
 // How the experts' work is cut into tasks of one thread each. The cuts depend on the rows per expert alone,
-// never on threads or timings, so no result does either. Whole experts would be too few tasks where experts
-// are few or one of them has most rows; all threads inside each GEMM wait for each other at its end.
+// never on threads or timings; but a task that is alone may use all threads inside ATen's product. Whole
+// experts would be too few tasks where experts are few or one of them has most rows; all threads inside each
+// GEMM wait for each other at its end.
 
 #include <ATen/core/Tensor.h>
 

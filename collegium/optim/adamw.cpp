@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <cmath>
+#include <limits>
 
 #include "collegium/base/error.h"
 #include "collegium/ops/row_math.h"
@@ -14,13 +15,15 @@ namespace {
 
 template <typename T>
 struct Factors {
-  T scale, beta1, beta2, epsilon, correction1, correction2, rate, decay;
+  T scale, beta1, beta2, rest1, rest2, epsilon, correction1, correction2, rate, decay;
 
   template <typename U>
   Factors<U> to() const {
     return {.scale = static_cast<U>(scale),
             .beta1 = static_cast<U>(beta1),
             .beta2 = static_cast<U>(beta2),
+            .rest1 = static_cast<U>(rest1),
+            .rest2 = static_cast<U>(rest2),
             .epsilon = static_cast<U>(epsilon),
             .correction1 = static_cast<U>(correction1),
             .correction2 = static_cast<U>(correction2),
@@ -43,8 +46,8 @@ COLLEGIUM_INLINE void update_values(const Factors<T>& f, std::int64_t begin, std
     }
     const T gradient = f.scale * g[i];
     g[i] = T{0};
-    m[i] = f.beta1 * m[i] + (T{1} - f.beta1) * gradient;
-    v[i] = f.beta2 * v[i] + (T{1} - f.beta2) * gradient * gradient;
+    m[i] = f.beta1 * m[i] + f.rest1 * gradient;
+    v[i] = f.beta2 * v[i] + f.rest2 * gradient * gradient;
     const T direction = m[i] / f.correction1 / (std::sqrt(v[i] / f.correction2) + f.epsilon);
     w[i] -= f.rate * (direction + f.decay * w[i]);
     if constexpr (!std::is_same_v<T, Value>)
@@ -89,7 +92,10 @@ void validate(const AdamWOptions& o, const std::string& path) {
   require_config(o.learning_rate > 0.0, "{}.learning_rate = {}: must be positive", path, o.learning_rate);
   require_config(o.beta1 >= 0.0 && o.beta1 < 1.0, "{}.beta1 = {}: must lie in [0, 1)", path, o.beta1);
   require_config(o.beta2 >= 0.0 && o.beta2 < 1.0, "{}.beta2 = {}: must lie in [0, 1)", path, o.beta2);
-  require_config(o.epsilon > 0.0, "{}.epsilon = {}: must be positive", path, o.epsilon);
+  // Below it may be 0 in fp32, and what never had a gradient would become 0 / 0.
+  constexpr double kLeastEpsilon = std::numeric_limits<float>::min();
+  require_config(o.epsilon >= kLeastEpsilon, "{}.epsilon = {}: must be at least {:.3g}", path, o.epsilon,
+                 kLeastEpsilon);
   require_config(o.weight_decay >= 0.0, "{}.weight_decay = {}: must not be negative", path, o.weight_decay);
   require_config(o.clip_norm >= 0.0, "{}.clip_norm = {}: must not be negative (0 = no clipping)", path,
                  o.clip_norm);
@@ -104,6 +110,9 @@ void adamw_step(const AdamWOptions& o, double rate, double gradient_scale, std::
     const Factors<double> factors{.scale = gradient_scale,
                                   .beta1 = o.beta1,
                                   .beta2 = o.beta2,
+                                  // Of a beta that was rounded to fp32, 1 - beta would be another one.
+                                  .rest1 = 1.0 - o.beta1,
+                                  .rest2 = 1.0 - o.beta2,
                                   .epsilon = o.epsilon,
                                   .correction1 = correction1,
                                   .correction2 = correction2,

@@ -31,7 +31,7 @@ double rate_factor(const ScheduleOptions& o, std::int64_t step, std::int64_t num
       return o.final_ratio + (1.0 - o.final_ratio) * 0.5 * (1.0 + std::cos(std::numbers::pi * t));
     }
     case ScheduleKind::kWsd: {
-      const double decay_steps = o.decay_fraction * static_cast<double>(num_steps);
+      const double decay_steps = std::min(o.decay_fraction * static_cast<double>(num_steps), length);
       const double remaining = static_cast<double>(num_steps - step);
       if (remaining >= decay_steps) return 1.0;
       return o.final_ratio + (1.0 - o.final_ratio) * remaining / decay_steps;

@@ -21,7 +21,8 @@ void describe(Fields& fields, ScheduleOptions& o) {
   fields("kind", o.kind, "constant; cosine; wsd (warm-up, stable, linear decay)");
   fields("warmup_steps", o.warmup_steps, "steps over which the rate rises linearly from 0");
   fields("final_ratio", o.final_ratio, "rate at the last step over the peak rate (cosine, wsd)");
-  fields("decay_fraction", o.decay_fraction, "wsd: share of the steps, at the end, in which the rate decays");
+  fields("decay_fraction", o.decay_fraction,
+         "wsd: share of the steps, at the end, in which the rate decays; not before the warm-up is over");
 }
 
 /// Throws ConfigError naming the field (below `path`), its value and the rule.
@@ -29,8 +30,8 @@ void validate(const ScheduleOptions& options, std::int64_t num_steps, const std:
 
 /// What     The factor on the peak learning rate at `step` (1 .. num_steps).
 /// Math     warm-up: step / warmup; cosine: r + (1 - r) (1 + cos(pi t)) / 2, t from 0 to 1 after warm-up;
-///          wsd: 1, then linear to r over the last decay_fraction of the steps [Hu2024, Sec 4] arXiv
-///          2404.06395.
+///          wsd: 1, then linear to r over the last decay_fraction of the steps, or as many as warm-up
+///          leaves [Hu2024, Sec 4] arXiv 2404.06395.
 double rate_factor(const ScheduleOptions& options, std::int64_t step, std::int64_t num_steps);
 
 }  // namespace collegium::optim

@@ -27,43 +27,67 @@ model::Parameter parameter(const std::string& name, model::ParameterKind kind, a
 }
 
 // The formulas, one element at a time in double.
+class PlainAdamW {
+ public:
+  PlainAdamW(const optim::AdamWOptions& options, const at::Tensor& start, double decay)
+      : o_(options), decay_(decay), w_(values(start)), m_(w_.size(), 0.0), v_(w_.size(), 0.0) {}
+
+  void step(const at::Tensor& gradient, double rate, int step) {
+    const std::vector<double> g = values(gradient);
+    for (std::size_t i = 0; i < w_.size(); ++i) {
+      m_[i] = o_.beta1 * m_[i] + (1.0 - o_.beta1) * g[i];
+      v_[i] = o_.beta2 * v_[i] + (1.0 - o_.beta2) * g[i] * g[i];
+      const double m = m_[i] / (1.0 - std::pow(o_.beta1, step));
+      const double v = v_[i] / (1.0 - std::pow(o_.beta2, step));
+      w_[i] -= rate * (m / (std::sqrt(v) + o_.epsilon) + decay_ * w_[i]);
+    }
+  }
+  void expect_equals(const optim::Slot& slot, double bound) const {
+    const std::pair<at::Tensor, const std::vector<double>*> pairs[] = {
+        {slot.master, &w_}, {slot.first_moment, &m_}, {slot.second_moment, &v_}};
+    for (const auto& [ours, expected] : pairs) {
+      EXPECT_LE(test::relative_difference(ours, at::tensor(*expected, at::kDouble).view(ours.sizes())), bound)
+          << "beta2 " << o_.beta2;
+    }
+  }
+
+ private:
+  static std::vector<double> values(const at::Tensor& tensor) {
+    const at::Tensor wide = tensor.detach().to(at::kDouble).contiguous();
+    return {wide.const_data_ptr<double>(), wide.const_data_ptr<double>() + wide.numel()};
+  }
+
+  optim::AdamWOptions o_;
+  double decay_;
+  std::vector<double> w_;
+  std::vector<double> m_;
+  std::vector<double> v_;
+};
+
 TEST(AdamW, equals_plain_loops_over_several_steps) {
-  const optim::AdamWOptions options{.learning_rate = 0.1, .weight_decay = 0.2};
-  for (const auto dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
-    std::vector<model::Parameter> parameters = {parameter("matrix", model::ParameterKind::kExpert, dtype),
-                                                parameter("norm", model::ParameterKind::kNorm, dtype)};
-    optim::MasterWeights masters(parameters);
-    for (std::size_t p = 0; p < 2; ++p) {
-      const at::Tensor start = masters.slots()[p].master.to(at::kDouble).clone();
-      std::vector<double> w(start.const_data_ptr<double>(), start.const_data_ptr<double>() + start.numel());
-      std::vector<double> m(w.size(), 0.0);
-      std::vector<double> v(w.size(), 0.0);
-      const double decay = p == 0 ? 0.2 : 0.0;
-      optim::MasterWeights fresh({parameters[p]});
-      for (int step = 1; step <= 3; ++step) {
-        const at::Tensor gradient = test::random_tensor(fmt::format("g{}", step), {3, 5, 7}, dtype);
-        parameters[p].value.mutable_grad() = gradient;
-        fresh.accumulate();
-        parameters[p].value.mutable_grad() = gradient;
-        fresh.accumulate();
-        EXPECT_FALSE(parameters[p].value.grad().defined());
-        const at::NoGradGuard no_grad;
-        optim::adamw_step(options, 0.1, 0.5, step, fresh.slots());
-        const at::Tensor wide = gradient.to(at::kDouble).contiguous();
-        for (std::size_t i = 0; i < w.size(); ++i) {
-          const double g = 0.5 * 2.0 * wide.const_data_ptr<double>()[i];
-          m[i] = 0.9 * m[i] + 0.1 * g;
-          v[i] = 0.95 * v[i] + 0.05 * g * g;
-          w[i] -= 0.1 *
-                  (m[i] / (1 - std::pow(0.9, step)) / (std::sqrt(v[i] / (1 - std::pow(0.95, step))) + 1e-8) +
-                   decay * w[i]);
+  for (const double beta2 : {0.95, 0.999, 0.99999, 0.99999999}) {
+    const optim::AdamWOptions options{.learning_rate = 0.1, .beta2 = beta2, .weight_decay = 0.2};
+    for (const auto dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
+      for (const auto kind : {model::ParameterKind::kExpert, model::ParameterKind::kNorm}) {
+        model::Parameter p = parameter("p", kind, dtype);
+        optim::MasterWeights masters({p});
+        optim::Slot& slot = masters.slots()[0];
+        PlainAdamW plain(options, slot.master, kind == model::ParameterKind::kNorm ? 0.0 : 0.2);
+        for (int step = 1; step <= 3; ++step) {
+          const at::Tensor gradient = test::random_tensor(fmt::format("g{}", step), {3, 5, 7}, dtype);
+          for (int twice = 0; twice < 2; ++twice) {
+            p.value.mutable_grad() = gradient;
+            masters.accumulate();
+            EXPECT_FALSE(p.value.grad().defined());
+          }
+          const at::NoGradGuard no_grad;
+          optim::adamw_step(options, 0.1, 0.5, step, masters.slots());
+          plain.step(gradient, 0.1, step);
         }
+        plain.expect_equals(slot, test::bound(dtype == at::kDouble ? at::kDouble : at::kFloat, 3 * 12));
+        EXPECT_TRUE(at::equal(p.value.detach(), slot.master.to(dtype)));
+        EXPECT_EQ(slot.gradient.abs().sum().item<double>(), 0.0);
       }
-      const auto master = dtype == at::kDouble ? at::kDouble : at::kFloat;
-      const at::Tensor expected = at::tensor(w, at::kDouble).view({3, 5, 7});
-      EXPECT_LE(test::relative_difference(fresh.slots()[0].master, expected), test::bound(master, 3 * 12));
-      EXPECT_TRUE(at::equal(parameters[p].value.detach(), fresh.slots()[0].master.to(dtype)));
-      EXPECT_EQ(fresh.slots()[0].gradient.abs().sum().item<double>(), 0.0);
     }
   }
 }
@@ -138,6 +162,12 @@ TEST(Schedule, known_points) {
   EXPECT_DOUBLE_EQ(optim::rate_factor(wsd, 80, 100), 1.0);
   EXPECT_DOUBLE_EQ(optim::rate_factor(wsd, 90, 100), 0.5);
   EXPECT_DOUBLE_EQ(optim::rate_factor(wsd, 100, 100), 0.0);
+  // A warm-up that leaves fewer steps than decay_fraction asks for: no jump.
+  const optim::ScheduleOptions late{
+      .kind = optim::ScheduleKind::kWsd, .warmup_steps = 90, .final_ratio = 0.0, .decay_fraction = 0.2};
+  EXPECT_DOUBLE_EQ(optim::rate_factor(late, 90, 100), 1.0);
+  EXPECT_DOUBLE_EQ(optim::rate_factor(late, 91, 100), 0.9);
+  EXPECT_DOUBLE_EQ(optim::rate_factor(late, 100, 100), 0.0);
 }
 
 }  // namespace

@@ -64,6 +64,7 @@ TEST_F(RunConfig, every_mistake_has_its_message) {
       {"model.config=nowhere", "cannot read nowhere"},
       {"optimizer.learning_rate=0", "optimizer.learning_rate = 0: must be positive"},
       {"optimizer.beta2=1", "optimizer.beta2 = 1: must lie in [0, 1)"},
+      {"optimizer.epsilon=1e-46", "optimizer.epsilon = 1e-46: must be at least 1.18e-38"},
       {"optimizer.weight_decay=inf", "optimizer.weight_decay = inf: must be finite"},
       {"model.norm_eps=nan", "model.norm_eps = nan: must be finite"},
       {"train.threads=100000", "train.threads = 100000: must be at most "},

@@ -16,9 +16,9 @@ namespace {
 
 // Below this the last rank to arrive moves everything itself: waking others costs more (a wake-up is some 50
 // us, in which one core copies about this much).
-constexpr std::int64_t kSmallBytes = 256 * 1024;
+constexpr std::int64_t kSmallBytes = std::int64_t{256} * 1024;
 // Parts of an all_reduce: large enough that claiming one is free, small enough to share evenly.
-constexpr std::int64_t kPartBytes = 128 * 1024;
+constexpr std::int64_t kPartBytes = std::int64_t{128} * 1024;
 
 std::int64_t sum_before(const std::vector<std::int64_t>& rows, std::size_t end) {
   return std::accumulate(rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(end), std::int64_t{0});

@@ -256,7 +256,8 @@ MpiEngine::MpiEngine(const MpiOptions& options) : options_(options) {
   MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN);
   int* most_tag = nullptr;
   int found = 0;
-  check(MPI_Comm_get_attr(MPI_COMM_WORLD, MPI_TAG_UB, &most_tag, &found), "MPI_Comm_get_attr");
+  check(MPI_Comm_get_attr(MPI_COMM_WORLD, MPI_TAG_UB, static_cast<void*>(&most_tag), &found),
+        "MPI_Comm_get_attr");
   most_tag_ = found != 0 ? *most_tag : 32767;  // what the standard promises
   MPI_Comm machine = MPI_COMM_NULL;
   check(MPI_Comm_split_type(comm_, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine), "MPI_Comm_split_type");

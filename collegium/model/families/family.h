@@ -37,7 +37,7 @@ class HfReader {
   }
   template <typename T>
   T get(const char* key, T fallback) const {
-    return get({key}, fallback);
+    return get({key}, std::move(fallback));
   }
   bool has(const char* key) const { return json_.contains(key) && !json_[key].is_null(); }
   const Json& json() const { return json_; }
