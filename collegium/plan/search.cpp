@@ -158,8 +158,11 @@ class Search {
 
   void finish() {
     std::vector<Candidate>& all = result_.ranked;
-    std::sort(all.begin(), all.end(),
-              [](const Candidate& a, const Candidate& b) { return a.time.step_s < b.time.step_s; });
+    // Of equally fast ones the smallest comes first: it alone is on the front.
+    std::sort(all.begin(), all.end(), [](const Candidate& a, const Candidate& b) {
+      return std::pair(a.time.step_s, a.memory.device_bytes) <
+             std::pair(b.time.step_s, b.memory.device_bytes);
+    });
     double least = 1e300;
     for (Candidate& c : all) {
       c.pareto = c.memory.device_bytes < least;

@@ -25,6 +25,8 @@ std::string front_picture(const std::vector<Candidate>& front, const Cluster& cl
   if (front.size() < 2) return "";
   const double first = front.front().time.step_s;
   const double last = front.back().time.step_s;
+  // Equal times have no axis to be drawn on.
+  if (last <= first) return "";
   std::vector<std::string> canvas(kHeight, std::string(kWidth + 1, ' '));
   const double most = cluster.accelerator.memory_gib * kGiB;
   for (const Candidate& c : front) {
