@@ -70,10 +70,13 @@ Account account(const ModelSpec& m) {
   add(a, "dense networks",
       fmt::format("{} layers x {} x {} x {}", m.layers - moe, matrices, m.hidden, m.dense_ffn), s.dense,
       s.dense);
-  add(a, "shared experts", fmt::format("{} layers x {} x {} x {}", moe, matrices, m.hidden, m.shared_ffn),
+  add(a, "shared experts",
+      fmt::format("{} layers x {} x {} x {}{}", moe, matrices, m.hidden, m.shared_ffn,
+                  m.shared_gates > 0 ? fmt::format(" + {} x {}", m.shared_gates, m.hidden) : ""),
       s.shared, s.shared);
   add(a, "routers",
-      fmt::format("{} layers x {} x {}{}", moe, m.hidden, m.experts, m.router_bias ? " + bias" : ""),
+      fmt::format("{} layers x {} x {}{}{}", moe, m.hidden, m.experts, m.router_noise ? " x 2 (noise)" : "",
+                  m.router_bias ? " + bias" : ""),
       s.router, s.router);
   add(a, "routed experts",
       fmt::format("{} layers x {} of {} experts x {} x {} x {}{}", moe, m.experts_per_token(), m.experts,

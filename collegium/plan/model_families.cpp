@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // config.json of each Hugging Face family as a ModelSpec. Only sizes are read: what changes no weight and no
 // FLOP is ignored, so released files load as they are.
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <charconv>
 #include <functional>
@@ -27,6 +29,25 @@ class Keys {
   std::int64_t get(const char* key, std::int64_t fallback) const {
     return present(key) ? integer(key) : fallback;
   }
+  /// A whole number of at least `least`.
+  std::int64_t at_least(std::int64_t least, const char* key, std::int64_t fallback) const {
+    const std::int64_t value = get(key, fallback);
+    require_config(value >= least, "{}: {} = {}: must be at least {}", origin_, key, value, least);
+    return value;
+  }
+  /// The elements of a list, none where it is not there.
+  std::vector<Json> list(const char* key) const {
+    if (!present(key)) return {};
+    require_config(json_[key].is_array(), "{}: {} = {}: must be a list", origin_, key, json_[key].dump());
+    return {json_[key].begin(), json_[key].end()};
+  }
+  /// One of some names.
+  std::string name(const char* key, std::initializer_list<std::string_view> names) const {
+    const std::string value = text(key, std::string(*names.begin()));
+    require_config(std::find(names.begin(), names.end(), value) != names.end(),
+                   "{}: {} = \"{}\": must be one of {}", origin_, key, value, fmt::join(names, ", "));
+    return value;
+  }
   bool flag(const char* key, bool fallback) const {
     if (!present(key)) return fallback;
     require_config(json_[key].is_boolean(), "{}: {} = {}: must be true or false", origin_, key,
@@ -40,6 +61,7 @@ class Keys {
   }
   bool present(const char* key) const { return json_.contains(key) && !json_[key].is_null(); }
   const Json& json() const { return json_; }
+  const std::string& origin() const { return origin_; }
   /// The keys below `key`, none where it is not there.
   Keys part(const char* key) const {
     if (!present(key)) return {Json::object(), fmt::format("{}: {}", origin_, key)};
@@ -85,11 +107,14 @@ ModelSpec mixtral(const Keys& keys) {
 
 // Which layers have experts, by the keys of the Qwen families.
 void qwen_moe_layers(const Keys& keys, ModelSpec& m) {
-  const std::int64_t step = keys.get("decoder_sparse_step", 1);
-  for (std::int64_t layer = 0; layer < m.layers; ++layer)
-    m.moe_layers.push_back(step > 0 && (layer + 1) % step == 0);
-  if (!keys.present("mlp_only_layers")) return;
-  for (const auto& layer : keys.json()["mlp_only_layers"]) m.moe_layers.at(layer.get<std::size_t>()) = false;
+  const std::int64_t step = keys.at_least(1, "decoder_sparse_step", 1);
+  for (std::int64_t layer = 0; layer < m.layers; ++layer) m.moe_layers.push_back((layer + 1) % step == 0);
+  for (const Json& layer : keys.list("mlp_only_layers")) {
+    require_config(layer.is_number_integer() && layer >= 0 && layer < m.layers,
+                   "{}: mlp_only_layers has {}: must be layers from 0 to num_hidden_layers - 1 = {}",
+                   keys.origin(), layer.dump(), m.layers - 1);
+    m.moe_layers.at(layer.get<std::size_t>()) = false;
+  }
 }
 
 ModelSpec qwen3_moe(const Keys& keys) {
@@ -109,7 +134,7 @@ ModelSpec qwen2_moe(const Keys& keys) {
   m.top_k = keys.get("num_experts_per_tok", 4);
   m.expert_ffn = keys.require({"moe_intermediate_size"});
   m.shared_ffn = keys.get("shared_expert_intermediate_size", 0);
-  m.shared_gate = m.shared_ffn > 0;
+  m.shared_gates = m.shared_ffn > 0 ? 1 : 0;
   qwen_moe_layers(keys, m);
   return m;
 }
@@ -123,6 +148,13 @@ ModelSpec olmoe(const Keys& keys) {
   return m;
 }
 
+// One group of all experts limits nothing, nor do all groups.
+void limit_routing(std::int64_t groups, std::int64_t top_groups, ModelSpec& m) {
+  if (groups == 1 || top_groups == groups) return;
+  m.routing_groups = groups;
+  m.routing_top_groups = top_groups;
+}
+
 ModelSpec deepseek(const Keys& keys) {
   ModelSpec m = llama_like(keys);
   m.latent = {.q_rank = keys.get("q_lora_rank", 0),
@@ -134,18 +166,16 @@ ModelSpec deepseek(const Keys& keys) {
   m.experts = keys.require({"n_routed_experts"});
   m.top_k = keys.require({"num_experts_per_tok"});
   m.expert_ffn = keys.require({"moe_intermediate_size"});
-  m.shared_ffn = keys.get("n_shared_experts", 0) * m.expert_ffn;
+  m.shared_ffn = keys.at_least(0, "n_shared_experts", 0) * m.expert_ffn;
   const std::int64_t dense = keys.get("first_k_dense_replace", 0);
-  const std::int64_t step = keys.get("moe_layer_freq", 1);
+  const std::int64_t step = keys.at_least(1, "moe_layer_freq", 1);
   for (std::int64_t layer = 0; layer < m.layers; ++layer)
     m.moe_layers.push_back(layer >= dense && layer % step == 0);
   m.selection_bias =
       keys.text("topk_method", "") == "noaux_tc" || keys.text("model_type", "") != "deepseek_v2";
-  m.mtp_layers = keys.get("num_nextn_predict_layers", 0);
-  if (keys.get("n_group", 1) > 1) {
-    m.routing_groups = keys.get("n_group", 1);
-    m.routing_top_groups = keys.get("topk_group", m.routing_groups);
-  }
+  m.mtp_layers = keys.at_least(0, "num_nextn_predict_layers", 0);
+  const std::int64_t groups = keys.at_least(1, "n_group", 1);
+  limit_routing(groups, keys.at_least(1, "topk_group", groups), m);
   return m;
 }
 
@@ -230,6 +260,13 @@ double mean_experts(const Keys& router, std::int64_t experts) {
   return std::min(number, static_cast<double>(experts));
 }
 
+// What a router has beside its matrix, and whom it may choose.
+void read_router(const Keys& router, ModelSpec& m) {
+  m.router_noise = router.text("noise", "none") == "noisy_top_k";
+  m.selection_bias = router.flag("bias_balancing", false);
+  limit_routing(router.at_least(1, "num_groups", 1), router.at_least(1, "top_groups", 1), m);
+}
+
 // Everything stands under "collegium", by the names of a run file's [model].
 ModelSpec collegium_moe(const Keys& file) {
   const Keys keys = file.part("collegium");
@@ -248,12 +285,22 @@ ModelSpec collegium_moe(const Keys& file) {
   m.mean_experts = mean_experts(moe.part("router"), m.experts);
   m.top_k = m.mean_experts > 0.0 ? m.experts : moe.require({"top_k"});
   m.expert_ffn = moe.require({"ffn_size"});
-  m.shared_ffn = moe.part("shared_expert").get("ffn_size", 0);
-  const std::string norm = keys.text("qk_norm", "none");
+  read_router(moe.part("router"), m);
+  const Keys shared = moe.part("shared_expert");
+  const std::string kind = shared.name("kind", {"none", "sum", "gated", "residual_mix"});
+  // A width may stand there although no such expert does.
+  if (kind != "none") m.shared_ffn = shared.at_least(1, "ffn_size", 0);
+  if (kind != "none") m.shared_gates = kind == "gated" ? 1 : (kind == "residual_mix" ? 2 : 0);
+  m.window = keys.at_least(0, "sliding_window", 0);
+  if (m.window > 0)
+    m.window_layers.assign(static_cast<std::size_t>(std::max<std::int64_t>(0, m.layers)), true);
+  const std::string norm = keys.name("qk_norm", {"none", "per_head", "projection"});
   m.qk_norm = norm == "per_head" ? SpecQkNorm::kPerHead
                                  : (norm == "projection" ? SpecQkNorm::kProjection : SpecQkNorm::kNone);
-  if (keys.present("moe_layers")) {
-    for (const auto& layer : keys.json()["moe_layers"]) m.moe_layers.push_back(layer.get<bool>());
+  for (const Json& layer : keys.list("moe_layers")) {
+    require_config(layer.is_boolean(), "{}: moe_layers has {}: must be true (experts) or false (dense)",
+                   keys.origin(), layer.dump());
+    m.moe_layers.push_back(layer.get<bool>());
   }
   return m;
 }

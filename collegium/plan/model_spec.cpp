@@ -66,11 +66,11 @@ LayerWeights weights_of(const ModelSpec& m, bool moe) {
     w.dense_replicated = ffn.output_bias;
   }
   if (moe) {
-    if (m.shared_gate) w.dense_replicated += m.hidden;
+    w.dense_replicated += m.shared_gates * m.hidden;
     const FfnWeights expert = ffn_weights(m, m.expert_ffn, m.expert_bias);
     w.expert = expert.matrices + expert.inner_bias + expert.output_bias;
     w.experts = m.experts;
-    w.router = m.experts * (m.hidden + (m.router_bias ? 1 : 0));
+    w.router = m.experts * ((m.router_noise ? 2 : 1) * m.hidden + (m.router_bias ? 1 : 0));
   }
   return w;
 }
@@ -84,10 +84,17 @@ void check_experts(const ModelSpec& m, const std::string& origin) {
   require_config(m.top_k >= 1 && m.top_k <= m.experts,
                  "{}: experts per token = {}: must be between 1 and the number of experts = {}", origin,
                  m.top_k, m.experts);
-  if (m.routing_groups > 0)
-    require_config(m.experts % m.routing_groups == 0,
-                   "{}: n_group = {} must divide the number of experts = {}", origin, m.routing_groups,
-                   m.experts);
+  if (m.routing_groups == 0) return;
+  require_config(m.experts % m.routing_groups == 0,
+                 "{}: groups of experts (n_group, num_groups) = {}: must divide the number of experts = {}",
+                 origin, m.routing_groups, m.experts);
+  require_config(m.routing_top_groups >= 1 && m.routing_top_groups <= m.routing_groups,
+                 "{}: groups of a token (topk_group, top_groups) = {}: must be between 1 and the groups = {}",
+                 origin, m.routing_top_groups, m.routing_groups);
+  const std::int64_t reachable = m.experts / m.routing_groups * m.routing_top_groups;
+  require_config(m.mean_experts > 0.0 || m.top_k <= reachable,
+                 "{}: experts per token = {}: must be at most those of its {} groups = {}", origin, m.top_k,
+                 m.routing_top_groups, reachable);
 }
 
 }  // namespace

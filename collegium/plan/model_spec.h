@@ -56,9 +56,11 @@ struct ModelSpec {
   std::int64_t top_k = 0;     ///< K
   double mean_experts = 0.0;  ///< of a token, where experts choose their tokens; 0 = K of every token
   std::int64_t expert_ffn = 0;
-  std::int64_t shared_ffn = 0;  ///< width of the shared expert (all of them as one network)
-  bool shared_gate = false;     ///< one row that gates the shared expert (Qwen2-MoE)
+  std::int64_t shared_ffn = 0;    ///< width of the shared expert (all of them as one network)
+  std::int64_t shared_gates = 0;  ///< rows that weigh the shared expert: one gates it (Qwen2-MoE), two mix it
+                                  ///< with the routed ones
   bool router_bias = false;
+  bool router_noise = false;  ///< a second matrix of the router's size, which learns its noise
   bool expert_bias = false;
   bool selection_bias = false;  ///< a buffer of E numbers per layer that is no parameter (DeepSeek-V3)
   std::int64_t routing_groups =

@@ -99,6 +99,30 @@ TEST(Account, a_config_of_collegium_moe_has_everything_below_one_key) {
   EXPECT_EQ(counted.total - counted.active, 3 * 16 * 8 * 5 / 2);
 }
 
+// The parameters of model::list_parameters() for the same options: 16 wide, 4 experts of width 8.
+TEST(Account, a_config_of_collegium_moe_has_whatever_its_layers_have) {
+  const auto total = [](const Json& router, const Json& shared) {
+    const Json moe = {
+        {"num_experts", 4}, {"top_k", 2}, {"ffn_size", 8}, {"router", router}, {"shared_expert", shared}};
+    const Json sizes = {{"vocab_size", 300}, {"hidden_size", 16}, {"num_layers", 2},        {"num_heads", 2},
+                        {"head_dim", 8},     {"num_kv_heads", 2}, {"tie_embeddings", true}, {"moe", moe}};
+    return account(parse_model({{"model_type", "collegium_moe"}, {"collegium", sizes}}, "config.json"));
+  };
+  const std::int64_t layer = 4 * 16 * 16 + 2 * 16 + 4 * 16 + 4 * 3 * 16 * 8;
+  const std::int64_t plain = 300 * 16 + 16 + 2 * layer;
+  const Json none = {{"kind", "none"}, {"ffn_size", 24}};
+  EXPECT_EQ(total(Json::object(), none).total, plain);
+  EXPECT_EQ(total({{"noise", "noisy_top_k"}}, none).total, plain + 2 * 4 * 16);
+  EXPECT_EQ(total({{"noise", "gumbel"}}, none).total, plain);
+  const Account balanced = total({{"bias_balancing", true}}, none);
+  EXPECT_EQ(balanced.total, plain);
+  EXPECT_EQ(balanced.selection_bias, 2 * 4);
+  const std::int64_t shared = 2 * 3 * 16 * 24;
+  EXPECT_EQ(total({}, {{"kind", "sum"}, {"ffn_size", 24}}).total, plain + shared);
+  EXPECT_EQ(total({}, {{"kind", "gated"}, {"ffn_size", 24}}).total, plain + shared + 2 * 16);
+  EXPECT_EQ(total({}, {{"kind", "residual_mix"}, {"ffn_size", 24}}).total, plain + shared + 2 * 2 * 16);
+}
+
 TEST(Account, windowed_layers_see_fewer_keys) {
   EXPECT_DOUBLE_EQ(mean_visible_keys(4, 0), 2.5);
   EXPECT_DOUBLE_EQ(mean_visible_keys(4, 2), (1 + 2 + 2 + 2) / 4.0);
@@ -123,6 +147,54 @@ TEST(Model, errors_name_key_value_and_rule) {
   EXPECT_THAT(message_of(bad),
               HasSubstr("experts per token = 9: must be between 1 and the number of experts = 8"));
   EXPECT_THROW(load_model("mixtral-8x7c"), ConfigError);
+}
+
+TEST(Model, layers_and_groups_that_cannot_be_are_refused) {
+  const auto message = [](Json config, const char* key, const Json& value) {
+    config[key] = value;
+    return message_of(config);
+  };
+  Json qwen = {{"model_type", "qwen3_moe"}, {"vocab_size", 10},         {"hidden_size", 64},
+               {"num_hidden_layers", 2},    {"num_attention_heads", 4}, {"moe_intermediate_size", 32},
+               {"num_experts", 16},         {"intermediate_size", 128}};
+  EXPECT_EQ(message(qwen, "mlp_only_layers", {1}), "no error");
+  for (const Json& bad : {Json{99}, Json{"a"}, Json{-1}, Json{0.5}})
+    EXPECT_THAT(message(qwen, "mlp_only_layers", bad),
+                HasSubstr("mlp_only_layers has " + bad[0].dump() + ": must be layers from 0 to "));
+  EXPECT_THAT(message(qwen, "mlp_only_layers", 1), HasSubstr("mlp_only_layers = 1: must be a list"));
+  EXPECT_THAT(message(qwen, "decoder_sparse_step", 0),
+              HasSubstr("decoder_sparse_step = 0: must be at least 1"));
+  Json deepseek = qwen;
+  deepseek.update({{"model_type", "deepseek_v3"},
+                   {"kv_lora_rank", 8},
+                   {"qk_nope_head_dim", 8},
+                   {"qk_rope_head_dim", 8},
+                   {"v_head_dim", 8},
+                   {"n_routed_experts", 16},
+                   {"num_experts_per_tok", 4},
+                   {"n_group", 4}});
+  EXPECT_EQ(message(deepseek, "topk_group", 2), "no error");
+  EXPECT_THAT(message(deepseek, "moe_layer_freq", 0), HasSubstr("moe_layer_freq = 0: must be at least 1"));
+  EXPECT_THAT(message(deepseek, "topk_group", 0), HasSubstr("topk_group = 0: must be at least 1"));
+  EXPECT_THAT(message(deepseek, "topk_group", 5), HasSubstr("5: must be between 1 and the groups = 4"));
+  deepseek["topk_group"] = 1;
+  EXPECT_THAT(message(deepseek, "n_group", 3), HasSubstr("3: must divide the number of experts = 16"));
+  deepseek["num_experts_per_tok"] = 5;
+  EXPECT_THAT(message(deepseek, "topk_group", 1),
+              HasSubstr("= 5: must be at most those of its 1 groups = 4"));
+}
+
+TEST(Model, a_config_of_collegium_moe_names_what_is_wrong) {
+  const Json moe = {{"num_experts", 4}, {"top_k", 2}, {"ffn_size", 8}};
+  const Json sizes = {{"vocab_size", 300}, {"hidden_size", 16}, {"num_layers", 2},
+                      {"num_heads", 2},    {"moe_layers", {1}}, {"moe", moe}};
+  EXPECT_THAT(message_of({{"model_type", "collegium_moe"}, {"collegium", sizes}}),
+              HasSubstr("collegium: moe_layers has 1: must be true (experts) or false (dense)"));
+  Json other = sizes;
+  other["moe_layers"] = {true, true};
+  other["moe"]["shared_expert"] = {{"kind", "summed"}};
+  EXPECT_THAT(message_of({{"model_type", "collegium_moe"}, {"collegium", other}}),
+              HasSubstr("kind = \"summed\": must be one of none, sum, gated, residual_mix"));
 }
 
 }  // namespace
