@@ -212,9 +212,8 @@ void add_plan(CLI::App& app) {
   verb->add_option("--seq", arguments->seq_len, "positions of a sequence")->capture_default_str();
   verb->add_option("--cluster", arguments->cluster, "a name of the catalogue or a TOML file")
       ->capture_default_str();
-  constexpr int kMostGpus = 1 << 20;
   verb->add_option("--gpus", arguments->gpus, "search the layouts of this many accelerators")
-      ->check(CLI::Range(1, kMostGpus));
+      ->check(CLI::Range(1, plan::kMostAccelerators));
   verb->add_option("--global-batch", arguments->global_batch, "sequences of an optimizer step");
   verb->add_option("--precision", arguments->precision, "of matrix products: bf16, fp8, mxfp8, nvfp4, fp32")
       ->capture_default_str();

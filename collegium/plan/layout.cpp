@@ -32,8 +32,8 @@ std::optional<std::string> bad_expert_axes(const ModelSpec& m, const Layout& l) 
     return fmt::format("ep = {} must divide the number of experts = {}", l.ep, m.experts);
   if (m.expert_ffn % l.etp != 0)
     return fmt::format("etp = {} must divide the width of an expert = {}", l.etp, m.expert_ffn);
-  const int stage = l.dp * l.cp * l.tp;
-  if (stage % (l.ep * l.etp) != 0)
+  const std::int64_t stage = std::int64_t{l.dp} * l.cp * l.tp;
+  if (stage % (std::int64_t{l.ep} * l.etp) != 0)
     return fmt::format("ep*etp = {}*{} must divide dp*cp*tp = {}*{}*{} = {}", l.ep, l.etp, l.dp, l.cp, l.tp,
                        stage);
   return std::nullopt;
@@ -61,6 +61,8 @@ std::optional<std::string> forbidden(const ModelSpec& m, const Layout& l, const 
   if (l.tp > m.kv_heads && l.tp % m.kv_heads != 0)
     return fmt::format("tp = {} must be a multiple of the key/value heads = {} that it exceeds", l.tp,
                        m.kv_heads);
+  if (l.tp <= m.kv_heads && m.kv_heads % l.tp != 0)
+    return fmt::format("tp = {} must divide the number of key/value heads = {}", l.tp, m.kv_heads);
   if (m.dense_ffn % l.tp != 0)
     return fmt::format("tp = {} must divide the dense width = {}", l.tp, m.dense_ffn);
   if (m.shared_ffn % l.tp != 0)
@@ -68,7 +70,7 @@ std::optional<std::string> forbidden(const ModelSpec& m, const Layout& l, const 
   const double pieces = 2.0 * l.cp;
   if (l.cp > 1 && std::fmod(w.seq_len, pieces) != 0.0)
     return fmt::format("2*cp = {} must divide the sequence length = {}", pieces, w.seq_len);
-  const int chunks = l.pp * l.virtual_stages;
+  const std::int64_t chunks = std::int64_t{l.pp} * l.virtual_stages;
   if (chunks > m.layers + 1)
     return fmt::format("pp*virtual stages = {}*{} = {} exceeds the {} layers", l.pp, l.virtual_stages, chunks,
                        m.layers);
@@ -131,7 +133,7 @@ Recompute parse_recompute(const std::string& text) {
     } else if (part != "SP" && part != "none") {
       throw ConfigError(
           fmt::format("recompute = {}: part {} is not one of full, core_attn, norms, mla_up, moe_act, "
-                      "mlp, moe",
+                      "mlp, moe, operators",
                       text, part));
     }
   }
@@ -201,6 +203,14 @@ std::string_view read_part(const std::string& part, Layout& l) {
   return "recompute";
 }
 
+// Beyond these no count of ranks or chunks would fit its type.
+void check_size(const Layout& l, const std::string& text) {
+  const double ranks = static_cast<double>(l.tp) * l.cp * l.pp * l.dp;
+  require_config(ranks <= kMostAccelerators,
+                 "layout {}: tp*cp*pp*dp = {}*{}*{}*{} = {:.0f} ranks: at most {}", text, l.tp, l.cp, l.pp,
+                 l.dp, ranks, kMostAccelerators);
+}
+
 }  // namespace
 
 Layout parse_layout(const std::string& text) {
@@ -211,6 +221,7 @@ Layout parse_layout(const std::string& text) {
     require_config(is_first, "layout {}: both {} and {} say its {}", text, former->second, part,
                    former->first);
   }
+  check_size(l, text);
   // With virtual stages 1F1B is the interleaved schedule.
   if (l.virtual_stages > 1 && l.schedule == Schedule::k1F1B) l.schedule = Schedule::kInterleaved;
   return l;

@@ -32,6 +32,9 @@ struct Recompute {
   bool operator==(const Recompute&) const = default;
 };
 
+/// Of a layout that a user writes, and of a search.
+constexpr int kMostAccelerators = 1 << 20;
+
 struct Layout {
   int tp = 1;
   int cp = 1;
@@ -109,7 +112,7 @@ std::optional<std::string> forbidden(const ModelSpec& model, const Layout& layou
 
 /// What     "tp2.cp1.pp4.vp1.dp8.ep8.etp1.zero1.mb1.none.a2a.1f1b", and back; parts may be left out. With
 ///          virtual stages 1f1b is read as interleaved.
-/// Throws   ConfigError naming the part that cannot be read.
+/// Throws   ConfigError naming the part that cannot be read, or more than kMostAccelerators ranks.
 std::string layout_name(const Layout& layout);
 Layout parse_layout(const std::string& text);
 /// What     "none", "full", or the parts: "core_attn+norms".
