@@ -26,7 +26,7 @@ struct SimulateArguments {
   double seq_len = 4096;
   std::optional<double> global_batch;
   double skew = 0.0;
-  std::uint64_t seed = 0;
+  std::optional<std::uint64_t> seed;
   bool schedules = false;
   bool json = false;
 };
@@ -53,9 +53,14 @@ Outcome run_one(const SimulateArguments& a, const plan::ModelSpec& model, plan::
                                 .micro_batches = static_cast<int>(plan::num_micro_batches(layout, work))};
   plan::RoutingSkew skew;
   skew.deviation = a.skew;
-  skew.seed = a.seed;
+  skew.seed = a.seed.value_or(0);
+  const char* uneven = a.routing.empty() ? "--skew" : "--routing";
+  if (a.skew > 0.0 || !a.routing.empty()) {
+    require_config(model.is_moe(), "{}: {} has no experts", uneven, model.name);
+    require_config(layout.ep > 1, "{}: with ep = {} every rank has all experts, and none waits for another",
+                   uneven, layout.ep);
+  }
   if (!a.routing.empty()) {
-    require_config(model.is_moe(), "--routing: {} has no experts", model.name);
     skew.recorded = std::make_shared<const plan::RoutingCounts>(plan::read_routing(a.routing));
   }
   const plan::Durations durations = plan::layout_durations(model, layout, work, cluster, plan::Stack{}, skew);
@@ -108,6 +113,8 @@ void run_simulate(const SimulateArguments& a) {
   require_config(a.skew == 0.0 || a.routing.empty(), "--skew and --routing: give one of them");
   require_config(std::isfinite(a.skew) && a.skew >= 0.0, "--skew = {}: must be finite and not negative",
                  a.skew);
+  require_config(a.skew > 0.0 || !a.seed, "--seed = {} needs --skew: nothing else is random",
+                 a.seed.value_or(0));
   const std::vector<Outcome> all = run_all(a);
   require_config(!all.empty(), "--schedules: none of the schedules is possible with this layout");
   if (a.json) {

@@ -96,6 +96,9 @@ def main() -> None:
     for bad in ("nan", "inf", "-1"):
         run(2, "must be finite and not negative", "simulate --layout pp4.dp8.ep8 --global-batch 64 --skew", bad)
     run(0, "idle", "simulate --layout pp4.dp8.ep8 --global-batch 64 --skew 1000")
+    run(2, "llama3-8b has no experts", "simulate --layout dp8 --global-batch 64 --skew 2 --model llama3-8b")
+    run(2, "--skew: with ep = 1", "simulate --layout dp8 --global-batch 64 --skew 2")
+    run(2, "--seed = 3 needs --skew", "simulate --layout dp8.ep8 --global-batch 64 --seed 3")
     run(0, "cpu-2core", "plan", "--list")
     with tempfile.TemporaryDirectory() as folder:
         trace = pathlib.Path(folder) / "trace.json"
