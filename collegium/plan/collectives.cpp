@@ -90,14 +90,36 @@ double send_seconds(const Cluster& cluster, int stride, double bytes) {
   return bytes / (link.gb_per_s * 1e9 * link.efficiency) + link.latency_us * 1e-6;
 }
 
+namespace {
+
+// C(N - n, K) / C(N, K), the chance that K of N miss n of them, as a product, so that nothing overflows.
+double chance_to_miss(double all, double missed, double choices) {
+  double chance = 1.0;
+  for (double i = 0.0; i < choices; i += 1.0)
+    chance *= std::pow(std::max(0.0, (all - missed - i) / (all - i)), std::min(1.0, choices - i));
+  return chance;
+}
+
+}  // namespace
+
 double distinct_groups(double experts, double top_k, double groups) {
   if (groups <= 1.0) return 1.0;
-  const double others = experts - experts / groups;
-  // C(E - E/G, K) / C(E, K) as a product, so that nothing overflows.
-  double missed = 1.0;
-  for (double i = 0.0; i < top_k; i += 1.0)
-    missed *= std::pow(std::max(0.0, (others - i) / (experts - i)), std::min(1.0, top_k - i));
-  return groups * (1.0 - missed);
+  return groups * (1.0 - chance_to_miss(experts, experts / groups, top_k));
+}
+
+double distinct_places(const ModelSpec& m, double places) {
+  const auto experts = static_cast<double>(m.experts);
+  const double top_k = m.experts_per_token();
+  const double anywhere = distinct_groups(experts, top_k, places);
+  if (m.routing_groups == 0 || places <= 1.0) return anywhere;
+  const auto groups = static_cast<double>(m.routing_groups);
+  const double chosen = std::min(static_cast<double>(m.routing_top_groups), top_k);
+  if (places <= groups) return std::min(anywhere, distinct_groups(groups, chosen, places));
+  // One expert in every chosen group, the others anywhere among these: a group is chosen for its scores.
+  const double per_group = places / groups;
+  const double missed = (1.0 - 1.0 / per_group) *
+                        chance_to_miss(experts * chosen / groups - chosen, experts / places, top_k - chosen);
+  return std::min(anywhere, per_group * chosen * (1.0 - missed));
 }
 
 double exchange_bandwidth(const Link& link) {
@@ -111,19 +133,12 @@ double exchange_latency_us(const Link& link) {
 
 ExpertTraffic expert_traffic(const ModelSpec& m, const Layout& l, const Cluster& cluster, double imbalance) {
   if (!m.is_moe() || l.ep == 1) return {};
-  const auto experts = static_cast<double>(m.experts);
-  const double per_token = m.experts_per_token();
   const double ranks = l.ep;
   const double in_domain = std::min<double>(ranks, std::max(1, cluster.fast_domain / l.etp));
   const double domains = ranks / in_domain;
-  double remote_share = (1.0 - 1.0 / domains);
-  double rank_rows = distinct_groups(experts, per_token, ranks);
-  double domain_rows = distinct_groups(experts, per_token, domains);
-  if (m.routing_groups > 0) {
-    // Group-limited routing: the K experts lie in at most the allowed groups, which lie in as many domains.
-    domain_rows = std::min(domain_rows, static_cast<double>(m.routing_top_groups));
-  }
-  double rows = per_token;
+  const double remote_share = 1.0 - 1.0 / domains;
+  const double rank_rows = distinct_places(m, ranks);
+  double rows = m.experts_per_token();
   if (l.dispatcher == Dispatcher::kDeduplicated) rows = rank_rows;
   if (l.dispatcher == Dispatcher::kPadded) rows *= imbalance;
   if (l.dispatcher == Dispatcher::kAllGather) rows = ranks;
@@ -132,7 +147,7 @@ ExpertTraffic expert_traffic(const ModelSpec& m, const Layout& l, const Cluster&
   t.fast_rows = rows * (1.0 - 1.0 / ranks) - t.slow_rows;
   if (l.dispatcher == Dispatcher::kSharedMemory) t.fast_rows = 0.0;
   if (l.dispatcher == Dispatcher::kHierarchical) {
-    t.slow_rows = domain_rows * remote_share;
+    t.slow_rows = distinct_places(m, domains) * remote_share;
     t.fast_rows = rank_rows * (1.0 - 1.0 / in_domain);
   }
   return t;
@@ -148,8 +163,10 @@ double expert_exchange_seconds(const ModelSpec& m, const Layout& l, const Cluste
   const double slow = tokens * t.slow_rows * row_bytes / exchange_bandwidth(cluster.slow_link);
   const double latency = exchange_latency_us(cluster.fast_link) +
                          (l.ep > in_domain ? exchange_latency_us(cluster.slow_link) : 0.0);
-  // The fullest rank receives `imbalance` times the mean; the others wait for it.
-  return std::max(fast, slow) * imbalance + latency * 1e-6;
+  // The fullest rank receives `imbalance` times the mean; the others wait for it. Padded blocks have grown by
+  // it already, and every rank gets all tokens whatever their experts are.
+  const bool even = l.dispatcher == Dispatcher::kPadded || l.dispatcher == Dispatcher::kAllGather;
+  return std::max(fast, slow) * (even ? 1.0 : imbalance) + latency * 1e-6;
 }
 
 }  // namespace collegium::plan

@@ -49,8 +49,14 @@ double send_seconds(const Cluster& cluster, int stride, double bytes);
 
 /// What     Distinct groups of `groups` equal ones that a token's K of E experts touch, balanced random
 ///          choice.
-/// Math     D(G) = G (1 - C(E - E/G, K) / C(E, K)); under group-limited routing at most the allowed groups.
+/// Math     D(G) = G (1 - C(E - E/G, K) / C(E, K))
 double distinct_groups(double experts, double top_k, double groups);
+/// What     Places (ranks, domains), of `places` with equally many experts each, that a token's experts lie
+///          in; under group-limited routing, M of N groups with a group's scores, fewer.
+/// Math     at most D(P); P <= N: D of M groups over the places; else p = P/N places a group, one expert in
+///          every chosen group and K - M anywhere in these: p M (1 - (1 - 1/p) C(n - E/P, K - M) /
+///          C(n, K - M)), n = E M/N - M. Within 3 % of counted choices.
+double distinct_places(const ModelSpec& model, double places);
 
 /// What     Bytes per second that a rank sends in an all-to-all over a link, and the microseconds of one.
 double exchange_bandwidth(const Link& link);
@@ -63,12 +69,13 @@ struct ExpertTraffic {
 };
 /// What     Rows per token and direction that leave a rank, by dispatcher, the rank's own experts excepted.
 /// Math     a row per (token, expert): K (1 - 1/R); deduplicated: D(R) (1 - 1/R); hierarchical: D(N) (1 -
-///          1/N) over slow links, the rest inside a domain; gathered: R - 1; padded: as all-to-all times
-///          the imbalance.
+///          1/N) over slow links, the rest inside a domain, D as distinct_places(); gathered: R - 1; padded:
+///          as all-to-all times the imbalance, since the largest pair's block goes to the fullest rank.
 ExpertTraffic expert_traffic(const ModelSpec& model, const Layout& layout, const Cluster& cluster,
                              double imbalance);
 /// What     Seconds of one dispatch or combine of `tokens` tokens of `row_bytes` each; both links work at
-///          once.
+///          once. They last as long as those of the fullest rank, which receives `imbalance` times the mean:
+///          but gathered ranks receive equally much, and so do padded ones, all that much.
 double expert_exchange_seconds(const ModelSpec& model, const Layout& layout, const Cluster& cluster,
                                double tokens, double row_bytes, double imbalance);
 

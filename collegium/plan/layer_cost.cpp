@@ -159,9 +159,8 @@ double network_gemms(const Context& x, bool moe) {
 double tensor_seconds(const Context& x, bool moe) {
   if (x.l.tp == 1 && x.l.cp == 1) return 0.0;
   const double bytes = 2.0 * x.tokens * static_cast<double>(x.m.hidden);
-  const double blocks = moe && x.m.shared_ffn == 0 ? 1.0 : 2.0;
-  double seconds =
-      blocks * all_reduce_seconds(x.c, group_of(x.c, x.l.tp, 1), bytes) * (1.0 - x.s.tensor_overlap);
+  double seconds = tensor_blocks(x.m, moe) * all_reduce_seconds(x.c, group_of(x.c, x.l.tp, 1), bytes) *
+                   (1.0 - x.s.tensor_overlap);
   if (x.l.cp > 1) {
     const double kv = 4.0 * x.tokens * static_cast<double>(x.m.kv_heads * x.m.head_dim) / x.l.tp;
     const double ring = gather_seconds(x.c, group_of(x.c, x.l.cp, x.l.tp), kv * x.l.cp);
@@ -195,6 +194,8 @@ Context context(const ModelSpec& m, const Layout& l, const Workload& w, const Cl
 
 }  // namespace
 
+double tensor_blocks(const ModelSpec& m, bool moe) { return moe && m.shared_ffn == 0 ? 1.0 : 2.0; }
+
 LayerCost layer_cost(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& c, const Stack& s,
                      bool moe, bool windowed) {
   const Context x = context(m, l, w, c, s);
@@ -221,7 +222,7 @@ LayerCost layer_cost(const ModelSpec& m, const Layout& l, const Workload& w, con
       cost.recompute[Part::kExpertComm] = cost.forward[Part::kExpertComm];
     }
     if (r.dense_ffn && !moe) cost.recompute[Part::kGemm] = network_gemms(x, false);
-    if (r.norms || r.activation || r.latent_up)
+    if (r.norms || r.activation || r.latent_up || r.operators)
       cost.recompute[Part::kElementwise] = 0.3 * cost.forward[Part::kElementwise];
   }
   return cost;

@@ -82,7 +82,12 @@ struct Bytes {
 };
 
 // Inputs of matrix products wait for the backward pass in the products' own format.
-double linear_input_bytes(const Workload& w) { return matrix_format(w.precision) == "bf16" ? 2.0 : 1.0; }
+double linear_input_bytes(const Workload& w) {
+  const std::string format = matrix_format(w.precision);
+  // Values that tf32 multiplies lie in memory as fp32.
+  if (format == "fp32") return 4.0;
+  return format == "bf16" ? 2.0 : 1.0;
+}
 
 double attention_bytes(const ModelSpec& m, const Layout& l, const Workload& w, const Stack& stack,
                        bool keep_all) {
@@ -204,7 +209,7 @@ double expert_buffers(const ModelSpec& m, const Layout& l, const Workload& w) {
     case Dispatcher::kSharedMemory:
       return tokens * row;
     case Dispatcher::kPadded:
-      return 2.0 * rows * row * w.imbalance;
+      return 2.0 * rows * row;
     case Dispatcher::kDeduplicated:
     case Dispatcher::kHierarchical:
     case Dispatcher::kAllToAll:

@@ -36,6 +36,9 @@ struct LayerCost {
   Cost backward;
   Cost recompute;
 };
+/// What     Blocks of a layer that tensor-parallel ranks share, each with a reduction per pass: attention,
+///          and a dense or shared network; experts are reached by dispatch.
+double tensor_blocks(const ModelSpec& model, bool moe);
 /// What     Cost of a layer with experts or with a dense network; `windowed` layers see at most the
 ///          window's keys.
 LayerCost layer_cost(const ModelSpec& model, const Layout& layout, const Workload& work,

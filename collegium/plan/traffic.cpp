@@ -14,14 +14,17 @@ bool spans_domains(const Cluster& c, int ranks, int stride) { return ranks * str
 
 double ring_share(int ranks) { return static_cast<double>(ranks - 1) / ranks; }
 
-void add_tensor(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& c, double layers,
-                std::vector<TrafficLine>& lines) {
+void add_tensor(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& c,
+                const StageWeights& weights, std::vector<TrafficLine>& lines) {
   if (l.tp == 1) return;
   const double bytes = 2.0 * l.micro_batch * w.seq_len / l.cp * static_cast<double>(m.hidden);
-  const double passes = l.recompute.full ? 6.0 : 4.0;
+  const double passes = l.recompute.full ? 3.0 : 2.0;
+  const double blocks = tensor_blocks(m, false) * (weights.layers - weights.moe_layers) +
+                        tensor_blocks(m, true) * weights.moe_layers;
   lines.push_back({l.sequence_parallel ? "all-gather + reduce-scatter" : "all-reduce",
-                   "hidden states, two per layer and pass", "tp", l.tp, spans_domains(c, l.tp, 1),
-                   2.0 * bytes * ring_share(l.tp), passes * layers * num_micro_batches(l, w)});
+                   "hidden states, one per attention, dense or shared network, and pass", "tp", l.tp,
+                   spans_domains(c, l.tp, 1), 2.0 * bytes * ring_share(l.tp),
+                   passes * blocks * num_micro_batches(l, w)});
 }
 
 void add_context(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& c, double layers,
@@ -80,7 +83,7 @@ std::vector<TrafficLine> step_traffic(const ModelSpec& m, const Layout& l, const
   std::vector<TrafficLine> lines;
   const StageWeights weights = stage_weights(m, l, s, 0);
   const double micro = num_micro_batches(l, w);
-  add_tensor(m, l, w, c, weights.layers, lines);
+  add_tensor(m, l, w, c, weights, lines);
   add_context(m, l, w, c, weights.layers, lines);
   add_experts(m, l, w, c, weights.moe_layers, lines);
   if (l.pp > 1) {

@@ -34,6 +34,39 @@ TEST(Memory, activations_of_a_gpt_layer_follow_the_published_formula) {
                    12288 * tokens * (10.0 + 24.0 / 8) + scores / 8);
 }
 
+// Inputs of the four products of a layer: norm, attention, norm, SwiGLU.
+TEST(Memory, inputs_of_products_are_as_wide_as_their_format) {
+  const ModelSpec model = load_model("llama3-8b");
+  const auto bytes = [&](const char* precision) {
+    const Workload work{.seq_len = 2048, .global_batch = 1, .precision = precision};
+    return layer_activations(model, {}, work, Stack{}).dense / 2048;
+  };
+  const double inputs = 3.0 * 4096 + 14336;
+  EXPECT_DOUBLE_EQ(bytes("fp32") - bytes("bf16"), 2.0 * inputs);
+  EXPECT_DOUBLE_EQ(bytes("tf32"), bytes("fp32"));
+  EXPECT_DOUBLE_EQ(bytes("bf16") - bytes("fp8"), inputs);
+}
+
+double bytes_of(const MemoryReport& report, const std::string& component) {
+  for (const MemoryLine& line : report.lines) {
+    if (line.component == component) return line.bytes;
+  }
+  return 0.0;
+}
+
+TEST(Memory, padded_blocks_are_as_large_as_the_fullest_ranks) {
+  const ModelSpec model = load_model("mixtral-8x7b");
+  const auto buffers = [&](Dispatcher dispatcher, double imbalance) {
+    const Workload work{.seq_len = 4096, .global_batch = 64, .imbalance = imbalance};
+    const Layout layout{.dp = 8, .ep = 8, .dispatcher = dispatcher};
+    return bytes_of(stage_memory(model, layout, work, load_cluster("h100-80"), Stack{}, 0),
+                    "dispatch buffers");
+  };
+  // Sent and received: all pairs hold the largest pair's rows.
+  EXPECT_DOUBLE_EQ(buffers(Dispatcher::kPadded, 1.5), 2.0 * 1.5 * buffers(Dispatcher::kAllToAll, 1.0));
+  EXPECT_DOUBLE_EQ(buffers(Dispatcher::kAllGather, 1.5), buffers(Dispatcher::kAllGather, 1.0));
+}
+
 TEST(Memory, weights_of_all_stages_and_ranks_sum_to_the_model) {
   const ModelSpec model = load_model("mixtral-8x7b");
   const Layout layout{.tp = 1, .pp = 4, .dp = 8, .ep = 8};
@@ -133,9 +166,41 @@ TEST(Layout, impossible_ones_name_the_rule_and_the_other_number) {
   EXPECT_THAT(forbidden(model, parse_layout("pp4.vp2.zb"), work).value(),
               HasSubstr("virtual stages = 2: only the interleaved schedule has them, zb has not"));
   EXPECT_FALSE(forbidden(model, parse_layout("pp4.vp2"), work).has_value());
+  ModelSpec uneven = load_model("llama3-8b");
+  uneven.heads = 40;
+  uneven.kv_heads = 10;
+  EXPECT_THAT(forbidden(uneven, {.tp = 4}, work).value(),
+              HasSubstr("tp = 4 must divide the number of key/value heads = 10"));
+  EXPECT_FALSE(forbidden(uneven, {.tp = 2}, work).has_value());
   EXPECT_THROW(parse_layout("tp2.what"), ConfigError);
   for (const char* twice : {"tp2.tp4", "tp2.dp2.tp2", "zero1.zero2", "full.none", "1f1b.gpipe", "a2a.hier"})
     EXPECT_THROW(parse_layout(twice), ConfigError) << twice;
+}
+
+TEST(Layout, no_product_of_sizes_overflows) {
+  const ModelSpec model = load_model("llama3-8b");
+  EXPECT_THAT(forbidden(model, parse_layout("pp65536.vp65536"), {.global_batch = 64}).value(),
+              HasSubstr("65536*65536 = 4294967296 exceeds the 32 layers"));
+  EXPECT_THAT(forbidden(load_model("mixtral-8x7b"), parse_layout("dp8.ep8.etp7168"), {}).value(),
+              HasSubstr("ep*etp = 8*7168"));
+  EXPECT_EQ(parse_layout("dp1048576").world(), kMostAccelerators);
+  try {
+    parse_layout("tp2.cp2048.dp1048576");
+    FAIL();
+  } catch (const ConfigError& error) {
+    EXPECT_THAT(error.what(), HasSubstr("2*2048*1*1048576 = 4294967296 ranks: at most 1048576"));
+  }
+}
+
+TEST(Layout, every_recompute_is_named) {
+  EXPECT_TRUE(parse_recompute("selective:operators").operators);
+  try {
+    parse_recompute("nothing");
+    FAIL();
+  } catch (const ConfigError& error) {
+    for (const char* part : {"full", "core_attn", "norms", "mla_up", "moe_act", "mlp", "moe", "operators"})
+      EXPECT_THAT(error.what(), HasSubstr(part));
+  }
 }
 
 TEST(Cluster, bad_files_name_field_and_value) {

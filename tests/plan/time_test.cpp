@@ -46,6 +46,73 @@ TEST(Collectives, distinct_groups_agree_with_counted_routing) {
   EXPECT_NEAR(touched / kTokens, distinct_groups(32, 4, 8), 0.02);
 }
 
+// The closed form against counting: a gate chooses the groups whose two best scores sum to most, and of these
+// groups the best experts.
+double counted_places(const ModelSpec& m, std::uint64_t places) {
+  constexpr int kTokens = 4000;
+  const auto experts = static_cast<std::size_t>(m.experts);
+  const auto per_group = static_cast<std::size_t>(m.experts / m.routing_groups);
+  const RandomStream random(11, "test/gate");
+  double touched = 0.0;
+  for (int t = 0; t < kTokens; ++t) {
+    std::vector<double> scores(experts);
+    for (std::size_t e = 0; e < experts; ++e)
+      scores[e] = random.normal(static_cast<std::uint64_t>(t) * experts + e);
+    std::vector<std::pair<double, std::size_t>> groups;
+    for (std::size_t g = 0; g < experts / per_group; ++g) {
+      std::vector<double> own(&scores[g * per_group], &scores[g * per_group] + per_group);
+      std::sort(own.rbegin(), own.rend());
+      groups.emplace_back(own[0] + own[1], g);
+    }
+    std::sort(groups.rbegin(), groups.rend());
+    groups.resize(static_cast<std::size_t>(m.routing_top_groups));
+    std::vector<std::pair<double, std::size_t>> reachable;
+    for (const auto& [sum, g] : groups) {
+      for (std::size_t e = g * per_group; e < (g + 1) * per_group; ++e) reachable.emplace_back(scores[e], e);
+    }
+    std::sort(reachable.rbegin(), reachable.rend());
+    std::set<std::size_t> seen;
+    for (std::size_t k = 0; k < static_cast<std::size_t>(m.top_k); ++k)
+      seen.insert(reachable[k].second * places / experts);
+    touched += static_cast<double>(seen.size());
+  }
+  return touched / kTokens;
+}
+
+TEST(Collectives, places_under_limited_routing_agree_with_counted_routing) {
+  ModelSpec model = load_model("deepseek-v3");
+  for (const std::uint64_t places : {2U, 4U, 8U, 16U, 32U, 128U}) {
+    const double counted = counted_places(model, places);
+    EXPECT_NEAR(distinct_places(model, static_cast<double>(places)), counted, 0.02 * counted) << places;
+  }
+  model.routing_top_groups = 1;
+  EXPECT_DOUBLE_EQ(distinct_places(model, 8.0), 1.0);
+  EXPECT_NEAR(distinct_places(model, 16.0), counted_places(model, 16), 0.02);
+  model.routing_groups = 0;
+  EXPECT_DOUBLE_EQ(distinct_places(model, 16.0), distinct_groups(256, 8, 16));
+}
+
+TEST(Collectives, groups_of_experts_that_span_domains_reach_more_of_them) {
+  const ModelSpec model = load_model("deepseek-v3");
+  const Layout layout{.dp = 128, .ep = 128, .dispatcher = Dispatcher::kHierarchical};
+  // 16 domains, a group in two of them: four groups are eight domains.
+  EXPECT_NEAR(expert_traffic(model, layout, load_cluster("h100-80"), 1.0).slow_rows, 5.7 * 15 / 16, 0.05);
+}
+
+TEST(Collectives, imbalance_counts_once_and_where_it_is) {
+  const ModelSpec model = load_model("mixtral-8x7b");
+  Cluster cluster = load_cluster("h100-80");
+  cluster.fast_link.latency_us = cluster.slow_link.latency_us = 0.0;
+  const auto ratio = [&](Dispatcher dispatcher) {
+    const Layout layout{.dp = 8, .ep = 8, .dispatcher = dispatcher};
+    return expert_exchange_seconds(model, layout, cluster, 4096.0, 8192.0, 2.0) /
+           expert_exchange_seconds(model, layout, cluster, 4096.0, 8192.0, 1.0);
+  };
+  for (const Dispatcher uneven : {Dispatcher::kAllToAll, Dispatcher::kDeduplicated, Dispatcher::kPadded})
+    EXPECT_NEAR(ratio(uneven), 2.0, 1e-9);
+  EXPECT_NEAR(ratio(Dispatcher::kAllGather), 1.0, 1e-9);
+}
+
 TEST(Collectives, rows_are_conserved_and_deduplication_sends_fewer) {
   const ModelSpec model = load_model("deepseek-v3");
   const Cluster cluster = load_cluster("h100-80");
@@ -83,6 +150,30 @@ TEST(Collectives, a_rank_sends_what_the_published_formula_says) {
     if (line.axes == "ep") bytes += line.bytes() / (2.0 * 32.0);
   }
   EXPECT_DOUBLE_EQ(bytes, 2.0 * 4096 * 2 * 4096 * 2 * 7 / 8 + 4096 * 2 * 4.0 * 7 / 8);
+}
+
+TEST(Collectives, tensor_parallel_ranks_reduce_what_they_share) {
+  const auto reductions = [](const char* name) {
+    const Workload work{.seq_len = 4096, .global_batch = 8};
+    const auto lines =
+        step_traffic(load_model(name), parse_layout("tp2.dp8"), work, load_cluster("h100-80"), Stack{});
+    EXPECT_EQ(lines.front().axes, "tp");
+    return lines.front().uses;
+  };
+  // Forward and backward: attention and a network, or attention alone where experts are reached by dispatch.
+  EXPECT_EQ(reductions("llama3-8b"), 2.0 * 2 * 32);
+  EXPECT_EQ(reductions("mixtral-8x7b"), 2.0 * 32);
+  EXPECT_EQ(reductions("deepseek-v2-lite"), 2.0 * 2 * 27);
+}
+
+TEST(StepTime, whatever_is_recomputed_takes_time) {
+  const auto step = [](const Recompute& recompute) {
+    return step_time(load_model("llama3-8b"), {.dp = 8, .recompute = recompute},
+                     {.seq_len = 4096, .global_batch = 8}, load_cluster("h100-80"), Stack{})
+        .step_s;
+  };
+  EXPECT_GT(step({.operators = true}), step({}));
+  EXPECT_LT(step({.operators = true}), step({.full = true}));
 }
 
 TEST(StepTime, is_monotone_in_batch_and_bandwidth) {
@@ -217,6 +308,15 @@ TEST(Search, ranks_by_time_and_explains) {
   EXPECT_FALSE(found.rejected.empty());
   EXPECT_THROW(search(model, {.global_batch = 0}, load_cluster("h100-80"), Stack{}, {.accelerators = 8}),
                ConfigError);
+}
+
+TEST(Search, a_front_of_equally_fast_layouts_is_printed) {
+  SearchResult found;
+  found.front.resize(2);
+  for (Candidate& candidate : found.front) candidate.time.step_s = 1.0;
+  found.front.front().memory.device_bytes = 1e9;
+  const std::string text = format_search(found, load_model("llama3-8b"), {}, load_cluster("h100-80"), 10);
+  EXPECT_THAT(text, testing::HasSubstr("the Pareto front"));
 }
 
 TEST(Search, where_nothing_fits_the_least_missing_comes_first) {
