@@ -65,6 +65,24 @@ Group group_of(const Cluster& cluster, int ranks, int stride) {
   return {.ranks = static_cast<double>(ranks), .in_domain = static_cast<double>(std::min(ranks, inside))};
 }
 
+namespace {
+
+Group with_copies(Group group, const Cluster& cluster, const Layout& l) {
+  group.ranks *= l.stage_copies();
+  if (l.world() <= cluster.fast_domain) group.in_domain *= l.stage_copies();
+  return group;
+}
+
+}  // namespace
+
+Group replica_group(const Cluster& cluster, const Layout& l) {
+  return with_copies(group_of(cluster, l.dp * l.cp, l.tp), cluster, l);
+}
+
+Group expert_replica_group(const Cluster& cluster, const Layout& l) {
+  return with_copies(group_of(cluster, l.expert_dp(), l.ep * l.etp), cluster, l);
+}
+
 double ring_bandwidth(const Cluster& cluster, const Group& g) {
   const double fast = cluster.fast_link.gb_per_s * 1e9 * cluster.fast_link.efficiency;
   if (g.ranks <= g.in_domain) return fast;

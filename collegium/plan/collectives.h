@@ -36,6 +36,11 @@ struct Group {
 /// What     A group of `ranks` whose neighbours are `stride` world ranks apart, on this cluster.
 Group group_of(const Cluster& cluster, int ranks, int stride);
 
+/// What     The ranks that sum a rank's gradients of the dense part, and of its experts. DualPipe's mirror
+///          stages lie in other domains unless all ranks are in one.
+Group replica_group(const Cluster& cluster, const Layout& layout);
+Group expert_replica_group(const Cluster& cluster, const Layout& layout);
+
 /// What     Bytes per second that a ring through the group sustains: the fast link inside a domain; across
 ///          domains the members' share of their slow links, if that is less.
 double ring_bandwidth(const Cluster& cluster, const Group& group);

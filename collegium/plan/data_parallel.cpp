@@ -19,8 +19,6 @@ struct Volumes {
   double shared_weights = 0.0;
 };
 
-double replicas(const Layout& l) { return static_cast<double>(l.dp) * l.cp; }
-
 Volumes volumes(const StageWeights& held, const Layout& l, const Stack& s) {
   Volumes v;
   const auto add = [&](double parameters, double count) {
@@ -31,13 +29,13 @@ Volumes volumes(const StageWeights& held, const Layout& l, const Stack& s) {
     v.shared_gradients += share * parameters * s.reduce_bytes;
     v.shared_weights += share * parameters * s.weight_bytes;
   };
-  add(held.dense, replicas(l));
-  add(held.experts, l.expert_dp());
+  add(held.dense, l.replicas());
+  add(held.experts, l.expert_replicas());
   return v;
 }
 
 // Everything passes one server's link, in and then out.
-double server_bytes(const Volumes& v, const Layout& l) { return replicas(l) * (v.gradients + v.weights); }
+double server_bytes(const Volumes& v, const Layout& l) { return l.replicas() * (v.gradients + v.weights); }
 
 double server_seconds(const Volumes& v, const Layout& l, const Cluster& c) {
   const Link& link = l.world() > c.fast_domain ? c.slow_link : c.fast_link;
@@ -63,8 +61,8 @@ DataParallelVariant variant(const ModelSpec& m, Layout l, Zero zero, const Workl
 
 std::vector<DataParallelVariant> data_parallel_variants(const ModelSpec& m, const Layout& l,
                                                         const Workload& w, const Cluster& c, const Stack& s) {
-  require_config(l.dp * l.cp > 1, "data parallelism: dp*cp = {}*{}: there is one replica only", l.dp, l.cp);
-  const Volumes v = volumes(stage_weights(m, l, s, 0), l, s);
+  require_config(l.replicas() > 1, "data parallelism: dp*cp = {}*{}: there is one replica only", l.dp, l.cp);
+  const Volumes v = volumes(held_weights(m, l, s, 0), l, s);
   const double micro = num_micro_batches(l, w);
   std::vector<DataParallelVariant> all;
   const auto add = [&](const char* name, DataParallelVariant one, double sent, double busiest) {
@@ -91,7 +89,8 @@ std::vector<DataParallelVariant> data_parallel_variants(const ModelSpec& m, cons
   add("parameter server, a shard on every rank", served, both, both);
   add("all-reduce", whole, 2.0 * v.shared_gradients, 2.0 * v.shared_gradients);
   add("ZeRO 1: optimizer sharded", sharded, both, both);
-  add("ZeRO 2: gradients too", variant(m, l, Zero::kGradients, w, c, s), both, both);
+  const double scattered = micro * v.shared_gradients + v.shared_weights;
+  add("ZeRO 2: gradients too", variant(m, l, Zero::kGradients, w, c, s), scattered, scattered);
   const double gathered = micro * (2.0 * v.shared_weights + v.shared_gradients);
   add("ZeRO 3: weights too", variant(m, l, Zero::kSharded, w, c, s), gathered, gathered);
   return all;

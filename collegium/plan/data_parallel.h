@@ -27,8 +27,8 @@ struct DataParallelVariant {
 /// What     Bytes, time and memory of a layout under each way of keeping its replicas equal.
 /// Math     P parameters of a rank, g and w bytes of a gradient and of a weight, n replicas: dp*cp, of
 ///          experts the ranks that hold the same. Central server: dp*cp P (g + w) through one link; server on
-///          every rank, and ZeRO 1 and 2: P (g + w) (n - 1)/n; ring all-reduce: 2 P g (n - 1)/n; ZeRO 3:
-///          P (2 w + g) (n - 1)/n for every micro-batch.
+///          every rank, and ZeRO 1: P (g + w) (n - 1)/n; ring all-reduce: 2 P g (n - 1)/n; ZeRO 2, of m
+///          micro-batches: P (m g + w) (n - 1)/n; ZeRO 3: P (2 w + g) (n - 1)/n for every micro-batch.
 /// Throws   ConfigError when the layout has one replica only.
 std::vector<DataParallelVariant> data_parallel_variants(const ModelSpec& model, const Layout& layout,
                                                         const Workload& work, const Cluster& cluster,

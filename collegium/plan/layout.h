@@ -52,6 +52,12 @@ struct Layout {
 
   int world() const { return tp * cp * pp * dp; }
   int expert_dp() const { return dp * cp * tp / (ep * etp); }
+  /// Ranks of a pipeline that hold a stage: DualPipe's micro-batches enter at both ends, so rank s holds
+  /// stages s and pp - 1 - s.
+  int stage_copies() const { return schedule == Schedule::kDualPipe && pp > 1 ? 2 : 1; }
+  /// Ranks that hold the same dense weights, and the same experts.
+  int replicas() const { return dp * cp * stage_copies(); }
+  int expert_replicas() const { return expert_dp() * stage_copies(); }
 };
 
 struct Workload {

@@ -73,6 +73,23 @@ StageWeights stage_weights(const ModelSpec& m, const Layout& l, const Stack& sta
   return w;
 }
 
+std::vector<int> held_stages(const Layout& l, int stage) {
+  if (l.stage_copies() == 1) return {stage};
+  return {stage, l.pp - 1 - stage};
+}
+
+StageWeights held_weights(const ModelSpec& m, const Layout& l, const Stack& stack, int stage) {
+  StageWeights sum;
+  for (const int held : held_stages(l, stage)) {
+    const StageWeights w = stage_weights(m, l, stack, held);
+    sum.dense += w.dense;
+    sum.experts += w.experts;
+    sum.layers += w.layers;
+    sum.moe_layers += w.moe_layers;
+  }
+  return sum;
+}
+
 namespace {
 
 struct Bytes {
@@ -186,7 +203,7 @@ double layers_in_flight(const Layout& l, double micro_batches, int stage, double
     case Schedule::kZeroBubble:
       return std::min<double>(micro_batches, l.pp) * layers;
     case Schedule::kDualPipe:
-      return std::min<double>(micro_batches, l.pp + 1) * layers;
+      return std::min(micro_batches / 2.0, static_cast<double>(l.pp - stage)) * layers;
     case Schedule::k1F1B:
     case Schedule::kInterleaved:
       break;
@@ -225,8 +242,11 @@ struct StateBytes {
 };
 
 StateBytes state_bytes(const StageWeights& w, const Layout& l, const Stack& stack) {
-  const double dense_shard = std::max(1.0, static_cast<double>(l.dp) * l.cp / stack.optimizer_instances);
-  const double expert_shard = std::max(1.0, static_cast<double>(l.expert_dp()) / stack.optimizer_instances);
+  const auto shards = [&](int replicas) {
+    return std::max(1.0, static_cast<double>(replicas) / stack.optimizer_instances);
+  };
+  const double dense_shard = shards(l.replicas());
+  const double expert_shard = shards(l.expert_replicas());
   const auto shared_by = [&](Zero from, double bytes) {
     if (l.zero < from) return bytes * (w.dense + w.experts);
     return bytes * (w.dense / dense_shard + w.experts / expert_shard);
@@ -238,15 +258,38 @@ StateBytes state_bytes(const StageWeights& w, const Layout& l, const Stack& stac
           .optimizer = shared_by(Zero::kOptimizer, stack.optimizer_bytes)};
 }
 
+// What forward passes of the stages that a rank holds leave for their backward passes.
+void add_activations(const ModelSpec& m, const Layout& l, const Workload& w, const Stack& stack,
+                     MemoryReport& r) {
+  const LayerActivations acts = layer_activations(m, l, w, stack);
+  double depth = 0.0;
+  double dense = 0.0;
+  double moe = 0.0;
+  for (const int held : held_stages(l, r.stage)) {
+    const StageWeights weights = stage_weights(m, l, stack, held);
+    const double own_depth = layers_in_flight(l, num_micro_batches(l, w), held, 1.0);
+    depth += own_depth;
+    dense += own_depth * (weights.layers - weights.moe_layers);
+    moe += own_depth * weights.moe_layers;
+  }
+  r.add("activations of dense layers", dense * acts.dense);
+  r.add("activations of MoE layers", moe * acts.moe);
+  if (stack.keeps_stage_edges && l.pp > 1) {
+    const double edge = 2.0 * l.micro_batch * w.seq_len / l.cp * static_cast<double>(m.hidden);
+    r.add("inputs and outputs of the stage", 2.0 * (depth + 1.0) * edge);
+  }
+  if (l.recompute.full) r.add("layer being recomputed", acts.working);
+}
+
 }  // namespace
 
 MemoryReport stage_memory(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& cluster,
                           const Stack& stack, int stage) {
-  const StageWeights weights = stage_weights(m, l, stack, stage);
+  const StageWeights weights = held_weights(m, l, stack, stage);
   const StateBytes state = state_bytes(weights, l, stack);
-  const LayerActivations acts = layer_activations(m, l, w, stack);
-  const double micro = num_micro_batches(l, w);
   const double tokens = l.micro_batch * w.seq_len / l.cp;
+  const std::vector<int> held = held_stages(l, stage);
+  const auto holds = [&](int which) { return std::find(held.begin(), held.end(), which) != held.end(); };
   MemoryReport r;
   r.stage = stage;
   r.add("weights", state.weights);
@@ -257,21 +300,14 @@ MemoryReport stage_memory(const ModelSpec& m, const Layout& l, const Workload& w
       m.is_moe() && stack.grouped_experts ? cluster.accelerator.grouped_workspace_gib : 0.0;
   r.add("library workspaces", (cluster.accelerator.workspace_gib + grouped) * kGiB);
   for (const MemoryLine& line : r.lines) r.static_bytes += line.bytes;
-  const double depth = layers_in_flight(l, micro, stage, 1.0);
-  r.add("activations of dense layers", depth * (weights.layers - weights.moe_layers) * acts.dense);
-  r.add("activations of MoE layers", depth * weights.moe_layers * acts.moe);
-  if (stack.keeps_stage_edges && l.pp > 1) {
-    const double edge = 2.0 * tokens * static_cast<double>(m.hidden);
-    r.add("inputs and outputs of the stage", 2.0 * (depth + 1.0) * edge);
-  }
-  if (l.recompute.full) r.add("layer being recomputed", acts.working);
+  add_activations(m, l, w, stack, r);
   if (weights.moe_layers > 0.0) r.add("dispatch buffers", expert_buffers(m, l, w));
   if (l.zero == Zero::kSharded) {
     const double layer = (weights.dense + weights.experts) / std::max(1.0, weights.layers);
     r.add("gathered layers (two)", 2.0 * layer * (stack.weight_bytes + stack.reduce_bytes));
   }
-  if (stage == 0 && l.pp > 1) r.add("embedded tokens", 2.0 * tokens * static_cast<double>(m.hidden) / l.tp);
-  if (stage == l.pp - 1) {
+  if (holds(0) && l.pp > 1) r.add("embedded tokens", 2.0 * tokens * static_cast<double>(m.hidden) / l.tp);
+  if (holds(l.pp - 1)) {
     // Low-precision logits, and the fp32 copy that the softmax leaves for its backward.
     r.add("logits",
           6.0 * tokens * static_cast<double>(m.vocab) / l.tp * (1.0 + static_cast<double>(m.mtp_layers)));

@@ -19,8 +19,8 @@ double context_bytes(const Cluster& cluster);
 
 /// Parameters that one rank of a pipeline stage holds, by how their optimizer state is sharded.
 struct StageWeights {
-  double dense = 0.0;    ///< sharded over dp * cp
-  double experts = 0.0;  ///< sharded over expert dp
+  double dense = 0.0;    ///< sharded over Layout::replicas()
+  double experts = 0.0;  ///< sharded over Layout::expert_replicas()
   double layers = 0.0;
   double moe_layers = 0.0;
 };
@@ -32,6 +32,11 @@ std::pair<std::int64_t, std::int64_t> stage_layers(const ModelSpec& model, const
 /// What     Parameters of a rank of that stage. The vocabulary is padded to a multiple of 128 * tp; tied
 ///          embeddings have a copy on the first and on the last stage.
 StageWeights stage_weights(const ModelSpec& model, const Layout& layout, const Stack& stack, int stage);
+/// What     Stages that rank `stage` of a pipeline holds: its own, and under DualPipe the one as far from the
+///          other end.
+std::vector<int> held_stages(const Layout& layout, int stage);
+/// What     Parameters of all stages that the rank holds.
+StageWeights held_weights(const ModelSpec& model, const Layout& layout, const Stack& stack, int stage);
 
 /// Bytes of activations that the backward pass needs, per layer and micro-batch, on one rank.
 struct LayerActivations {
@@ -52,7 +57,8 @@ LayerActivations layer_activations(const ModelSpec& model, const Layout& layout,
 
 /// What     Layer-micro-batches whose activations a stage holds at its peak.
 /// Math     1F1B: min(m, pp - stage) * layers; interleaved: min(m * v, 2 (pp - stage - 1) + (v - 1) pp + 1)
-///          chunks of layers / v; GPipe: m * layers; zero-bubble: pp * layers; DualPipe: (pp + 1) * layers.
+///          chunks of layers / v; GPipe: m * layers; zero-bubble: pp * layers; DualPipe: min(m / 2, pp -
+///          stage) * layers of each of the two stages held, (pp + 1) * layers where they are equal.
 double layers_in_flight(const Layout& layout, double micro_batches, int stage, double stage_layers);
 
 struct MemoryLine {

@@ -58,9 +58,9 @@ std::string format_memory(const MemoryReport& r, const Cluster& cluster) {
 std::vector<std::string> memory_assumptions(const Layout& l, const Workload& w, const Stack& s) {
   std::vector<std::string> all = {
       fmt::format("weights {} B, gradients {} B, optimizer state {} B per parameter; ZeRO stage {} over "
-                  "dp*cp = {} (experts: {})",
-                  s.weight_bytes, s.gradient_bytes, s.optimizer_bytes, static_cast<int>(l.zero), l.dp * l.cp,
-                  l.expert_dp()),
+                  "{} replicas (experts: {})",
+                  s.weight_bytes, s.gradient_bytes, s.optimizer_bytes, static_cast<int>(l.zero), l.replicas(),
+                  l.expert_replicas()),
       fmt::format("recomputation: {}; attention {}; sequence parallelism {}", recompute_name(l.recompute),
                   s.flash_attention ? "fused (no scores kept)" : "keeps its scores",
                   l.sequence_parallel ? "on" : "off"),

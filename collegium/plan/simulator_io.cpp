@@ -56,23 +56,25 @@ double expert_seconds(const ModelSpec& m, const Cost& pass) {
 
 ChunkSeconds chunk_seconds(const ModelSpec& m, const Layout& l, const Workload& w, const Cluster& c,
                            const Stack& s, int chunk) {
-  const int chunks = l.pp * l.virtual_stages;
-  const std::int64_t first = m.layers * chunk / chunks;
-  const std::int64_t last = m.layers * (chunk + 1) / chunks;
+  // Chunks are the stages of a pipeline of as many ranks: a rank's together hold what step_time() gives it.
+  Layout unfolded = l;
+  unfolded.pp = l.pp * l.virtual_stages;
+  const StageContent content = stage_content(m, unfolded, s, chunk);
   ChunkSeconds sum;
-  const auto add = [&](const LayerCost& cost, bool moe) {
-    sum.forward += cost.forward.total();
-    sum.backward += cost.backward.total() + cost.recompute.total();
+  const auto add = [&](const LayerCost& cost, double times, bool moe) {
+    sum.forward += times * cost.forward.total();
+    sum.backward += times * (cost.backward.total() + cost.recompute.total());
     if (!moe) return;
-    sum.forward_experts += expert_seconds(m, cost.forward);
-    sum.backward_experts += expert_seconds(m, cost.backward) + expert_seconds(m, cost.recompute);
+    sum.forward_experts += times * expert_seconds(m, cost.forward);
+    sum.backward_experts += times * (expert_seconds(m, cost.backward) + expert_seconds(m, cost.recompute));
   };
-  for (std::int64_t layer = first; layer < last; ++layer) {
-    const bool moe = m.is_moe() && m.moe_layers.at(static_cast<std::size_t>(layer));
-    const bool windowed = !m.window_layers.empty() && m.window_layers.at(static_cast<std::size_t>(layer));
-    add(layer_cost(m, l, w, c, s, moe, windowed), moe);
+  for (const std::size_t moe : {0U, 1U}) {
+    for (const std::size_t windowed : {0U, 1U}) {
+      const double times = content.layers.at(moe).at(windowed);
+      if (times > 0.0) add(layer_cost(m, l, w, c, s, moe == 1, windowed == 1), times, moe == 1);
+    }
   }
-  if (chunk == chunks - 1) add(head_cost(m, l, w, c, s), false);
+  if (content.heads > 0.0) add(head_cost(m, l, w, c, s), content.heads, false);
   return sum;
 }
 

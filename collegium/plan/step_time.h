@@ -47,6 +47,16 @@ LayerCost layer_cost(const ModelSpec& model, const Layout& layout, const Workloa
 LayerCost head_cost(const ModelSpec& model, const Layout& layout, const Workload& work,
                     const Cluster& cluster, const Stack& stack);
 
+/// What a stage runs for a micro-batch.
+struct StageContent {
+  /// Layers with a dense network and with experts; of each those that see all keys, and windowed ones.
+  std::array<std::array<double, 2>, 2> layers{};
+  double heads = 0.0;  ///< passes through the output head
+};
+/// What     Content of a stage: the layers of stage_layers(), on the last one the head and the prediction
+///          layers, each with a pass through the head too.
+StageContent stage_content(const ModelSpec& model, const Layout& layout, const Stack& stack, int stage);
+
 /// What     Seconds of an optimizer step.
 /// Math     step = m * slowest stage + (pp - 1)/v * mean stage + sends + exposed reduction + optimizer; the
 ///          slowest stage's share that does not fit the mean is its imbalance.

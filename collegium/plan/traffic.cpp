@@ -57,23 +57,25 @@ void add_experts(const ModelSpec& m, const Layout& l, const Workload& w, const C
 
 void add_data(const Layout& l, const Cluster& c, const Stack& s, const StageWeights& weights, double micro,
               std::vector<TrafficLine>& lines) {
-  const auto one = [&](const char* what, const char* axes, int ranks, int stride, double parameters) {
+  const auto one = [&](const char* what, const char* axes, const Group& group, double parameters) {
+    const int ranks = static_cast<int>(group.ranks);
     if (ranks == 1 || parameters <= 0.0) return;
-    const bool slow = spans_domains(c, ranks, stride);
+    const bool slow = group.ranks > group.in_domain;
     const double share = ring_share(ranks);
     if (l.zero == Zero::kNone) {
       lines.push_back({"all-reduce", fmt::format("gradients of {}", what), axes, ranks, slow,
                        2.0 * share * parameters * s.reduce_bytes, 1.0});
       return;
     }
-    const double times = l.zero == Zero::kSharded ? micro : 1.0;
+    const double times = l.zero >= Zero::kGradients ? micro : 1.0;
     lines.push_back({"reduce-scatter", fmt::format("gradients of {}", what), axes, ranks, slow,
                      share * parameters * s.reduce_bytes, times});
     lines.push_back({"all-gather", fmt::format("weights of {}", what), axes, ranks, slow,
                      share * parameters * s.weight_bytes, l.zero == Zero::kSharded ? 2.0 * micro : 1.0});
   };
-  one("the dense part", "dp, cp", l.dp * l.cp, l.tp, weights.dense);
-  one("experts", "edp", l.expert_dp(), l.ep * l.etp, weights.experts);
+  const bool mirrored = l.stage_copies() > 1;
+  one("the dense part", mirrored ? "dp, cp, pp" : "dp, cp", replica_group(c, l), weights.dense);
+  one("experts", mirrored ? "edp, pp" : "edp", expert_replica_group(c, l), weights.experts);
 }
 
 }  // namespace
@@ -81,11 +83,15 @@ void add_data(const Layout& l, const Cluster& c, const Stack& s, const StageWeig
 std::vector<TrafficLine> step_traffic(const ModelSpec& m, const Layout& l, const Workload& w,
                                       const Cluster& c, const Stack& s) {
   std::vector<TrafficLine> lines;
-  const StageWeights weights = stage_weights(m, l, s, 0);
+  const StageWeights weights = held_weights(m, l, s, 0);
+  // A micro-batch passes one of the stages that a rank holds.
+  StageWeights passed = weights;
+  passed.layers /= l.stage_copies();
+  passed.moe_layers /= l.stage_copies();
   const double micro = num_micro_batches(l, w);
-  add_tensor(m, l, w, c, weights, lines);
-  add_context(m, l, w, c, weights.layers, lines);
-  add_experts(m, l, w, c, weights.moe_layers, lines);
+  add_tensor(m, l, w, c, passed, lines);
+  add_context(m, l, w, c, passed.layers, lines);
+  add_experts(m, l, w, c, passed.moe_layers, lines);
   if (l.pp > 1) {
     const int stride = l.tp * l.cp * l.dp;
     const double bytes = 2.0 * l.micro_batch * w.seq_len / l.cp * static_cast<double>(m.hidden) /

@@ -90,7 +90,34 @@ TEST(Memory, chunks_in_flight_by_schedule) {
   EXPECT_EQ(layers_in_flight(layout, 100, 3, 8), 29);
   layout.virtual_stages = 1;
   layout.schedule = Schedule::kDualPipe;
-  EXPECT_EQ(layers_in_flight(layout, 100, 0, 8), 40);
+  EXPECT_EQ(layers_in_flight(layout, 100, 0, 8) + layers_in_flight(layout, 100, 3, 8), 40);
+  EXPECT_EQ(layers_in_flight(layout, 4, 0, 8), 16);
+}
+
+// Weights and gradients twice, the optimizer's state once over all ranks; both ends embed and have the head.
+TEST(Memory, dualpipe_ranks_hold_two_stages) {
+  const ModelSpec model = load_model("deepseek-v3");
+  const Workload work{.seq_len = 4096, .global_batch = 256};
+  const Cluster cluster = load_cluster("h100-80");
+  const auto sum = [&](Schedule schedule, const char* component) {
+    const Layout layout{.pp = 8, .dp = 16, .ep = 16, .schedule = schedule};
+    double bytes = 0.0;
+    for (int stage = 0; stage < layout.pp; ++stage)
+      bytes += bytes_of(stage_memory(model, layout, work, cluster, Stack{}, stage), component);
+    return bytes;
+  };
+  for (const char* twice : {"weights", "gradients", "embedded tokens", "logits"})
+    EXPECT_NEAR(sum(Schedule::kDualPipe, twice) / sum(Schedule::k1F1B, twice), 2.0, 1e-9) << twice;
+  EXPECT_NEAR(sum(Schedule::kDualPipe, "optimizer state") / sum(Schedule::k1F1B, "optimizer state"), 1.0,
+              1e-9);
+  const Layout layout{.pp = 8, .dp = 16, .ep = 16, .schedule = Schedule::kDualPipe};
+  const MemoryReport first = stage_memory(model, layout, work, cluster, Stack{}, 0);
+  const MemoryReport last = stage_memory(model, layout, work, cluster, Stack{}, 7);
+  EXPECT_DOUBLE_EQ(first.static_bytes, last.static_bytes);
+  const LayerActivations acts = layer_activations(model, layout, work, Stack{});
+  // 8 layers of stage 0 (3 of them dense) for 8 micro-batches, 7 and the prediction layer of stage 7 for one.
+  EXPECT_NEAR(bytes_of(first, "activations of MoE layers"), (8 * 5 + 8) * acts.moe, 1.0);
+  EXPECT_NEAR(bytes_of(first, "activations of dense layers"), 8 * 3 * acts.dense, 1.0);
 }
 
 TEST(Memory, each_zero_stage_and_each_recompute_mode_needs_less) {

@@ -166,6 +166,56 @@ TEST(Collectives, tensor_parallel_ranks_reduce_what_they_share) {
   EXPECT_EQ(reductions("deepseek-v2-lite"), 2.0 * 2 * 27);
 }
 
+const TrafficLine& line_of(const std::vector<TrafficLine>& lines, const std::string& operation) {
+  for (const TrafficLine& line : lines) {
+    if (line.operation == operation) return line;
+  }
+  throw InternalError(fmt::format("no {}", operation));
+}
+
+TEST(DataParallel, shards_of_gradients_are_reduced_after_every_micro_batch) {
+  const ModelSpec model = load_model("llama3-8b");
+  const Cluster cluster = load_cluster("h100-80");
+  const auto comm = [&](const char* layout, double batch) {
+    return step_time(model, parse_layout(layout), {.seq_len = 4096, .global_batch = batch}, cluster, Stack{})
+        .data_comm_s;
+  };
+  EXPECT_DOUBLE_EQ(comm("dp16.zero2", 16), comm("dp16.zero1", 16));
+  EXPECT_GT(comm("dp16.zero2", 64), comm("dp16.zero1", 64));
+  EXPECT_NEAR(comm("dp16.zero2", 64) - comm("dp16.zero2", 48),
+              comm("dp16.zero2", 48) - comm("dp16.zero2", 32), 1e-9);
+  const auto scatters = [&](const char* layout) {
+    const Workload work{.seq_len = 4096, .global_batch = 64};
+    return line_of(step_traffic(model, parse_layout(layout), work, cluster, Stack{}), "reduce-scatter").uses;
+  };
+  EXPECT_EQ(scatters("dp16.zero1"), 1.0);
+  EXPECT_EQ(scatters("dp16.zero2"), 4.0);
+  const auto variants = data_parallel_variants(model, parse_layout("dp16"),
+                                               {.seq_len = 4096, .global_batch = 64}, cluster, Stack{});
+  EXPECT_DOUBLE_EQ(variants[4].sent_bytes - variants[3].sent_bytes,
+                   3.0 * line_of(step_traffic(model, parse_layout("dp16.zero2"),
+                                              {.seq_len = 4096, .global_batch = 64}, cluster, Stack{}),
+                                 "reduce-scatter")
+                             .bytes_per_use);
+}
+
+TEST(DataParallel, mirrored_stages_are_replicas) {
+  const ModelSpec model = load_model("llama3-8b");
+  const Workload work{.seq_len = 4096, .global_batch = 64};
+  const Cluster cluster = load_cluster("h100-80");
+  const auto reduce = [&](const char* layout) {
+    return line_of(step_traffic(model, parse_layout(layout), work, cluster, Stack{}), "reduce-scatter");
+  };
+  const TrafficLine plain = reduce("pp4.dp8");
+  const TrafficLine dual = reduce("pp4.dp8.dualpipe");
+  EXPECT_EQ(dual.ranks, 2 * plain.ranks);
+  EXPECT_GT(dual.bytes_per_use, 1.9 * plain.bytes_per_use);
+  const auto comm = [&](const char* layout) {
+    return step_time(model, parse_layout(layout), work, cluster, Stack{}).data_comm_s;
+  };
+  EXPECT_GT(comm("pp4.dp8.dualpipe"), comm("pp4.dp8"));
+}
+
 TEST(StepTime, whatever_is_recomputed_takes_time) {
   const auto step = [](const Recompute& recompute) {
     return step_time(load_model("llama3-8b"), {.dp = 8, .recompute = recompute},
@@ -243,6 +293,39 @@ TEST(Simulator, equals_the_closed_forms) {
       EXPECT_EQ(s.peak_chunks.front(), std::min(2 * micro, 2 * (ranks - 1) + ranks + 1));
     }
   }
+}
+
+// What a stage's chunks take in the simulator is what step_time() books for the stage.
+TEST(Simulator, chunks_are_the_stages_of_the_step) {
+  const Workload work{.seq_len = 4096, .global_batch = 256};
+  const Cluster cluster = load_cluster("h100-80");
+  for (const char* name : {"deepseek-v3", "gpt-oss-120b", "llama3-8b"}) {
+    const ModelSpec model = load_model(name);
+    for (const char* text : {"pp8.dp8", "pp4.vp2.dp8", "pp6.dp8", "pp8.dp8.dualpipe"}) {
+      const Layout layout = parse_layout(text);
+      const Durations passes = layout_durations(model, layout, work, cluster, Stack{}, {});
+      double seconds = 0.0;
+      for (int chunk = 0; chunk < layout.pp * layout.virtual_stages; ++chunk) {
+        const double backward = passes.backward({.pass = Pass::kBackward, .micro_batch = 0, .chunk = chunk});
+        seconds += passes.forward({.pass = Pass::kForward, .micro_batch = 0, .chunk = chunk}) +
+                   (splits_backward(layout.schedule) ? 2.0 : 1.0) * backward;
+      }
+      const StepTime step = step_time(model, layout, work, cluster, Stack{});
+      EXPECT_NEAR(seconds * step.micro_batches / layout.pp, step.busy.total(), 1e-9 * step.busy.total())
+          << name << " " << text;
+    }
+  }
+}
+
+TEST(Simulator, the_first_chunks_have_the_remainder) {
+  ModelSpec model = load_model("llama3-8b");
+  model.layers = 10;
+  model.moe_layers.resize(10);
+  const Durations passes = layout_durations(model, parse_layout("pp4"), {.seq_len = 4096, .global_batch = 8},
+                                            load_cluster("h100-80"), Stack{}, {});
+  const auto forward = [&](int chunk) { return passes.forward({.chunk = chunk}); };
+  EXPECT_NEAR(forward(0) / forward(2), 1.5, 1e-9);
+  EXPECT_NEAR(forward(1) / forward(2), 1.5, 1e-9);
 }
 
 TEST(Simulator, split_backward_passes_leave_less_idle) {
