@@ -4,11 +4,18 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <filesystem>
+#include <iterator>
 
 #include "collegium/base/error.h"
+#include "collegium/base/file.h"
 #include "collegium/plan/published.h"
 
 namespace collegium::plan {
+
+std::string CsvPlace::text() const {
+  return file.empty() ? fmt::format("line {}", line) : fmt::format("{} line {}", file, line);
+}
 
 const std::string& CsvRow::text(const std::string& column) const {
   static const std::string kNothing;
@@ -58,9 +65,13 @@ std::vector<std::string> next_record(const std::string& text, std::size_t& at, i
   return fields;
 }
 
-}  // namespace
+struct CsvTable {
+  std::vector<std::string> header;
+  std::vector<CsvRow> rows;
+};
 
-std::vector<CsvRow> read_csv(const std::string& text, const std::string& origin) {
+// `file` is what rows say they are of, `origin` what messages call it.
+CsvTable read_table(const std::string& text, const std::string& file, const std::string& origin) {
   // Spreadsheets begin a file with a byte order mark.
   constexpr std::string_view kMark = "\xEF\xBB\xBF";
   std::size_t at = text.compare(0, kMark.size(), kMark) == 0 ? kMark.size() : 0;
@@ -80,7 +91,7 @@ std::vector<CsvRow> read_csv(const std::string& text, const std::string& origin)
     const std::vector<std::string> fields = next_record(text, at, line);
     if (fields.size() == 1 && fields.front().empty()) continue;
     CsvRow row;
-    row.line = first_line;
+    row.place = {.file = file, .line = first_line};
     if (fields.size() != header.size()) {
       row.defect = fmt::format("{} fields, but the header has {} columns", fields.size(), header.size());
     } else {
@@ -88,8 +99,43 @@ std::vector<CsvRow> read_csv(const std::string& text, const std::string& origin)
     }
     rows.push_back(std::move(row));
   }
+  return {.header = header, .rows = std::move(rows)};
+}
+
+std::vector<std::filesystem::path> files_below(const std::string& folder) {
+  std::vector<std::filesystem::path> files;
+  std::error_code code;
+  for (std::filesystem::recursive_directory_iterator entry(folder, code), end; !code && entry != end;
+       entry.increment(code)) {
+    if (entry->path().filename() == "runs.csv") files.push_back(entry->path());
+  }
+  require_config(!code, "--validate {}: cannot read this folder: {}", folder, code.message());
+  require_config(!files.empty(), "--validate {}: no runs.csv below this folder", folder);
+  std::sort(files.begin(), files.end());
+  return files;
+}
+
+}  // namespace
+
+std::vector<CsvRow> read_csv(const std::string& text, const std::string& origin) {
+  std::vector<CsvRow> rows = read_table(text, "", origin).rows;
   require_config(!rows.empty(), "{}: holds no rows", origin);
   return rows;
+}
+
+std::vector<CsvRow> read_runs(const std::string& path) {
+  if (!is_folder(path)) return read_csv(read_file(path), path);
+  const std::vector<std::filesystem::path> files = files_below(path);
+  CsvTable all;
+  for (const std::filesystem::path& file : files) {
+    CsvTable one = read_table(read_file(file), file.lexically_relative(path).string(), file.string());
+    if (all.header.empty()) all.header = one.header;
+    require_config(one.header == all.header, "{}: its columns differ from those of {}", file.string(),
+                   files.front().string());
+    std::move(one.rows.begin(), one.rows.end(), std::back_inserter(all.rows));
+  }
+  require_config(!all.rows.empty(), "--validate {}: the runs.csv below this folder hold no rows", path);
+  return std::move(all.rows);
 }
 
 }  // namespace collegium::plan

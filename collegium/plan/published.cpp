@@ -257,7 +257,7 @@ void mend_zero(PublishedRun& run) {
 
 PublishedRun published_run(const CsvRow& row) {
   PublishedRun run;
-  run.line = row.line;
+  run.place = row.place;
   run.name = row.text("name");
   run.source = row.text("source");
   require_config(row.defect.empty(), "{}", row.defect);

@@ -15,9 +15,16 @@
 
 namespace collegium::plan {
 
-/// One row: column -> text, and its place in the file.
-struct CsvRow {
+/// A line of a file; no file where there is one only.
+struct CsvPlace {
+  std::string file;
   int line = 0;
+  std::string text() const;  ///< "lab/runs.csv line 3", "line 3"
+};
+
+/// One row: column -> text, and its place.
+struct CsvRow {
+  CsvPlace place;
   std::map<std::string, std::string> fields;
   std::string defect;  ///< why the row is no row of this table: another number of fields than the header
   /// The field's text; empty when the column is absent.
@@ -30,6 +37,11 @@ struct CsvRow {
 ///          number of fields than the header is kept with its defect.
 /// Throws   ConfigError: no header, or a column named twice.
 std::vector<CsvRow> read_csv(const std::string& text, const std::string& origin);
+
+/// What     The rows of a CSV file, or of every runs.csv below a folder: these in the order of their paths
+///          below it, which their places name.
+/// Throws   ConfigError: unreadable, no such file below the folder, columns that differ, no rows at all.
+std::vector<CsvRow> read_runs(const std::string& path);
 
 /// What a figure measures.
 enum class Metric {
@@ -44,7 +56,7 @@ enum class Metric {
 
 /// A row the planner can predict.
 struct PublishedRun {
-  int line = 0;
+  CsvPlace place;
   std::string name;
   std::string source;  ///< repository and document
   Metric metric = Metric::kStepTime;

@@ -3,12 +3,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <filesystem>
 #include <map>
 #include <numeric>
 
 #include "collegium/base/error.h"
-#include "collegium/base/file.h"
 #include "collegium/base/rng.h"
 #include "collegium/base/units.h"
 #include "collegium/plan/account.h"
@@ -196,7 +194,7 @@ void find_contradictions(Validation& v) {
       const double their = needed(other);
       if (verdict.ran ? their > own * (1.0 + kPeakError) : their < own * (1.0 - kPeakError)) continue;
       verdict.contradicted_by =
-          fmt::format("{} (line {}) {} under the same layout, needing {:+.1f} %", other.name, other.line,
+          fmt::format("{} ({}) {} under the same layout, needing {:+.1f} %", other.name, other.place.text(),
                       ran ? "ran" : "ran out of memory", 100.0 * (their / own - 1.0));
       break;
     }
@@ -333,17 +331,19 @@ double hardware_flops(const ModelSpec& m, const Layout& l, const Workload& w) {
   return (passes * layers + again + 3.0 * (f.head + f.mtp)) * w.global_batch * w.seq_len;
 }
 
-Validation validate(const std::string& csv, const std::string& origin) {
+namespace {
+
+Validation validate_rows(const std::vector<CsvRow>& rows) {
   Validation v;
-  std::map<std::string, std::vector<int>> refused;
-  for (const CsvRow& row : read_csv(csv, origin)) {
+  std::map<std::string, std::vector<CsvPlace>> refused;
+  for (const CsvRow& row : rows) {
     try {
       v.runs.push_back(published_run(row));
     } catch (const ConfigError& error) {
-      refused[error.what()].push_back(row.line);
+      refused[error.what()].push_back(row.place);
     }
   }
-  for (auto& [reason, lines] : refused) v.refused.push_back({reason, std::move(lines)});
+  for (auto& [reason, places] : refused) v.refused.push_back({reason, std::move(places)});
   Pairs pairs;
   collect_times(v, pairs);
   judge_times(pairs, v);
@@ -354,32 +354,12 @@ Validation validate(const std::string& csv, const std::string& origin) {
   return v;
 }
 
-Validation validate_path(const std::string& path) {
-  if (!is_folder(path)) return validate(read_file(path), path);
-  std::vector<std::filesystem::path> files;
-  std::error_code code;
-  for (std::filesystem::recursive_directory_iterator entry(path, code), end; !code && entry != end;
-       entry.increment(code)) {
-    if (entry->path().filename() == "runs.csv") files.push_back(entry->path());
-  }
-  require_config(!code, "--validate {}: cannot read this folder: {}", path, code.message());
-  require_config(!files.empty(), "--validate {}: no runs.csv below this folder", path);
-  std::sort(files.begin(), files.end());
-  std::string all;
-  std::string header;
-  for (const std::filesystem::path& file : files) {
-    const std::string text = read_file(file);
-    const std::size_t end = std::min(text.find('\n'), text.size());
-    if (header.empty()) {
-      header = text.substr(0, end);
-      all = text;
-      continue;
-    }
-    require_config(text.compare(0, end, header) == 0, "{}: its columns differ from those of {}",
-                   file.string(), files.front().string());
-    all.append(text, end + 1);
-  }
-  return validate(all, path);
+}  // namespace
+
+Validation validate(const std::string& csv, const std::string& origin) {
+  return validate_rows(read_csv(csv, origin));
 }
+
+Validation validate_path(const std::string& path) { return validate_rows(read_runs(path)); }
 
 }  // namespace collegium::plan

@@ -48,7 +48,7 @@ struct FittedConstant {
 
 struct RefusedRows {
   std::string reason;
-  std::vector<int> lines;
+  std::vector<CsvPlace> places;
 };
 
 /// Whether runs that did or did not fit were predicted to.
@@ -84,7 +84,7 @@ struct Validation {
 /// What     Judges every row of a CSV text.
 Validation validate(const std::string& csv, const std::string& origin);
 /// What     The same of a file, or of every runs.csv below a folder.
-/// Throws   ConfigError when there is none, or when their headers differ.
+/// Throws   ConfigError as read_runs().
 Validation validate_path(const std::string& path);
 /// What     The tables as text.
 std::string format_validation(const Validation& validation, bool every_row);

@@ -25,10 +25,10 @@ std::string format_every_row(const Validation& v) {
     const bool memory = contains(row->metric, "memory");
     const double scale = memory ? 1.0 / kGiB : (row->metric == "identity" ? 1e-12 : 1.0);
     const char* unit = memory ? "GiB" : (row->metric == "identity" ? "TFLOP/s" : "s");
-    text += fmt::format(
-        "  {:+7.1f} %  measured {:9.3f} {}, predicted {:9.3f} {}  {} | {} | {} | {} | line {}\n",
-        100.0 * row->error(), row->measured * scale, unit, row->predicted * scale, unit, row->metric,
-        row->run->name, row->run->cluster.name, layout_name(row->run->layout), row->run->line);
+    text += fmt::format("  {:+7.1f} %  measured {:9.3f} {}, predicted {:9.3f} {}  {} | {} | {} | {} | {}\n",
+                        100.0 * row->error(), row->measured * scale, unit, row->predicted * scale, unit,
+                        row->metric, row->run->name, row->run->cluster.name, layout_name(row->run->layout),
+                        row->run->place.text());
   }
   return text;
 }
@@ -45,7 +45,7 @@ std::string format_verdicts(const Validation& v) {
     }
     if (verdict.ran == verdict.predicted_to_fit && verdict.contradicted_by.empty()) continue;
     std::string& list = verdict.contradicted_by.empty() ? wrong : contradicted;
-    list += fmt::format("  line {}: {} {} on {} {}, predicted {}\n", verdict.run->line, verdict.run->name,
+    list += fmt::format("  {}: {} {} on {} {}, predicted {}\n", verdict.run->place.text(), verdict.run->name,
                         layout_name(verdict.run->layout), verdict.run->cluster.name,
                         verdict.ran ? "ran" : "ran out of memory",
                         verdict.predicted_to_fit ? "to fit" : "not to fit");
@@ -96,11 +96,11 @@ std::string format_validation(const Validation& v, bool every_row) {
         r.set, r.layouts, r.kendall_tau, r.kendall_tau_distinct, r.distinct_pairs, percent(r.indistinct),
         percent(r.regret));
   std::size_t refused = 0;
-  for (const RefusedRows& r : v.refused) refused += r.lines.size();
+  for (const RefusedRows& r : v.refused) refused += r.places.size();
   text += fmt::format("\nRefused rows: {}\n", refused);
   for (const RefusedRows& r : v.refused)
-    text += fmt::format("  {:>4} rows (line {}{}): {}\n", r.lines.size(), r.lines.front(),
-                        r.lines.size() > 1 ? ", ..." : "", r.reason);
+    text += fmt::format("  {:>4} rows ({}{}): {}\n", r.places.size(), r.places.front().text(),
+                        r.places.size() > 1 ? ", ..." : "", r.reason);
   if (every_row) text += format_every_row(v);
   return text;
 }
@@ -128,7 +128,8 @@ Json validation_json(const Validation& v) {
                          {"rows", c.rows}});
   Json rows = Json::array();
   for (const Judged& j : v.judged)
-    rows.push_back({{"line", j.run->line},
+    rows.push_back({{"file", j.run->place.file},
+                    {"line", j.run->place.line},
                     {"name", j.run->name},
                     {"metric", j.metric},
                     {"layout", layout_name(j.run->layout)},
@@ -136,10 +137,15 @@ Json validation_json(const Validation& v) {
                     {"predicted", j.predicted},
                     {"assumptions", j.run->assumptions}});
   Json refused = Json::array();
-  for (const RefusedRows& r : v.refused) refused.push_back({{"reason", r.reason}, {"lines", r.lines}});
+  for (const RefusedRows& r : v.refused) {
+    Json places = Json::array();
+    for (const CsvPlace& place : r.places) places.push_back({{"file", place.file}, {"line", place.line}});
+    refused.push_back({{"reason", r.reason}, {"rows", places}});
+  }
   Json verdicts = Json::array();
   for (const FitVerdict& f : v.verdicts)
-    verdicts.push_back({{"line", f.run->line},
+    verdicts.push_back({{"file", f.run->place.file},
+                        {"line", f.run->place.line},
                         {"ran", f.ran},
                         {"predicted_to_fit", f.predicted_to_fit},
                         {"name", f.run->name},

@@ -4,6 +4,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <filesystem>
+#include <fstream>
+
 #include "collegium/base/error.h"
 
 namespace collegium::plan {
@@ -35,6 +38,38 @@ TEST(Validate, judges_a_row_and_refuses_gaps_with_the_reason) {
   EXPECT_EQ(v.refused[0].reason, "dp = 7 contradicts num_gpus/(tp*pp*cp) = 8/8 = 1");
   EXPECT_EQ(v.refused[1].reason, "global_batch is missing");
   EXPECT_THAT(format_validation(v, true), HasSubstr("line 3"));
+}
+
+// Each file is read by itself: an end without a newline joins nothing, and lines are those of the file.
+TEST(Validate, files_of_a_folder_stay_apart) {
+  const std::filesystem::path folder = std::filesystem::path(testing::TempDir()) / "published";
+  std::filesystem::remove_all(folder);
+  const auto write = [&](const char* name, const std::string& text) {
+    std::filesystem::create_directories(folder / name);
+    std::ofstream(folder / name / "runs.csv") << text;
+  };
+  const std::string header(kHeader);
+  const std::string open_row(kRow, std::string(kRow).size() - 1);
+  write("a", header + open_row);
+  write("b", header.substr(0, header.size() - 1));
+  write("c", "\xEF\xBB\xBF" + header + kRow + "odd,few\n");
+  const Validation v = validate_path(folder.string());
+  ASSERT_EQ(v.judged.size(), 2U);
+  EXPECT_EQ(v.judged.back().run->place.text(), "c/runs.csv line 2");
+  ASSERT_EQ(v.refused.size(), 1U);
+  EXPECT_EQ(v.refused.front().places.front().text(), "c/runs.csv line 3");
+  EXPECT_THAT(format_validation(v, true), HasSubstr("1 rows (c/runs.csv line 3): 2 fields"));
+  write("d", "name,metric,value\n");
+  try {
+    validate_path(folder.string());
+    FAIL();
+  } catch (const ConfigError& error) {
+    EXPECT_THAT(error.what(), HasSubstr("d/runs.csv: its columns differ from those of"));
+  }
+  std::filesystem::remove_all(folder);
+  write("a", header);
+  EXPECT_THROW(validate_path(folder.string()), ConfigError);
+  std::filesystem::remove_all(folder);
 }
 
 TEST(Validate, malformed_files_are_errors) {
@@ -74,9 +109,10 @@ TEST(Validate, no_value_of_any_column_is_too_odd) {
   }
   const Validation v = validate(csv, "odd.csv");
   std::size_t refused = 0;
-  for (const RefusedRows& r : v.refused) refused += r.lines.size();
+  for (const RefusedRows& r : v.refused) refused += r.places.size();
   EXPECT_EQ(v.runs.size() + refused, rows);
-  for (const Judged& judged : v.judged) EXPECT_TRUE(std::isfinite(judged.predicted)) << judged.run->line;
+  for (const Judged& judged : v.judged)
+    EXPECT_TRUE(std::isfinite(judged.predicted)) << judged.run->place.line;
 }
 
 TEST(Validate, unknown_software_and_models_are_predicted) {
