@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kMaxMicroBatch = 8;
 constexpr int kMaxVirtualStages = 8;
+constexpr int kMaxExpertTensor = 8;
 
 std::vector<int> divisors(std::int64_t n, std::int64_t limit) {
   std::vector<int> all;
@@ -61,7 +62,7 @@ class Search {
       return reject("cp: less than 2,048 positions would be left per rank", l);
     const int stage_ranks = l.dp * cp * tp;
     for (const int ep : m_.is_moe() ? divisors(m_.experts, stage_ranks) : std::vector<int>{1}) {
-      for (const int etp : m_.is_moe() ? divisors(tp, 8) : std::vector<int>{1}) {
+      for (const int etp : m_.is_moe() ? divisors(stage_ranks, kMaxExpertTensor) : std::vector<int>{1}) {
         l.ep = ep;
         l.etp = etp;
         if (stage_ranks % (ep * etp) == 0) micro_batches(l);
@@ -95,10 +96,10 @@ class Search {
   }
 
   // Modes that only trade memory for time: the first that fits of each ZeRO stage is the fastest of that
-  // stage.
+  // stage and ranked; the others may be on the front.
   void choices(Layout l) {
     for (const Zero zero : {Zero::kOptimizer, Zero::kGradients, Zero::kSharded}) {
-      if (zero != Zero::kOptimizer && (l.dp == 1 || l.pp > 1)) continue;
+      if (zero != Zero::kOptimizer && (l.replicas() == 1 || l.pp > 1)) continue;
       l.zero = zero;
       double smallest = 0.0;
       bool fitted = false;
@@ -110,9 +111,13 @@ class Search {
         smallest = memory.device_bytes;
         // Stricter than fits(): a layout that is to be chosen leaves the allocator its fragmentation.
         if (memory.device_bytes > c_.accelerator.memory_gib * kGiB) continue;
+        if (fitted) {
+          spare_.push_back({l, memory.device_bytes, result_.ranked.back().time.step_s});
+          continue;
+        }
         fitted = true;
-        dispatchers(l, std::move(memory));
-        break;
+        ++result_.fitting;
+        result_.ranked.push_back(with_fastest_dispatcher(l, std::move(memory)));
       }
       if (!fitted) {
         const double have = c_.accelerator.memory_gib * kGiB;
@@ -125,7 +130,7 @@ class Search {
     }
   }
 
-  void dispatchers(Layout l, MemoryReport memory) {
+  Candidate with_fastest_dispatcher(Layout l, MemoryReport memory) const {
     std::vector<Dispatcher> kinds = {Dispatcher::kAllToAll};
     if (o_.vary_dispatcher && l.ep > 1)
       kinds = {Dispatcher::kAllToAll, Dispatcher::kDeduplicated, Dispatcher::kHierarchical};
@@ -139,8 +144,7 @@ class Search {
     }
     best.headroom_bytes = c_.accelerator.memory_gib * kGiB - memory.device_bytes;
     best.memory = std::move(memory);
-    ++result_.fitting;
-    result_.ranked.push_back(std::move(best));
+    return best;
   }
 
   // Seconds by part, the pipeline's and data parallelism's included.
@@ -156,19 +160,48 @@ class Search {
     return all;
   }
 
-  void finish() {
-    std::vector<Candidate>& all = result_.ranked;
-    // Of equally fast ones the smallest comes first: it alone is on the front.
+  // Of equally fast ones the smallest comes first: it alone is on the front.
+  static void sort_by_time(std::vector<Candidate>& all) {
     std::sort(all.begin(), all.end(), [](const Candidate& a, const Candidate& b) {
       return std::pair(a.time.step_s, a.memory.device_bytes) <
              std::pair(b.time.step_s, b.memory.device_bytes);
     });
-    double least = 1e300;
-    for (Candidate& c : all) {
-      c.pareto = c.memory.device_bytes < least;
+  }
+
+  // Leaves what no faster one is as small as.
+  static void keep_front(std::vector<Candidate>& all) {
+    sort_by_time(all);
+    double least = std::numeric_limits<double>::infinity();
+    std::erase_if(all, [&](const Candidate& c) {
+      const bool beaten = c.memory.device_bytes >= least;
       least = std::min(least, c.memory.device_bytes);
-      if (c.pareto) result_.front.push_back(c);
+      return beaten;
+    });
+  }
+
+  // The ranked ones, and of the spare modes those that are not beaten. Most are so by what their layout takes
+  // with less recomputation, and need no time of their own.
+  void find_front() {
+    std::vector<Candidate>& front = result_.front;
+    front = result_.ranked;
+    keep_front(front);
+    const auto beaten = [&](double seconds, double bytes) {
+      return std::any_of(front.begin(), front.end(), [&](const Candidate& c) {
+        return c.time.step_s <= seconds && c.memory.device_bytes <= bytes;
+      });
+    };
+    for (const Spare& spare : spare_) {
+      if (beaten(spare.least_s, spare.device_bytes)) continue;
+      Candidate c = with_fastest_dispatcher(spare.layout, worst_memory(m_, spare.layout, w_, c_, s_));
+      if (!beaten(c.time.step_s, spare.device_bytes)) front.push_back(std::move(c));
     }
+    keep_front(front);
+  }
+
+  void finish() {
+    std::vector<Candidate>& all = result_.ranked;
+    sort_by_time(all);
+    find_front();
     if (all.size() > o_.keep) all.resize(o_.keep);
     sort_rejected();
     if (all.empty()) return;
@@ -205,7 +238,15 @@ class Search {
   const Cluster& c_;
   const Stack& s_;
   const SearchOptions& o_;
+  // A mode that fits beside a ranked one of the same layout, which is faster.
+  struct Spare {
+    Layout layout;
+    double device_bytes = 0.0;
+    double least_s = 0.0;
+  };
+
   SearchResult result_;
+  std::vector<Spare> spare_;
   std::map<std::string, std::size_t> index_;
 };
 

@@ -26,7 +26,6 @@ struct Candidate {
   MemoryReport memory;
   double headroom_bytes = 0.0;  ///< device memory left
   std::string slower_because;   ///< the part that costs most against the fastest candidate
-  bool pareto = false;          ///< no other candidate is both faster and smaller
 };
 
 /// Layouts that were not ranked, by reason.
@@ -38,17 +37,19 @@ struct Rejection {
 };
 
 struct SearchResult {
+  /// The fastest first: of the modes of recomputation of a layout and ZeRO stage the fastest that fits.
   std::vector<Candidate> ranked;
-  std::vector<Candidate> front;  ///< the Pareto front of time against memory, fastest first
+  std::vector<Candidate> front;  ///< the Pareto front of time against memory, of all modes, fastest first
   /// The most frequent reason first; where nothing fits, too little memory before all others, and of it what
   /// misses least first.
   std::vector<Rejection> rejected;
-  std::size_t examined = 0;
-  std::size_t fitting = 0;
+  std::size_t examined = 0;  ///< modes of recomputation included
+  std::size_t fitting = 0;   ///< with any of them: as many as are ranked before `keep` cuts them
 };
 
 /// What     Examines (tp, cp, pp, virtual stages, dp, ep, expert tp, ZeRO, micro-batch, recomputation,
-///          dispatcher), the dense and the expert mesh folded independently.
+///          dispatcher), the dense and the expert mesh folded independently: experts may be cut further than
+///          the dense part.
 /// Throws   ConfigError when no accelerator count or batch is given.
 SearchResult search(const ModelSpec& model, const Workload& work, const Cluster& cluster, const Stack& stack,
                     const SearchOptions& options);

@@ -47,7 +47,8 @@ std::string front_picture(const std::vector<Candidate>& front, const Cluster& cl
 std::string format_search(const SearchResult& r, const ModelSpec& m, const Workload& w,
                           const Cluster& cluster, std::size_t rows) {
   std::string text = fmt::format(
-      "{} layouts examined, {} fit; per accelerator: model TFLOP/s, tokens per second, device memory; "
+      "{} layouts and modes of recomputation examined, {} layouts fit, each with the fastest mode that does; "
+      "per accelerator: model TFLOP/s, tokens per second, device memory; "
       "behind the bar what costs most against the fastest\n",
       r.examined, r.fitting);
   if (r.ranked.empty()) text.append("  no layout fits\n");

@@ -2,16 +2,14 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <chrono>
+#include <algorithm>
 #include <limits>
 #include <set>
 
 #include "collegium/base/error.h"
 #include "collegium/base/rng.h"
 #include "collegium/plan/collectives.h"
-#include "collegium/plan/compare.h"
 #include "collegium/plan/data_parallel.h"
-#include "collegium/plan/search.h"
 #include "collegium/plan/simulator.h"
 #include "collegium/plan/traffic.h"
 
@@ -49,7 +47,7 @@ TEST(Collectives, distinct_groups_agree_with_counted_routing) {
 // The closed form against counting: a gate chooses the groups whose two best scores sum to most, and of these
 // groups the best experts.
 double counted_places(const ModelSpec& m, std::uint64_t places) {
-  constexpr int kTokens = 4000;
+  constexpr int kTokens = 1500;
   const auto experts = static_cast<std::size_t>(m.experts);
   const auto per_group = static_cast<std::size_t>(m.experts / m.routing_groups);
   const RandomStream random(11, "test/gate");
@@ -374,62 +372,6 @@ TEST(DataParallel, context_parallel_ranks_are_replicas_too) {
   EXPECT_DOUBLE_EQ(central("dp4.cp2").busiest_bytes, central("dp8").busiest_bytes);
   EXPECT_DOUBLE_EQ(central("dp8").busiest_bytes, 2.0 * central("dp4").busiest_bytes);
   EXPECT_GT(central("dp4.cp2").exposed_s, central("dp4").exposed_s);
-}
-
-TEST(Search, ranks_by_time_and_explains) {
-  const ModelSpec model = load_model("mixtral-8x7b");
-  const Workload work{.seq_len = 4096, .global_batch = 256};
-  const SearchResult found = search(model, work, load_cluster("h100-80"), Stack{}, {.accelerators = 64});
-  ASSERT_GT(found.ranked.size(), 10U);
-  for (std::size_t i = 1; i < found.ranked.size(); ++i) {
-    EXPECT_GE(found.ranked[i].time.step_s, found.ranked[i - 1].time.step_s);
-    EXPECT_EQ(found.ranked[i].layout.world(), 64);
-    EXPECT_GE(found.ranked[i].headroom_bytes, 0.0);
-  }
-  for (std::size_t i = 1; i < found.front.size(); ++i)
-    EXPECT_LT(found.front[i].memory.device_bytes, found.front[i - 1].memory.device_bytes);
-  EXPECT_FALSE(found.rejected.empty());
-  EXPECT_THROW(search(model, {.global_batch = 0}, load_cluster("h100-80"), Stack{}, {.accelerators = 8}),
-               ConfigError);
-}
-
-TEST(Search, a_front_of_equally_fast_layouts_is_printed) {
-  SearchResult found;
-  found.front.resize(2);
-  for (Candidate& candidate : found.front) candidate.time.step_s = 1.0;
-  found.front.front().memory.device_bytes = 1e9;
-  const std::string text = format_search(found, load_model("llama3-8b"), {}, load_cluster("h100-80"), 10);
-  EXPECT_THAT(text, testing::HasSubstr("the Pareto front"));
-}
-
-TEST(Search, where_nothing_fits_the_least_missing_comes_first) {
-  const SearchResult found = search(load_model("deepseek-v3"), {.seq_len = 4096, .global_batch = 64},
-                                    load_cluster("h100-80"), Stack{}, {.accelerators = 16});
-  ASSERT_TRUE(found.ranked.empty());
-  ASSERT_GT(found.rejected.size(), 2U);
-  EXPECT_GT(found.rejected.front().over_gib, 0.0);
-  for (std::size_t i = 1; i < found.rejected.size(); ++i) {
-    const double before = found.rejected[i - 1].over_gib;
-    const double missing = found.rejected[i].over_gib;
-    EXPECT_TRUE(missing == 0.0 || (before > 0.0 && missing > before)) << found.rejected[i].reason;
-  }
-}
-
-TEST(Search, a_thousand_accelerators_take_less_than_two_seconds) {
-  const auto start = std::chrono::steady_clock::now();
-  search(load_model("deepseek-v3"), {.seq_len = 4096, .global_batch = 4096}, load_cluster("h100-80"), Stack{},
-         {.accelerators = 1024});
-  EXPECT_LT(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), 2.0);
-}
-
-TEST(Compare, classical_layouts_have_their_published_sizes) {
-  const std::vector<int> sizes = {4480, 384, 768, 992, 1024};
-  const auto all = compare_classics();
-  ASSERT_EQ(all.size(), sizes.size());
-  for (std::size_t i = 0; i < all.size(); ++i) {
-    EXPECT_EQ(all[i].published.world(), sizes[i]) << all[i].classic.model;
-    EXPECT_GT(all[i].chosen.time.step_s, 0.0) << all[i].classic.model;
-  }
 }
 
 }  // namespace
