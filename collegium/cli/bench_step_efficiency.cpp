@@ -17,7 +17,7 @@ double measure_step_efficiency(const plan::Cluster& cluster,
   o.ffn = 512;
   o.experts = (kExperts + world->size() - 1) / world->size() * world->size();
   o.vocab = 4096;
-  o.sequences = std::max<std::int64_t>(8, 2 * world->size());
+  o.sequences = std::max<std::int64_t>(8, std::int64_t{2} * world->size());
   o.length = 256;
   o.routing = "forced";
   const StepBenchResult result = run_step_bench(step_bench_config(o), kSeconds, world);

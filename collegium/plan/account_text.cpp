@@ -17,10 +17,11 @@ std::string in_giga_flop(double flops) { return fmt::format("{:.4g} GFLOP", flop
 std::string quoted_figures(const ModelSpec& m, const Account& a) {
   if (!m.is_moe()) return "";
   const std::int64_t embedding = m.vocab * m.hidden;
+  const std::int64_t tenths = a.active / 100'000'000;
   std::string text = "Why other figures are quoted for this model:\n";
   text += fmt::format("  {:>9}  active, exact; {:.1f} B rounded, {:.1f} B truncated after one digit\n",
                       billions(a.active), static_cast<double>(a.active) * 1e-9,
-                      static_cast<double>(a.active / 100'000'000) / 10.0);
+                      static_cast<double>(tenths) / 10.0);
   text += fmt::format("  {:>9}  active without the input embedding, of which a token reads one row\n",
                       billions(a.active_without_embedding));
   std::int64_t norms = 0;

@@ -113,7 +113,7 @@ namespace {
 // C(N - n, K) / C(N, K), the chance that K of N miss n of them, as a product, so that nothing overflows.
 double chance_to_miss(double all, double missed, double choices) {
   double chance = 1.0;
-  for (double i = 0.0; i < choices; i += 1.0)
+  for (int i = 0; i < choices; ++i)  // the last of a mean number of choices counts in part
     chance *= std::pow(std::max(0.0, (all - missed - i) / (all - i)), std::min(1.0, choices - i));
   return chance;
 }

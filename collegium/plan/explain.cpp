@@ -26,7 +26,7 @@ std::string draw_nodes(const mesh::Mesh& mesh, const Layout& l, const Cluster& c
       fmt::format("Ranks on machines of {} ({}): pp.dp.cp.tp", c.node_size, c.accelerator.name);
   const bool experts = l.ep * l.etp > 1;
   if (experts) text += " / edp.ep.etp";
-  text += "\n";
+  text += '\n';
   const int nodes = (mesh.size() + c.node_size - 1) / c.node_size;
   for (int node = 0; node < std::min(nodes, kMostNodesDrawn); ++node) {
     text += fmt::format("  machine {:>3} |", node);
@@ -36,7 +36,7 @@ std::string draw_nodes(const mesh::Mesh& mesh, const Layout& l, const Cluster& c
       if (experts) text += fmt::format("/{}.{}.{}", at.edp, at.ep, at.etp);
       text += " |";
     }
-    text += "\n";
+    text += '\n';
   }
   if (nodes > kMostNodesDrawn) text += fmt::format("  ... {} more machines\n", nodes - kMostNodesDrawn);
   return text;

@@ -72,7 +72,17 @@ plan::ModelSpec model_spec(const model::ModelConfig& c) {
   m.top_k = moe::record_width(c.moe);
   m.mean_experts = moe::experts_per_token(c.moe);
   m.expert_ffn = c.moe.ffn_size;
-  if (c.moe.shared_expert.kind != moe::SharedExpert::kNone) m.shared_ffn = c.moe.shared_expert.ffn_size;
+  const moe::SharedExpert shared = c.moe.shared_expert.kind;
+  if (shared != moe::SharedExpert::kNone) m.shared_ffn = c.moe.shared_expert.ffn_size;
+  if (shared == moe::SharedExpert::kGated) m.shared_gates = 1;
+  if (shared == moe::SharedExpert::kResidualMix) m.shared_gates = 2;
+  const moe::RouterOptions& router = c.moe.router;
+  m.router_noise = router.noise == moe::Noise::kNoisyTopK;
+  m.selection_bias = router.bias_balancing;
+  if (router.top_groups < router.num_groups) {
+    m.routing_groups = router.num_groups;
+    m.routing_top_groups = router.top_groups;
+  }
   m.moe_layers = c.moe_layers;
   if (c.sliding_window > 0 && c.sliding_window < c.max_positions) {
     m.window = c.sliding_window;

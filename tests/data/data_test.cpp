@@ -145,7 +145,7 @@ TEST_F(Corpus, wrong_options_are_named) {
 TEST_F(Corpus, binary_and_invalid_files_are_skipped_and_counted) {
   std::ofstream(folder_ / "code/binary.bin") << std::string("a\0b", 3);
   std::ofstream(folder_ / "code/latin1.txt") << "caf\xe9";
-  std::ofstream(folder_ / "code/empty.txt");
+  write_file_atomically(folder_ / "code/empty.txt", "");
   EXPECT_EQ(prepare().num_skipped, 3);
 }
 

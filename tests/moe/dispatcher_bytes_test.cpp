@@ -161,7 +161,7 @@ TEST(DispatcherBytes, allgather_sends_all_tokens_to_all_ranks) {
 
 TEST(DispatcherBytes, shared_memory_sends_a_number_per_meeting_and_kind) {
   constexpr std::int64_t kNumber = 8;
-  const int ranks = 3;
+  const std::int64_t ranks = 3;
   for (const RoutingCase& routing : test::all_routings()) {
     const std::vector<Bytes> expected(ranks, {.dispatch = (ranks - 1) * 2 * kNumber,
                                               .combine = (ranks - 1) * kNumber,

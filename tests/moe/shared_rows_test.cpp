@@ -87,7 +87,7 @@ TEST(SharedRows, memory_is_used_again_after_the_next_meeting) {
 TEST(SharedRows, views_keep_memory_in_use_even_without_the_pool) {
   comm::run_ranks(2, [](comm::Communicator& group) {
     auto pool = std::make_unique<Pool>(group);
-    const RowShare share{.first = 2 * group.rank(), .rows = 2, .total = 4};
+    const RowShare share{.first = std::int64_t{2} * group.rank(), .rows = 2, .total = 4};
     SharedRows rows = (*pool)->take(share, kWidth, at::kDouble);
     const std::int64_t number = rows.buffer;
     const at::Tensor view = rows.own_XD.select(0, 1);

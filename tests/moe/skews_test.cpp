@@ -18,7 +18,7 @@ using moe::Skew;
 using moe::SkewShape;
 
 // So many that an incomplete turn does not show.
-constexpr std::int64_t kTokens = 4 * 63 * 64;
+constexpr std::int64_t kTokens = std::int64_t{4} * 63 * 64;
 
 const std::vector<SkewShape> kShapes = {
     {.num_experts = 8, .top_k = 2, .num_ranks = 1},  {.num_experts = 8, .top_k = 2, .num_ranks = 2},

@@ -99,7 +99,7 @@ TEST(ExpertTasks, more_rows_make_larger_pieces_within_bounds) {
     EXPECT_EQ(ops::gemm_rows(0, dtype), 256);
     EXPECT_EQ(ops::gemm_rows(std::int64_t{1} << 20, dtype), ops::kMostGemmRows);
   }
-  EXPECT_EQ(ops::gemm_rows(16 * 300, at::kFloat), 288);
+  EXPECT_EQ(ops::gemm_rows(4800, at::kFloat), 288);
   for (const auto ways : ops::kAllProductWays) {
     const test::AssumeProductWays assume(ways);
     const std::int64_t pieces = ways.blocks ? 16 : 64;

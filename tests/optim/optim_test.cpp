@@ -84,7 +84,7 @@ TEST(AdamW, equals_plain_loops_over_several_steps) {
           optim::adamw_step(options, 0.1, 0.5, step, masters.slots());
           plain.step(gradient, 0.1, step);
         }
-        plain.expect_equals(slot, test::bound(dtype == at::kDouble ? at::kDouble : at::kFloat, 3 * 12));
+        plain.expect_equals(slot, test::bound(dtype == at::kDouble ? at::kDouble : at::kFloat, 36));
         EXPECT_TRUE(at::equal(p.value.detach(), slot.master.to(dtype)));
         EXPECT_EQ(slot.gradient.abs().sum().item<double>(), 0.0);
       }

@@ -7,6 +7,7 @@
 
 namespace collegium::ops {
 
+// NOLINTNEXTLINE(readability-identifier-naming): GoogleTest looks for this name
 inline void PrintTo(const ProductWays& ways, std::ostream* out) {
   *out << (ways.widen_bf16 ? "bf16 widened" : "bf16 as it is") << (ways.blocks ? ", in blocks" : ", whole");
 }

@@ -119,6 +119,25 @@ TEST_F(Prediction, experts_that_choose_compute_what_they_take) {
                    2.0 * static_cast<double>(account.experts) * 1.5 / 4.0);
 }
 
+TEST_F(Prediction, every_parameter_is_counted) {
+  for (const std::vector<std::string>& changes :
+       {std::vector<std::string>{"model.moe.router.noise=noisy_top_k"},
+        {"model.moe.shared_expert={kind = \"sum\", ffn_size = 4}"},
+        {"model.moe.shared_expert={kind = \"gated\", ffn_size = 4}"},
+        {"model.moe.shared_expert={kind = \"residual_mix\", ffn_size = 4}"},
+        {"model.moe.router.bias_balancing=true", "model.moe.router.num_groups=2",
+         "model.moe.router.top_groups=1"},
+        {"model.moe_layers=[true, false]", "model.dense_ffn_size=5", "model.tie_embeddings=true"},
+        {"model.family=olmoe", "model.qk_norm=projection"},
+        {"model.family=qwen3_moe", "model.qk_norm=per_head"}}) {
+    train::RunConfig config = train::read_run_config(folder_ / "run.toml", changes);
+    config.model.vocab_size = 23;
+    EXPECT_EQ(plan::account(train::model_spec(config.model)).total,
+              model::count_parameters(config.model).total)
+        << changes.front();
+  }
+}
+
 TEST_F(Prediction, comparison_names_what_was_predicted) {
   train::RunConfig config = train::read_run_config(folder_ / "run.toml", {});
   train::Trainer trainer(config);
