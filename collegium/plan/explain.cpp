@@ -70,8 +70,8 @@ std::string explain_layout(const ModelSpec& m, const Layout& l, const Workload& 
   text += draw_groups(mesh);
   if (m.is_moe())
     text += fmt::format(
-        "Experts {} to {} of every MoE layer live on rank 0; each expert has {} copies over edp\n", 0,
-        m.experts / l.ep - 1, l.expert_dp());
+        "Experts {} to {} of every MoE layer live on rank 0; each expert has {} copies over {}\n", 0,
+        m.experts / l.ep - 1, l.expert_replicas(), l.stage_copies() > 1 ? "edp and pp" : "edp");
   text += format_traffic(step_traffic(m, l, w, c, s));
   if (l.ep > 1) {
     text += "The expert exchange's share of the step, by how it is done (nothing hidden unless it says so)\n";

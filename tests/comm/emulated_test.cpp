@@ -68,7 +68,8 @@ TEST(Network, wrong_descriptions_name_the_part) {
   EXPECT_THAT(message("nodes=2x0,intra=1GB/s:1us,inter=1GB/s:1us"), HasSubstr("at least 1"));
   EXPECT_THAT(message("nodes=65536x65536,intra=1GB/s:1us,inter=1GB/s:1us"),
               HasSubstr("nodes = \"65536x65536\": at most 16384 ranks in all"));
-  EXPECT_THAT(message("nodes=2x2,intra=1GB/s:1us"), HasSubstr("inter = \"\": must be given"));
+  EXPECT_EQ(message("nodes=2x2,intra=1GB/s:1us"), "network: inter: must be given");
+  EXPECT_EQ(message("foo"), "network: foo: write name=value");
   EXPECT_THAT(message("nodes=2x2,intra=1Gb/s:1us,inter=1GB/s:1us"), HasSubstr("intra = \"1Gb/s\""));
   EXPECT_THAT(message("nodes=2x2,intra=1GB/s:1,inter=1GB/s:1us"), HasSubstr("a latency"));
   EXPECT_THAT(message("nodes=2x2,intra=0GB/s:1us,inter=1GB/s:1us"), HasSubstr("must be positive"));
