@@ -135,7 +135,7 @@ def check_messages(model: pathlib.Path, ids: str, scratch: pathlib.Path) -> None
     expect_message(2, "--timeout 0: must be positive", *evaluate, str(model), "--timeout", "0")
     expect_message(2, "must be at most 31536000 s, a year", *evaluate, str(model), "--timeout", "1e10")
     expect_message(2, "--backend gloo: must be auto, local or mpi", *evaluate, str(model), "--backend", "gloo")
-    expect_message(2, 'intra = "": must be given', *evaluate, str(model), "--emulate", "nodes=3x1")
+    expect_message(2, "network: intra: must be given", *evaluate, str(model), "--emulate", "nodes=3x1")
     if not MPIRUN:
         expect_message(2, "this build has no MPI", *evaluate, str(model), "--ranks", "2", "--backend", "mpi")
 
