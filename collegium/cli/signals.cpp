@@ -17,6 +17,14 @@ namespace collegium::cli {
 
 namespace {
 
+// mpirun passes SIGUSR1 on to the ranks. Who reads or writes meanwhile goes on; nothing waits for a signal.
+void handle_signals(void (*handler)(int)) {
+  struct sigaction action{};
+  action.sa_handler = handler;
+  action.sa_flags = SA_RESTART;
+  for (const int signal : {SIGINT, SIGTERM, SIGUSR1}) sigaction(signal, &action, nullptr);
+}
+
 volatile std::sig_atomic_t requested = 0;
 
 void on_signal(int signal) {
@@ -56,21 +64,12 @@ void end_after_removal() {
 void start_removal_thread() {
   if (::pipe2(signal_pipe.data(), O_CLOEXEC) != 0) throw Error("cannot make a pipe for signals");
   std::thread(end_after_removal).detach();
-  struct sigaction action{};
-  action.sa_handler = pass_on;
-  action.sa_flags = SA_RESTART;
-  for (const int signal : {SIGINT, SIGTERM, SIGUSR1}) sigaction(signal, &action, nullptr);
+  handle_signals(pass_on);
 }
 
 }  // namespace
 
-void install_stop_signals() {
-  struct sigaction action{};
-  action.sa_handler = on_signal;
-  // Whoever reads or writes meanwhile goes on; nothing waits for a signal.
-  action.sa_flags = SA_RESTART;
-  for (const int signal : {SIGINT, SIGTERM, SIGUSR1}) sigaction(signal, &action, nullptr);
-}
+void install_stop_signals() { handle_signals(on_signal); }
 
 bool stop_requested() { return requested != 0; }
 

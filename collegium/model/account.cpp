@@ -14,14 +14,15 @@ ParameterAccount count_parameters(const ModelConfig& config) {
     if (p.kind == ParameterKind::kBuffer) continue;
     const std::int64_t count = num_values(p);
     account.total += count;
-    const bool expert = p.kind == ParameterKind::kExpert;
-    // Of one expert, times the experts of a token, which are no whole number where experts choose.
-    const std::int64_t of_one = expert ? count / config.moe.num_experts : 0;
-    account.active +=
-        expert ? std::llround(static_cast<double>(of_one) * moe::experts_per_token(config.moe)) : count;
-    if (expert) {
+    if (p.kind == ParameterKind::kExpert) {
       account.experts += count;
-    } else if (p.kind == ParameterKind::kRouter) {
+      // Of one expert, times the experts of a token, which are no whole number where experts choose.
+      const std::int64_t of_one = count / config.moe.num_experts;
+      account.active += std::llround(static_cast<double>(of_one) * moe::experts_per_token(config.moe));
+      continue;
+    }
+    account.active += count;
+    if (p.kind == ParameterKind::kRouter) {
       account.router += count;
     } else if (p.kind == ParameterKind::kEmbedding) {
       account.embedding += count;

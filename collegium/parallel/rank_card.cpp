@@ -37,6 +37,7 @@ std::vector<RankCard> make_rank_cards(const model::ModelConfig& config, const Pa
   const int ep = resolve_ep(options, num_ranks, config.moe.num_experts);
   const mesh::Mesh mesh({.pp = 1, .dp = num_ranks, .cp = 1, .tp = 1, .ep = ep, .etp = 1});
   const moe::ExpertPlacement placement{.num_experts = config.moe.num_experts, .num_ranks = ep};
+  const std::int64_t unit = moe::indivisible_sequences(config.moe, /*training=*/true);
   std::vector<RankCard> cards;
   for (int rank = 0; rank < num_ranks; ++rank) {
     const mesh::Coordinates place = mesh.coordinates(rank);
@@ -50,7 +51,6 @@ std::vector<RankCard> make_rank_cards(const model::ModelConfig& config, const Pa
                   .edp_group = {edp_group.begin(), edp_group.end()},
                   .first_expert = placement.first(place.ep),
                   .num_experts = placement.count(place.ep)};
-    const std::int64_t unit = moe::indivisible_sequences(config.moe, /*training=*/true);
     card.sequences = share_of(micro_sequences, unit, num_ranks, rank).count;
     count_parameters(config, card);
     count_bytes(bytes_per_value, card);

@@ -14,9 +14,8 @@
 namespace collegium::train {
 
 MachineFolder::MachineFolder(const std::shared_ptr<comm::Communicator>& world, const std::string& name,
-                             const std::function<void(const std::filesystem::path&)>& fill,
-                             const std::filesystem::path& parent)
-    : MachineFolder(world, comm::Seats(*world), name, fill, parent) {}
+                             const std::function<void(const std::filesystem::path&)>& fill)
+    : MachineFolder(world, comm::Seats(*world), name, fill, std::filesystem::temp_directory_path()) {}
 
 MachineFolder::MachineFolder(const std::shared_ptr<comm::Communicator>& world, const comm::Seats& seats,
                              const std::string& name,

@@ -20,9 +20,8 @@ class MachineFolder {
  public:
   /// What     `fill` runs on every machine's first rank, and must write the same on all.
   MachineFolder(const std::shared_ptr<comm::Communicator>& world, const std::string& name,
-                const std::function<void(const std::filesystem::path&)>& fill,
-                const std::filesystem::path& parent = std::filesystem::temp_directory_path());
-  /// The same where `seats` says which machine is whose.
+                const std::function<void(const std::filesystem::path&)>& fill);
+  /// The same in `parent`, where `seats` says which machine is whose.
   MachineFolder(const std::shared_ptr<comm::Communicator>& world, const comm::Seats& seats,
                 const std::string& name, const std::function<void(const std::filesystem::path&)>& fill,
                 const std::filesystem::path& parent);
