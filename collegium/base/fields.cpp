@@ -5,18 +5,34 @@
 
 #include <algorithm>
 #include <numeric>
+#include <set>
 
 #include "collegium/base/file.h"
 
 namespace collegium {
 
-Json read_json_file(const std::filesystem::path& file) {
+Json parse_json(std::string_view text, const std::string& origin) {
+  std::vector<std::set<std::string>> keys;  // of every object that is open
+  const auto callback = [&](int depth, Json::parse_event_t event, Json& parsed) {
+    // Whoever prints a value goes as deep as it is.
+    constexpr int kDeepest = 100;
+    require_config(depth <= kDeepest, "{}: values are nested more than {} deep", origin, kDeepest);
+    if (event == Json::parse_event_t::object_start) keys.emplace_back();
+    if (event == Json::parse_event_t::object_end) keys.pop_back();
+    if (event == Json::parse_event_t::key) {
+      const auto key = parsed.get<std::string>();
+      require_config(keys.back().insert(key).second, "{}: '{}' occurs twice in an object", origin, key);
+    }
+    return true;
+  };
   try {
-    return Json::parse(read_file(file));
+    return Json::parse(text, callback);
   } catch (const Json::exception& error) {
-    throw ConfigError(fmt::format("{}: not valid JSON: {}", file.string(), error.what()));
+    throw ConfigError(fmt::format("{}: not valid JSON: {}", origin, error.what()));
   }
 }
+
+Json read_json_file(const std::filesystem::path& file) { return parse_json(read_file(file), file.string()); }
 
 namespace {
 
@@ -65,8 +81,10 @@ std::string join_path(const std::string& parent, std::string_view name) {
 }
 
 void throw_wrong_type(const std::string& path, const Json& value, std::string_view expected) {
-  throw ConfigError(
-      fmt::format("{} = {}: expected {}", path.empty() ? "top level" : path, value.dump(), expected));
+  constexpr std::size_t kMostShown = 200;
+  std::string shown = value.dump();
+  if (shown.size() > kMostShown) shown = shown.substr(0, kMostShown) + " ...";
+  throw ConfigError(fmt::format("{} = {}: expected {}", path.empty() ? "top level" : path, shown, expected));
 }
 
 void throw_unknown_key(const std::string& path, const std::string& key, std::span<const std::string> known) {

@@ -17,6 +17,7 @@
 #include <concepts>
 #include <cstdint>
 #include <filesystem>
+#include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -32,7 +33,11 @@ namespace collegium {
 
 using Json = nlohmann::ordered_json;
 
-/// Throws ConfigError naming the file: it cannot be read, or is not JSON.
+/// Throws ConfigError naming `origin`: the text is not JSON, or an object has a key twice, which parsers of
+/// JSON silently merge.
+Json parse_json(std::string_view text, const std::string& origin);
+
+/// The same of a file's text. Throws ConfigError naming the file where it cannot be read, too.
 Json read_json_file(const std::filesystem::path& file);
 
 /// What     Specialise with `static constexpr std::pair<std::string_view, E> names[]` to let an enum appear
@@ -184,9 +189,9 @@ void read_value(const Json& json, const std::string& path, T& value) {
     if (!json.is_number_integer()) throw_wrong_type(path, json, "a whole number");
     if (json.is_number_unsigned() ? !std::in_range<T>(json.get<std::uint64_t>())
                                   : !std::in_range<T>(json.get<std::int64_t>())) {
-      throw_wrong_type(
-          path, json,
-          std::is_unsigned_v<T> ? "a whole number that is not negative" : "a smaller whole number");
+      throw_wrong_type(path, json,
+                       fmt::format("a whole number from {} to {}", std::numeric_limits<T>::min(),
+                                   std::numeric_limits<T>::max()));
     }
     value = json.get<T>();
   } else if constexpr (std::floating_point<T>) {
@@ -197,7 +202,9 @@ void read_value(const Json& json, const std::string& path, T& value) {
     if (!json.is_string()) throw_wrong_type(path, json, "a text in quotes");
     value = json.get<std::string>();
   } else if constexpr (std::same_as<T, DecimalText>) {
-    if (!json.is_string() && !json.is_number()) throw_wrong_type(path, json, "a decimal number");
+    const bool finite = !json.is_number_float() || std::isfinite(json.get<double>());
+    if ((!json.is_string() && !json.is_number()) || !finite)
+      throw_wrong_type(path, json, "a finite decimal number");
     value = json.is_string() ? json.get<std::string>() : json.dump();
   } else if constexpr (NamedEnum<T>) {
     read_enum(json, path, value);

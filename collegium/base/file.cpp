@@ -92,6 +92,11 @@ AtomicFile::AtomicFile(std::filesystem::path path) : path_(std::move(path)) {
     temporary_path_ = path_;
     temporary_path_ += fmt::format(".tmp-{}", ::getpid());
     descriptor_ = ::open(temporary_path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, kFileMode);
+    // Who may read what was there may read what takes its place, and nobody else.
+    struct stat former{};
+    constexpr mode_t kPermissions = 0777;
+    if (descriptor_ >= 0 && ::stat(path_.c_str(), &former) == 0)
+      ::fchmod(descriptor_, former.st_mode & kPermissions);
   }
   if (descriptor_ < 0) throw Error(fmt::format("cannot write {}: {}", path_.string(), system_reason()));
 }
@@ -186,7 +191,8 @@ FolderLock::FolderLock(const std::filesystem::path& folder)
 FolderLock::~FolderLock() { ::close(descriptor_); }
 
 MappedFile::MappedFile(const std::filesystem::path& path) {
-  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  // Opening a pipe would wait for its writer.
+  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (descriptor < 0) throw ConfigError(fmt::format("cannot read {}: {}", path.string(), system_reason()));
   struct stat status{};
   if (::fstat(descriptor, &status) != 0 || !S_ISREG(status.st_mode)) {

@@ -59,7 +59,8 @@ void sync_folder(const std::filesystem::path& folder);
 
 /// What     Gives the folder `from` the name `to`. Where `to` exists the two names are exchanged in one step:
 ///          a program that is killed leaves one of them complete under that name. What was there is then
-///          removed. On file systems that cannot exchange names (NFS) the former one makes room first.
+///          removed; a link is replaced itself, not the folder that it leads to. On file systems that cannot
+///          exchange names (NFS) the former one makes room first.
 /// Throws   Error naming both paths and the system's reason; `to` is then what it was. Error when the former
 ///          one cannot be removed.
 void replace_folder(const std::filesystem::path& from, const std::filesystem::path& to);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/base/rng.h"
 
+#include <algorithm>
 #include <cmath>
 #include <numbers>
 
@@ -21,8 +22,10 @@ std::uint32_t high(std::uint64_t x) { return static_cast<std::uint32_t>(x >> 32U
 
 std::uint64_t join(std::uint32_t hi, std::uint32_t lo) { return (std::uint64_t{hi} << 32U) | lo; }
 
-// In (0, 1): the half step keeps log() finite.
-double open_uniform(std::uint64_t bits) { return (static_cast<double>(bits >> 11U) + 0.5) / kTwoPow53; }
+// In (0, 1), the greatest of which are rounded to whole steps: log() of both ends stays finite.
+double open_uniform(std::uint64_t bits) {
+  return std::min((static_cast<double>(bits >> 11U) + 0.5) / kTwoPow53, 1.0 - 1.0 / kTwoPow53);
+}
 
 }  // namespace
 

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
-#include <set>
+#include <limits>
 
 #include "collegium/base/error.h"
 #include "collegium/base/fields.h"
@@ -16,25 +16,6 @@ constexpr std::size_t kLengthBytes = 8;
 constexpr std::uint64_t kMaxHeaderBytes = 100'000'000;  // the format's own limit
 constexpr std::size_t kAlignment = 8;
 
-// Refuses a key that occurs twice, which JSON parsers would silently merge.
-Json parse_header(const std::string& text, const std::string& file) {
-  std::vector<std::set<std::string>> keys;
-  const auto callback = [&](int /*depth*/, Json::parse_event_t event, Json& parsed) {
-    if (event == Json::parse_event_t::object_start) keys.emplace_back();
-    if (event == Json::parse_event_t::object_end) keys.pop_back();
-    if (event == Json::parse_event_t::key) {
-      require_config(keys.back().insert(parsed.get<std::string>()).second,
-                     "{}: '{}' occurs twice in the header", file, parsed.get<std::string>());
-    }
-    return true;
-  };
-  try {
-    return Json::parse(text, callback);
-  } catch (const Json::exception& error) {
-    throw ConfigError(fmt::format("{}: the header is not valid JSON: {}", file, error.what()));
-  }
-}
-
 std::size_t checked_bytes(const TensorInfo& info, const std::string& where) {
   __extension__ using Wide = unsigned __int128;
   Wide count = 1;
@@ -43,21 +24,24 @@ std::size_t checked_bytes(const TensorInfo& info, const std::string& where) {
     count *= static_cast<Wide>(size);
     require_config(count <= (Wide{1} << 62U), "{}: shape has more than 2^62 elements", where);
   }
-  return static_cast<std::size_t>(count) * safetensors_element_bytes(info.dtype);
+  count *= safetensors_element_bytes(info.dtype);
+  require_config(count <= std::numeric_limits<std::size_t>::max(), "{}: shape has more than 2^64 bytes",
+                 where);
+  return static_cast<std::size_t>(count);
 }
 
 TensorInfo parse_info(const Json& entry, const std::string& where, std::size_t data_bytes) {
   TensorInfo info;
   std::vector<std::uint64_t> offsets;
-  try {
-    info.dtype = entry.at("dtype").get<std::string>();
-    info.shape = entry.at("shape").get<std::vector<std::int64_t>>();
-    offsets = entry.at("data_offsets").get<std::vector<std::uint64_t>>();
-  } catch (const Json::exception&) {
-    throw ConfigError(fmt::format("{}: needs dtype, shape and data_offsets, got {}", where, entry.dump()));
-  }
+  const auto read = [&](const char* key, auto& value) {
+    require_config(entry.is_object() && entry.contains(key), "{}: {} is missing", where, key);
+    internal::read_value(entry.at(key), fmt::format("{}: {}", where, key), value);
+  };
+  read("dtype", info.dtype);
+  read("shape", info.shape);
+  read("data_offsets", offsets);
   require_config(offsets.size() == 2 && offsets[0] <= offsets[1],
-                 "{}: data_offsets must be [begin, end], got {}", where, entry.at("data_offsets").dump());
+                 "{}: data_offsets = [{}]: must be [begin, end]", where, fmt::join(offsets, ", "));
   info.begin = offsets[0];
   info.end = offsets[1];
   require_config(info.end <= data_bytes, "{}: ends at byte {} of the data, which has {} (truncated file?)",
@@ -69,7 +53,7 @@ TensorInfo parse_info(const Json& entry, const std::string& where, std::size_t d
     throw ConfigError(fmt::format("{}: {}", where, error.what()));
   }
   require_config(info.end - info.begin == wanted, "{}: {} x {} needs {} bytes, data_offsets give {}", where,
-                 entry.at("shape").dump(), info.dtype, wanted, info.end - info.begin);
+                 fmt::format("[{}]", fmt::join(info.shape, ", ")), info.dtype, wanted, info.end - info.begin);
   return info;
 }
 
@@ -113,8 +97,8 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : path_(path
                  header_bytes, bytes.size());
   data_begin_ = kLengthBytes + header_bytes;
   const std::size_t data_bytes = bytes.size() - data_begin_;
-  const Json header =
-      parse_header({reinterpret_cast<const char*>(bytes.data()) + kLengthBytes, header_bytes}, file);
+  const Json header = parse_json({reinterpret_cast<const char*>(bytes.data()) + kLengthBytes, header_bytes},
+                                 file + ": the header");
   require_config(header.is_object(), "{}: the header is not a JSON object", file);
   for (const auto& [name, entry] : header.items()) {
     if (name == "__metadata__") continue;

@@ -31,15 +31,14 @@ void forget(const std::filesystem::path& path) {
 }  // namespace
 
 TemporaryFolder::TemporaryFolder(std::filesystem::path path) : path_(std::move(path)) {
-  {
-    const std::lock_guard lock(registry().mutex);
-    registry().paths.insert(path_);
-  }
   std::error_code code;
-  std::filesystem::create_directories(path_, code);
-  if (!code) return;
-  forget(path_);
-  throw Error(fmt::format("cannot create {}: {}", path_.string(), code.message()));
+  if (path_.has_parent_path()) std::filesystem::create_directories(path_.parent_path(), code);
+  // One that is there already is somebody else's.
+  if (!code && !std::filesystem::create_directory(path_, code) && !code)
+    code = std::make_error_code(std::errc::file_exists);
+  if (code) throw Error(fmt::format("cannot create {}: {}", path_.string(), code.message()));
+  const std::lock_guard lock(registry().mutex);
+  registry().paths.insert(path_);
 }
 
 TemporaryFolder::~TemporaryFolder() {

@@ -7,7 +7,7 @@ namespace collegium {
 
 /// What     A folder that is removed, with all that is in it, when this object is gone, or by
 ///          remove_all().
-/// Throws   Error naming the path and the system's reason: it cannot be made.
+/// Throws   Error naming the path and the system's reason: it cannot be made, or is there already.
 class TemporaryFolder {
  public:
   explicit TemporaryFolder(std::filesystem::path path);

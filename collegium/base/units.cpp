@@ -10,17 +10,18 @@ namespace collegium {
 
 namespace {
 
-constexpr double kMinute = 60.0;
-constexpr double kHour = 3600.0;
+constexpr std::int64_t kMinute = 60;
+constexpr std::int64_t kHour = 3600;
 
 template <std::size_t N>
 std::string scale(double value, double base, const std::array<const char*, N>& suffixes) {
+  if (std::abs(value) < base) return fmt::format("{:g} {}", value, suffixes[0]);
   std::size_t index = 0;
-  while (std::abs(value) >= base && index + 1 < N) {
+  // What two decimals round to the next unit is written in that.
+  while (std::round(std::abs(value) * 100.0) / 100.0 >= base && index + 1 < N) {
     value /= base;
     ++index;
   }
-  if (index == 0) return fmt::format("{:g} {}", value, suffixes[0]);
   return fmt::format("{:.2f} {}", value, suffixes[index]);
 }
 
@@ -37,11 +38,13 @@ std::string format_count(double count) {
 }
 
 std::string format_duration(double seconds) {
-  if (seconds < 1.0) return fmt::format("{:.0f} ms", seconds * 1000.0);
-  if (seconds < kMinute) return fmt::format("{:.1f} s", seconds);
-  const auto whole = static_cast<long>(std::lround(seconds));
-  if (seconds < kHour) return fmt::format("{}m {:02}s", whole / 60, whole % 60);
-  return fmt::format("{}h {:02}m", whole / 3600, whole / 60 % 60);
+  const double milliseconds = std::round(seconds * 1000.0);
+  if (milliseconds < 1000.0) return fmt::format("{:.0f} ms", milliseconds);
+  if (std::round(seconds * 10.0) / 10.0 < kMinute) return fmt::format("{:.1f} s", seconds);
+  const std::int64_t whole = std::llround(seconds);
+  if (whole < kHour) return fmt::format("{}m {:02}s", whole / kMinute, whole % kMinute);
+  const std::int64_t minutes = std::llround(seconds / kMinute);
+  return fmt::format("{}h {:02}m", minutes / kMinute, minutes % kMinute);
 }
 
 std::string format_percent(double fraction) { return fmt::format("{:.1f} %", fraction * 100.0); }

@@ -59,11 +59,7 @@ Dataset::Dataset(const std::filesystem::path& folder) : folder_(folder) {
   require_config(path_exists(index_file),
                  "{}: no prepared data here (dataset.json is missing); make it with 'collegium prepare'",
                  folder.string());
-  try {
-    read_fields(Json::parse(read_file(index_file)), index_file.string(), index_);
-  } catch (const Json::exception& error) {
-    throw ConfigError(fmt::format("{}: not valid JSON: {}", index_file.string(), error.what()));
-  }
+  read_fields(read_json_file(index_file), index_file.string(), index_);
   require_config(index_.version == kVersion, "{}: version = {}: this program reads version {}",
                  index_file.string(), index_.version, kVersion);
   check_documents(index_, index_file.string());

@@ -44,7 +44,7 @@ void validate_options(const PrepareOptions& o) {
                  "--tokenizer {}: goes with --domain, not with --tokens, which are token ids already",
                  o.tokenizer.string());
   require_config(o.validation_fraction > 0.0 && o.validation_fraction < 1.0,
-                 "--validation-fraction {}: must lie between 0 and 1", o.validation_fraction);
+                 "--validation-fraction {}: must be above 0 and below 1", o.validation_fraction);
   require_config(o.vocab_size >= 300 || !o.token_files.empty(),
                  "--vocab-size {}: needs at least 300 (256 bytes and some pieces)", o.vocab_size);
   require_config(o.vocab_size >= 1 && o.vocab_size <= std::numeric_limits<std::int32_t>::max(),

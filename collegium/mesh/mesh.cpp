@@ -67,15 +67,19 @@ Mesh::Mesh(const MeshSizes& sizes) : sizes_(sizes) {
                             std::pair{"ep", sizes.ep}, std::pair{"etp", sizes.etp}};
   for (const auto& [name, value] : named)
     require_config(value >= 1, "mesh.{} = {}: must be at least 1", name, value);
-  const std::int64_t stage = std::int64_t{sizes.dp} * sizes.cp * sizes.tp;
+  constexpr int kMost = std::numeric_limits<int>::max();
+  std::int64_t ranks = sizes.pp;
+  for (const int factor : {sizes.dp, sizes.cp, sizes.tp}) {
+    require_config(ranks <= kMost / factor, "mesh: pp*dp*cp*tp = {}*{}*{}*{} ranks: must be at most {}",
+                   sizes.pp, sizes.dp, sizes.cp, sizes.tp, kMost);
+    ranks *= factor;
+  }
+  const std::int64_t stage = ranks / sizes.pp;
   const std::int64_t expert = std::int64_t{sizes.ep} * sizes.etp;
-  require_config(stage * sizes.pp <= std::numeric_limits<int>::max(),
-                 "mesh: pp*dp*cp*tp = {} ranks: must be at most {}", stage * sizes.pp,
-                 std::numeric_limits<int>::max());
   require_config(stage % expert == 0, "mesh: ep*etp = {}*{} = {} must divide dp*cp*tp = {}*{}*{} = {}",
                  sizes.ep, sizes.etp, expert, sizes.dp, sizes.cp, sizes.tp, stage);
   edp_ = static_cast<int>(stage / expert);
-  world_size_ = static_cast<int>(stage * sizes.pp);
+  world_size_ = static_cast<int>(ranks);
 }
 
 int Mesh::size(Axis axis) const {

@@ -33,7 +33,7 @@ struct WeightFiles {
 std::set<std::string> shard_names(const fs::path& index_file) {
   std::set<std::string> shards;
   try {
-    const Json index = Json::parse(read_file(index_file));
+    const Json index = read_json_file(index_file);
     for (const auto& [tensor, shard] : index.at("weight_map").items())
       shards.insert(shard.get<std::string>());
   } catch (const Json::exception& error) {

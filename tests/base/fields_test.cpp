@@ -38,14 +38,19 @@ void describe(Fields& fields, Outer& outer) {
   fields("inner", outer.inner, "nested");
 }
 
-std::string message_of(const char* text) {
-  Outer outer;
+template <typename Call>
+std::string refusal(const Call& call) {
   try {
-    read_fields(Json::parse(text), "", outer);
+    call();
   } catch (const ConfigError& error) {
     return error.what();
   }
   return "no error";
+}
+
+std::string message_of(const char* text) {
+  Outer outer;
+  return refusal([&] { read_fields(Json::parse(text), "", outer); });
 }
 
 TEST(Fields, reads_what_is_given_and_keeps_defaults) {
@@ -86,6 +91,19 @@ TEST(Fields, wrong_types_name_field_value_and_rule) {
             "shade = \"autos\": must be one of auto, red, green (did you mean 'auto'?)");
 }
 
+TEST(Json, a_key_given_twice_is_refused_in_its_object_alone) {
+  EXPECT_EQ(parse_json(R"({"a": {"b": 1}, "c": [{"b": 2}, {"b": 3}]})", "f").at("c").at(1).at("b"), 3);
+  for (const std::string text : {R"({"a": 1, "b": 2, "a": 1})", R"([{"c": {"a": 1, "a": 2}}])"})
+    EXPECT_THAT(refusal([&] { parse_json(text, "config.json"); }),
+                testing::HasSubstr("config.json: 'a' occurs twice"));
+  const auto nested = [](int depth) { return std::string(depth, '[') + std::string(depth, ']'); };
+  EXPECT_EQ(refusal([&] { parse_json(nested(100), "config.json"); }), "no error");
+  EXPECT_EQ(refusal([&] { parse_json(nested(1000000), "config.json"); }),
+            "config.json: values are nested more than 100 deep");
+  EXPECT_THAT(refusal([] { parse_json("{", "config.json"); }),
+              testing::HasSubstr("config.json: not valid JSON"));
+}
+
 TEST(Fields, numbers_are_finite) {
   Outer outer;
   try {
@@ -112,6 +130,7 @@ TEST(Fields, decimal_text_is_read_from_a_number_or_a_text) {
   read_fields(Json::parse(R"({"factor": "0.70"})"), "", exact);
   EXPECT_EQ(exact.factor.text, "0.70");
   EXPECT_THROW(read_fields(Json::parse(R"({"factor": [1]})"), "", exact), ConfigError);
+  EXPECT_THROW(read_fields(Json{{"factor", std::nan("")}}, "", exact), ConfigError);
 }
 
 TEST(Fields, documents_every_key_with_its_default) {

@@ -79,6 +79,18 @@ TEST_F(File, link_is_followed_and_stays) {
   EXPECT_EQ(read_file(folder_ / "real/b"), "made");
 }
 
+TEST_F(File, what_takes_a_file_s_place_has_its_permissions) {
+  write_file_atomically(folder_ / "a", "old");
+  fs::permissions(folder_ / "a", fs::perms::owner_read | fs::perms::owner_write);
+  write_file_atomically(folder_ / "a", "new");
+  EXPECT_EQ(fs::status(folder_ / "a").permissions(), fs::perms::owner_read | fs::perms::owner_write);
+}
+
+TEST_F(File, a_pipe_is_refused_and_not_waited_for) {
+  ASSERT_EQ(::mkfifo((folder_ / "pipe").c_str(), 0600), 0);
+  EXPECT_THROW(read_file(folder_ / "pipe"), ConfigError);
+}
+
 TEST_F(File, device_and_pipe_are_written_to_and_stay) {
   write_file_atomically("/dev/null", "gone");
   EXPECT_TRUE(fs::is_character_file("/dev/null"));

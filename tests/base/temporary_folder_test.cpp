@@ -56,6 +56,14 @@ TEST_F(TemporaryFolders, all_go_at_once) {
   EXPECT_TRUE(fs::exists(parent_ / "gone"));
 }
 
+TEST_F(TemporaryFolders, leave_a_folder_that_was_there_alone) {
+  fs::create_directories(parent_ / "mine");
+  write_file_atomically(parent_ / "mine" / "file", "x");
+  EXPECT_THROW(TemporaryFolder(parent_ / "mine"), Error);
+  TemporaryFolder::remove_all();
+  EXPECT_EQ(read_file(parent_ / "mine" / "file"), "x");
+}
+
 TEST_F(TemporaryFolders, that_cannot_be_made_are_named) {
   write_file_atomically(parent_ / "file", "x");
   try {

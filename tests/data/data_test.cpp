@@ -114,7 +114,7 @@ TEST_F(Corpus, wrong_options_are_named) {
   EXPECT_THAT(refusal(), testing::HasSubstr("exists and was not made by prepare"));
   options_.out = folder_ / "new";
   options_.validation_fraction = 1.0;
-  EXPECT_EQ(refusal(), "--validation-fraction 1: must lie between 0 and 1");
+  EXPECT_EQ(refusal(), "--validation-fraction 1: must be above 0 and below 1");
   options_.validation_fraction = 0.1;
   options_.vocab_size = 10;
   EXPECT_THAT(refusal(), testing::StartsWith("--vocab-size 10: needs at least 300"));

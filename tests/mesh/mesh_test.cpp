@@ -78,6 +78,8 @@ TEST(Mesh, errors_name_the_sizes) {
   EXPECT_THAT(message_of([] { Mesh({.dp = 4, .tp = 2, .ep = 6}); }),
               HasSubstr("ep*etp = 6*1 = 6 must divide dp*cp*tp = 4*1*2 = 8"));
   EXPECT_THAT(message_of([] { Mesh({.dp = 0}); }), HasSubstr("mesh.dp = 0: must be at least 1"));
+  EXPECT_THAT(message_of([] { Mesh({.dp = 1 << 22, .cp = 1 << 21, .tp = 1 << 21}); }),
+              HasSubstr("pp*dp*cp*tp = 1*4194304*2097152*2097152 ranks: must be at most 2147483647"));
   const Mesh mesh({.dp = 2});
   EXPECT_THAT(message_of([&] { static_cast<void>(mesh.coordinates(2)); }), HasSubstr("must be in [0, 2)"));
   EXPECT_THAT(message_of([&] { static_cast<void>(mesh.group({Axis::kDp, Axis::kEp}, 0)); }),
