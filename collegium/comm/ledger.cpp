@@ -9,12 +9,29 @@
 #include <numeric>
 
 #include "collegium/comm/agreement.h"
+#include "collegium/comm/errors.h"
 
 namespace collegium::comm {
 
 namespace {
 
 double seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
+
+// A wait for what is compared fails in the name of the call that it is for.
+void wait_for(Work& comparison, const std::string& call) {
+  const auto named = [&](const std::exception& error) {
+    return fmt::format("{}, when it was compared: {}", call, error.what());
+  };
+  try {
+    comparison.wait();
+  } catch (const PeerFailure&) {
+    throw;
+  } catch (const NoAnswer& error) {
+    throw NoAnswer(named(error), error.num_missing());
+  } catch (const CommError& error) {
+    throw CommError(named(error));
+  }
+}
 
 class LedgerWork final : public Work::State {
  public:
@@ -56,8 +73,11 @@ class LedgerCommunicator final : public Communicator {
 
   Work start(Call call) override {
     std::function<void()> compare;
-    if (options_.check && is_point_to_point(call.operation)) compare = check_message(call);
-    if (options_.check && !is_point_to_point(call.operation)) check_collective(call);
+    if (options_.check && is_point_to_point(call.operation)) {
+      compare = check_message(call, describe_call(call, group(), next_message_++));
+    } else if (options_.check) {
+      check_collective(call, describe_call(call, group(), next_call_++));
+    }
     const LedgerKey key = {.step = call.where.step,
                            .layer = call.where.layer,
                            .phase = call.where.phase,
@@ -91,11 +111,12 @@ class LedgerCommunicator final : public Communicator {
     return unpack_call({numbers, static_cast<std::size_t>(packed.size(1))}, size());
   }
 
-  void check_collective(const Call& call) {
+  void check_collective(const Call& call, const std::string& name) {
     const WhereScope scope(where(), call.where);
     const at::Tensor own = packed(call);
     const at::Tensor all = at::empty({size(), own.size(1)}, at::kLong);
-    check_->all_gather(own, all).wait();
+    Work exchange = check_->all_gather(own, all);
+    wait_for(exchange, name);
     std::vector<Call> calls;
     std::vector<int> ranks(static_cast<std::size_t>(size()));
     std::iota(ranks.begin(), ranks.end(), 0);
@@ -107,17 +128,17 @@ class LedgerCommunicator final : public Communicator {
 
   // The sender's numbers travel beside the message, and the receiver compares before it waits for the message
   // itself; not earlier, because ranks may post what they receive before what they send.
-  std::function<void()> check_message(const Call& call) {
+  std::function<void()> check_message(const Call& call, const std::string& name) {
     if (call.operation == Operation::kSend) {
       auto header = std::make_shared<Work>(check_->send(packed(call), call.peer, call.tag));
-      return [header] { header->wait(); };
+      return [header, name] { wait_for(*header, name); };
     }
     const at::Tensor header = at::empty({1, static_cast<std::int64_t>(packed_call_size(size()))}, at::kLong);
     auto work = std::make_shared<Work>(check_->recv(header, call.peer, call.tag));
     Call own = call;
     own.output = at::Tensor();
-    return [this, self = shared_from_this(), work, header, own] {
-      work->wait();
+    return [this, self = shared_from_this(), work, header, own, name] {
+      wait_for(*work, name);
       const Call sent = unpacked(header, 0);
       const std::array<int, 2> ranks = {own.peer, rank()};
       const std::array<const Call*, 2> calls = {&sent, &own};
@@ -129,6 +150,8 @@ class LedgerCommunicator final : public Communicator {
   std::shared_ptr<Communicator> check_;
   std::shared_ptr<Ledger> ledger_;
   LedgerOptions options_;
+  std::uint64_t next_call_ = 0;  // of those that are compared, as the inner one counts
+  std::uint64_t next_message_ = 0;
 };
 
 }  // namespace
@@ -144,7 +167,7 @@ void Ledger::add_times(const LedgerKey& key, const Timeline& timeline, Clock::ti
                        Clock::time_point wait_end) {
   LedgerEntry& entry = entries_[key];
   entry.transfer_s += seconds(timeline.done - timeline.began);
-  entry.skew_s += seconds(timeline.began - timeline.posted);
+  entry.skew_s += seconds(timeline.ready - timeline.posted);
   entry.waiting_s += seconds(wait_end - wait_begin);
   transfers_.push_back(
       {.operation = key.operation, .interval = {.begin = timeline.began, .end = timeline.done}});

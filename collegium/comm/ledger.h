@@ -19,9 +19,9 @@ struct LedgerEntry {
   std::int64_t calls = 0;
   std::int64_t bytes_within_nodes = 0;   ///< sent by this rank to other ranks of its node
   std::int64_t bytes_between_nodes = 0;  ///< sent by this rank to ranks of other nodes
-  double transfer_s = 0.0;               ///< from the moment the transfer could begin to its end
-  double skew_s = 0.0;     ///< from this rank's call until the transfer could begin (others were late)
-  double waiting_s = 0.0;  ///< this rank stood in wait()
+  double transfer_s = 0.0;               ///< from the beginning of the transfer to its end
+  double skew_s = 0.0;                   ///< from this rank's call until the last rank's (others were late)
+  double waiting_s = 0.0;                ///< this rank stood in wait()
 };
 
 struct LedgerKey {

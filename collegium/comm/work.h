@@ -8,12 +8,12 @@ namespace collegium::comm {
 
 using Clock = std::chrono::steady_clock;
 
-/// When an operation was posted by this rank, when its transfer could begin (the last rank it depends on had
-/// posted; equal to `posted` where the backend cannot know), and when its result was there.
+/// An operation's course, as far as the backend knows it.
 struct Timeline {
-  Clock::time_point posted;
-  Clock::time_point began;
-  Clock::time_point done;
+  Clock::time_point posted;  ///< by this rank
+  Clock::time_point ready;   ///< the last rank it depends on had posted; MPI does not know: as `posted`
+  Clock::time_point began;   ///< something moved; MPI and an emulated network: as `ready`
+  Clock::time_point done;    ///< the result was there; MPI: the last look before one that found it there
 };
 
 /// One operation under way. Its tensors are kept alive by it and must be neither written nor (outputs) read

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <gmock/gmock.h>
@@ -73,6 +74,13 @@ TEST(Network, wrong_descriptions_name_the_part) {
   EXPECT_THAT(message("nodes=2x2,intra=1Gb/s:1us,inter=1GB/s:1us"), HasSubstr("intra = \"1Gb/s\""));
   EXPECT_THAT(message("nodes=2x2,intra=1GB/s:1,inter=1GB/s:1us"), HasSubstr("a latency"));
   EXPECT_THAT(message("nodes=2x2,intra=0GB/s:1us,inter=1GB/s:1us"), HasSubstr("must be positive"));
+  EXPECT_THAT(message("nodes=2x2,nodes=1x4,intra=1GB/s:1us,inter=1GB/s:1us"),
+              HasSubstr("nodes = \"1x4\": given twice"));
+  for (const std::string part : {"intra=infGB/s:1us", "intra=1GB/s:infs", "intra=1GB/s:nans"})
+    EXPECT_THAT(message("nodes=2x2,inter=1GB/s:1us," + part), HasSubstr("intra = "));
+  for (const std::string scale : {"inf", "1e300", "-1", "0"})
+    EXPECT_THAT(message("nodes=2x2,intra=1GB/s:1us,inter=1GB/s:1us,scale=" + scale),
+                HasSubstr("scale = \"" + scale + "\""));
   EXPECT_THAT(message("nodes=2x2,speed=3"), HasSubstr("known are nodes, intra, inter, scale"));
 }
 
@@ -116,6 +124,28 @@ TEST(Emulated, a_world_of_another_size_is_refused) {
                            with_emulated_network(world.shared_from_this(), parse_network(kSlow));
                          }),
                ConfigError);
+}
+
+TEST(Emulated, ranks_of_several_machines_are_refused) {
+  EXPECT_THROW(run_ranks(4,
+                         [](Communicator& world) {
+                           with_emulated_network(world.shared_from_this(), parse_network(kSlow),
+                                                 world.rank() < 2 ? "a" : "b");
+                         }),
+               ConfigError);
+}
+
+TEST(Emulated, what_nobody_asked_for_took_as_long_as_the_network_takes) {
+  run_ranks(4, [](Communicator& world) {
+    const auto comm = with_emulated_network(world.shared_from_this(), parse_network(kSlow));
+    comm->barrier();
+    const at::Tensor x = at::zeros({4, 1000000}, at::kByte);
+    Work work = comm->all_to_all(x, at::empty_like(x));
+    std::this_thread::sleep_for(std::chrono::milliseconds(400));
+    work.wait();
+    const Timeline timeline = work.timeline();
+    EXPECT_LE(std::chrono::duration<double>(timeline.done - timeline.began).count(), 0.205 + kLate);
+  });
 }
 
 TEST(Emulated, waits_as_long_as_the_links_take_and_uses_no_cpu) {

@@ -101,9 +101,12 @@ TEST(Ledger, hidden_time_is_an_intersection_of_intervals) {
   Ledger ledger;
   LedgerKey key;
   key.operation = Operation::kAllToAll;
-  ledger.add_times(key, {.posted = at_ms(0), .began = at_ms(0), .done = at_ms(20)}, at_ms(10), at_ms(25));
-  ledger.add_times(key, {.posted = at_ms(5), .began = at_ms(10), .done = at_ms(20)}, at_ms(25), at_ms(25));
-  ledger.add_times(key, {.posted = at_ms(25), .began = at_ms(30), .done = at_ms(40)}, at_ms(25), at_ms(40));
+  ledger.add_times(key, {.posted = at_ms(0), .ready = at_ms(0), .began = at_ms(0), .done = at_ms(20)},
+                   at_ms(10), at_ms(25));
+  ledger.add_times(key, {.posted = at_ms(5), .ready = at_ms(10), .began = at_ms(10), .done = at_ms(20)},
+                   at_ms(25), at_ms(25));
+  ledger.add_times(key, {.posted = at_ms(25), .ready = at_ms(30), .began = at_ms(30), .done = at_ms(40)},
+                   at_ms(25), at_ms(40));
   EXPECT_NEAR(ledger.overlap().communicating_s, 0.030, 1e-12);
   EXPECT_NEAR(ledger.overlap().hidden_s, 0.010, 1e-12);
   EXPECT_NEAR(ledger.overlap(Operation::kAllToAll).hidden_share(), 1.0 / 3.0, 1e-12);

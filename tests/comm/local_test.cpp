@@ -155,7 +155,6 @@ TEST(LocalTimeout, names_operation_group_and_missing_ranks) {
   std::promise<void> over;
   const std::shared_future<void> is_over = over.get_future().share();
   const auto start = Clock::now();
-  std::atomic<int> waiting{2};
   const std::string text =
       failure_of<CommError>(4,
                             [&](Communicator& comm) {
@@ -265,10 +264,38 @@ TEST(LocalWork, nobody_waits_for_a_rank_that_only_computes) {
               work.wait();
               EXPECT_EQ(tensor[77].item<double>(), 3.0);
               if (comm.rank() == 0) received.set_value();
-              EXPECT_LE(work.timeline().posted, work.timeline().began);
+              EXPECT_LE(work.timeline().posted, work.timeline().ready);
+              EXPECT_LE(work.timeline().ready, work.timeline().began);
               EXPECT_LE(work.timeline().began, work.timeline().done);
             },
             {.timeout = milliseconds(10000)});
+}
+
+TEST(LocalWork, a_transfer_begins_when_something_moves) {
+  run_ranks(2, [](Communicator& comm) {
+    Work work = comm.all_reduce(at::ones({1 << 20}));
+    comm.barrier();  // both have called
+    std::this_thread::sleep_for(milliseconds(20));
+    const Clock::time_point waits = Clock::now();
+    comm.barrier();
+    work.wait();
+    EXPECT_LE(work.timeline().ready, waits);
+    EXPECT_GT(work.timeline().began, waits);
+  });
+}
+
+TEST(LocalWork, a_group_may_be_let_go_while_its_call_is_under_way) {
+  for (int round = 0; round < 20; ++round) {
+    run_ranks(3,
+              [](Communicator& comm) {
+                if (comm.rank() > 0) std::this_thread::sleep_for(milliseconds(comm.rank()));
+                const at::Tensor sum = at::ones({3});
+                Work work = comm.split(0, comm.rank(), "passing")->all_reduce(sum);
+                work.wait();
+                EXPECT_EQ(sum[1].item<double>(), 3.0);
+              },
+              {.timeout = milliseconds(5000)});
+  }
 }
 
 }  // namespace

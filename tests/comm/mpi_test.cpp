@@ -15,6 +15,7 @@
 #include <csignal>
 #include <thread>
 
+#include "collegium/comm/ledger.h"
 #include "tests/comm/verb_cases.h"
 
 namespace {
@@ -112,6 +113,33 @@ void be_killed(Communicator& comm) {
 
 void disagree_on_sizes(Communicator& comm) { comm.broadcast(at::ones({10 + comm.rank()}), 0).wait(); }
 
+std::shared_ptr<Communicator> checked(Communicator& comm) {
+  return with_ledger(comm.shared_from_this(), std::make_shared<Ledger>(), {.check = true});
+}
+
+// Of as many bytes, which MPI alone takes for the same.
+void disagree_on_dtypes(Communicator& comm) {
+  const WhereScope scope(comm.where(), {.step = 1, .layer = 3, .phase = "dispatch"});
+  checked(comm)->broadcast(at::ones({10}, comm.rank() == 0 ? at::kFloat : at::kInt), 0).wait();
+}
+
+void disagree_on_message_dtypes(Communicator& comm) {
+  const auto compared = checked(comm);
+  if (comm.rank() == 0) compared->send(at::ones({3}, at::kInt), 1).wait();
+  if (comm.rank() == 1) compared->recv(at::ones({3}), 0).wait();
+}
+
+void stop_before_a_comparison(Communicator& comm) {
+  const auto compared = checked(comm);
+  const WhereScope scope(comm.where(), {.step = 1, .layer = 3, .phase = "dispatch"});
+  if (comm.rank() == 1) std::this_thread::sleep_for(std::chrono::seconds(30));
+  compared->all_reduce(at::ones({10})).wait();
+}
+
+void leave_a_message_open(Communicator& comm) {
+  if (comm.rank() == 1) const Work dropped = comm.recv(at::ones({3}), 0);
+}
+
 // Far beyond the scratch memory of a reduction, by a whole number of its parts.
 void disagree_on_lengths(Communicator& comm) {
   const std::int64_t mebibyte = 1024 * 1024;
@@ -130,11 +158,14 @@ int main(int argc, char** argv) {
                     : name == "killed"   ? be_killed
                     : name == "disagree" ? disagree_on_sizes
                     : name == "lengths"  ? disagree_on_lengths
+                    : name == "dtypes"   ? disagree_on_dtypes
+                    : name == "open"     ? leave_a_message_open
+                    : name == "messages" ? disagree_on_message_dtypes
+                    : name == "compared" ? stop_before_a_comparison
                     : name == "nothing"  ? exchange_nothing
                                          : run_verbs;
   MpiOptions options;
-  options.timeout = std::chrono::milliseconds(name == "verbs" || name == "progress" ? 60000 : 1500);
-  if (name == "progress") options.progress_interval = std::chrono::microseconds(100);
+  options.timeout = std::chrono::milliseconds(name == "verbs" ? 60000 : 1500);
   try {
     run_mpi_world(body, options);
   } catch (const std::exception& error) {

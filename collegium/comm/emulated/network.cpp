@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <map>
 #include <string_view>
 
@@ -23,7 +24,8 @@ double quantity(std::string_view field, std::string_view text,
   double value = 0.0;
   const auto result = std::from_chars(text.data(), text.data() + text.size(), value);
   const std::string_view unit = text.substr(static_cast<std::size_t>(result.ptr - text.data()));
-  if (result.ec != std::errc() || !units.contains(unit) || !(value >= 0.0)) refuse(field, text, rule);
+  if (result.ec != std::errc() || !units.contains(unit) || !(value >= 0.0) || !std::isfinite(value))
+    refuse(field, text, rule);
   return value * units.at(unit);
 }
 
@@ -67,7 +69,8 @@ Network parse_network(const std::string& text) {
     rest.remove_prefix(std::min(part.size() + 1, rest.size()));
     const std::size_t equals = part.find('=');
     if (equals == std::string_view::npos) refuse(part, "", "write name=value");
-    fields[part.substr(0, equals)] = part.substr(equals + 1);
+    const auto [known, is_new] = fields.emplace(part.substr(0, equals), part.substr(equals + 1));
+    if (!is_new) refuse(known->first, part.substr(equals + 1), "given twice");
   }
   for (const auto& [name, value] : fields) {
     if (name != "nodes" && name != "intra" && name != "inter" && name != "scale")
@@ -92,6 +95,11 @@ Network parse_network(const std::string& text) {
   for (Link& link : network.links) {
     link.bytes_per_s /= scale;
     link.latency_s *= scale;
+    // Times are counted in nanoseconds of 63 bits.
+    constexpr double kSlowest = 1.0;
+    constexpr double kLongest = 1e6;
+    if (link.bytes_per_s < kSlowest || link.latency_s > kLongest)
+      refuse("scale", fields["scale"], "slows a link below 1 B/s, or to a latency above 1e6 s");
   }
   return network;
 }

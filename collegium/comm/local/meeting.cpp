@@ -38,7 +38,7 @@ bool Meeting::post(std::size_t place, Call call, const Group& group) {
   calls_[place] = std::move(call);
   posted_[place] = Clock::now();
   if (++num_posted_ < ranks_.size()) return false;
-  began_ = posted_[place];
+  ready_at_ = began_ = posted_[place];
   std::vector<const Call*> calls;
   for (const Call& posted : calls_) calls.push_back(&posted);
   disagreement_ = find_disagreement(group, ranks_, calls);
@@ -99,7 +99,7 @@ bool Meeting::done() {
 
 Timeline Meeting::timeline(std::size_t place) const {
   const std::lock_guard lock(mutex_);
-  return {.posted = posted_[place], .began = began_, .done = finished_};
+  return {.posted = posted_[place], .ready = ready_at_, .began = began_, .done = finished_};
 }
 
 std::vector<int> Meeting::missing_ranks() const {
@@ -142,6 +142,10 @@ void Meeting::make_parts() {
 void Meeting::do_parts() {
   std::size_t did = 0;
   for (std::size_t i = next_part_.fetch_add(1); i < parts_.size(); i = next_part_.fetch_add(1)) {
+    if (i == 0) {
+      const std::lock_guard lock(mutex_);
+      began_ = Clock::now();
+    }
     do_part(parts_[i]);
     ++did;
   }

@@ -71,6 +71,7 @@ class Meeting {
   bool done_ = false;
   std::optional<std::string> disagreement_;
   std::exception_ptr failure_;
+  Clock::time_point ready_at_;
   Clock::time_point began_;
   Clock::time_point finished_;
 };

@@ -137,21 +137,24 @@ World::World(int num_ranks, LocalOptions options)
 
 std::shared_ptr<Room> World::room(const Room& parent, std::uint64_t number, std::vector<int> world_ranks) {
   const std::lock_guard lock(mutex_);
-  std::erase_if(rooms_, [](const auto& entry) { return entry.second.expired(); });
-  std::weak_ptr<Room>& known = rooms_[{parent.id(), number, world_ranks.front()}];
-  std::shared_ptr<Room> room = known.lock();
-  if (room) return room;
-  room = std::make_shared<Room>(next_id_++, std::move(world_ranks));
-  for (const int rank : left_) room->leave(rank);
-  if (failure_text_) room->close(*failure_text_);
-  known = room;
+  std::erase_if(rooms_, [](const auto& entry) { return entry.second.room.expired(); });
+  Known& known = rooms_[{parent.id(), number, world_ranks.front()}];
+  if (!known.kept) {
+    known.missing = world_ranks.size();
+    known.kept = std::make_shared<Room>(next_id_++, std::move(world_ranks));
+    known.room = known.kept;
+    for (const int rank : left_) known.kept->leave(rank);
+    if (failure_text_) known.kept->close(*failure_text_);
+  }
+  std::shared_ptr<Room> room = known.kept;
+  if (--known.missing == 0) known.kept.reset();
   return room;
 }
 
 std::vector<std::shared_ptr<Room>> World::rooms() const {
   std::vector<std::shared_ptr<Room>> rooms = {world_room_};
-  for (const auto& [key, weak] : rooms_) {
-    if (std::shared_ptr<Room> room = weak.lock()) rooms.push_back(std::move(room));
+  for (const auto& [key, known] : rooms_) {
+    if (std::shared_ptr<Room> room = known.room.lock()) rooms.push_back(std::move(room));
   }
   return rooms;
 }

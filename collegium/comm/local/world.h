@@ -80,13 +80,20 @@ class World {
  private:
   using Key = std::tuple<std::uint64_t, std::uint64_t, int>;  // parent, number of the split, first world rank
 
+  // Until all members have come a room stays, though those that were first may have left again.
+  struct Known {
+    std::shared_ptr<Room> kept;
+    std::weak_ptr<Room> room;
+    std::size_t missing = 0;
+  };
+
   std::vector<std::shared_ptr<Room>> rooms() const;
 
   const int num_ranks_;
   const LocalOptions options_;
   const std::shared_ptr<Room> world_room_;
   mutable std::mutex mutex_;
-  std::map<Key, std::weak_ptr<Room>> rooms_;
+  std::map<Key, Known> rooms_;
   std::uint64_t next_id_ = 1;
   std::optional<std::string> failure_text_;
   std::exception_ptr failure_;

@@ -61,7 +61,7 @@ bool are_more_than_cores(MPI_Comm machine, const std::vector<int>& own_cores) {
 
 MpiOperation::MpiOperation(Call call, std::string name, Group group, MPI_Comm comm)
     : call_(std::move(call)), name_(std::move(name)), group_(std::move(group)), comm_(comm) {
-  timeline_.posted = timeline_.began = Clock::now();
+  timeline_.posted = timeline_.ready = timeline_.began = Clock::now();
 }
 
 void MpiOperation::send(const void* data, std::int64_t bytes, int to, int tag, bool even_empty) {
@@ -208,7 +208,7 @@ bool MpiOperation::messages_done() {
   return num_open_ == 0 && !error_;
 }
 
-// Whoever waits reports the error: the progress thread, which may be here too, has nobody to tell.
+// Whoever waits reports the error: another operation's wait may be what leads here.
 void MpiOperation::begin_next_stage() {
   requests_.clear();
   messages_.clear();
@@ -220,13 +220,13 @@ void MpiOperation::begin_next_stage() {
   num_open_ = requests_.size();
 }
 
-void MpiOperation::advance() {
+void MpiOperation::advance(std::optional<Clock::time_point> last_look) {
   while (!done_ && !error_) {
     if (!messages_done()) return;
     if (next_stage_ == stages_.size()) {
       done_ = true;
       stages_.clear();
-      timeline_.done = Clock::now();
+      timeline_.done = std::max(timeline_.posted, last_look.value_or(Clock::now()));
       return;
     }
     begin_next_stage();
@@ -263,16 +263,9 @@ MpiEngine::MpiEngine(const MpiOptions& options) : options_(options) {
   check(MPI_Comm_split_type(comm_, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine), "MPI_Comm_split_type");
   more_ranks_than_cores_ = are_more_than_cores(machine, options.cores);
   MPI_Comm_free(&machine);
-  if (options_.progress_interval.count() > 0) progress_ = std::thread([this] { run_progress(); });
 }
 
 MpiEngine::~MpiEngine() {
-  {
-    const std::lock_guard lock(mutex_);
-    stopping_ = true;
-  }
-  work_to_do_.notify_all();
-  if (progress_.joinable()) progress_.join();
   // Finalising waits for all ranks, which may never answer; after a failure the program aborts the world
   // instead.
   if (failed_ || !active_.empty()) return;
@@ -305,39 +298,38 @@ Group MpiEngine::world_group() const {
   return group;
 }
 
-void MpiEngine::advance_all() {
+void MpiEngine::advance_all(std::optional<Clock::time_point> last_look) {
   for (auto it = active_.begin(); it != active_.end();) {
-    (*it)->advance();
+    (*it)->advance(last_look);
     // An operation with an error stays: its other messages may still write into its tensors.
     it = (*it)->done() ? active_.erase(it) : std::next(it);
   }
+  last_look_ = Clock::now();
 }
 
 void MpiEngine::start(const std::shared_ptr<MpiOperation>& operation) {
-  {
-    const std::lock_guard lock(mutex_);
-    active_.push_back(operation);
-    advance_all();
-  }
-  if (progress_.joinable()) work_to_do_.notify_one();
+  const std::lock_guard lock(mutex_);
+  advance_all(last_look_);
+  operation->advance(std::nullopt);
+  if (!operation->done()) active_.push_back(operation);
 }
 
 bool MpiEngine::done(const std::shared_ptr<MpiOperation>& operation) {
   const std::lock_guard lock(mutex_);
-  advance_all();
+  advance_all(last_look_);
   return operation->done() || operation->error();
 }
 
 void MpiEngine::wait(const std::shared_ptr<MpiOperation>& operation) {
   const Clock::time_point start = Clock::now();
   std::unique_lock lock(mutex_);
-  ++num_waiting_;
+  std::optional<Clock::time_point> last_look = last_look_;
   while (!operation->done() && !operation->error()) {
-    advance_all();
+    advance_all(last_look);
+    last_look.reset();
     if (operation->done() || operation->error()) break;
     const auto waited = Clock::now() - start;
     if (waited > options_.timeout) {
-      --num_waiting_;
       const std::vector<int> missing = operation->missing_ranks();
       throw NoAnswer(fmt::format("{}: no answer within {:g} s from {}", operation->name(),
                                  std::chrono::duration<double>(options_.timeout).count(),
@@ -353,21 +345,15 @@ void MpiEngine::wait(const std::shared_ptr<MpiOperation>& operation) {
     }
     lock.lock();
   }
-  --num_waiting_;
   if (operation->error()) throw CommError(*operation->error());
   operation->release();
 }
 
-void MpiEngine::run_progress() {
+void MpiEngine::wait_for_all() {
   std::unique_lock lock(mutex_);
-  while (!stopping_) {
-    work_to_do_.wait(lock, [this] { return stopping_ || !active_.empty(); });
-    if (stopping_) return;
-    if (num_waiting_ == 0) advance_all();
-    lock.unlock();
-    std::this_thread::sleep_for(options_.progress_interval);
-    lock.lock();
-  }
+  const std::list<std::shared_ptr<MpiOperation>> open = active_;
+  lock.unlock();
+  for (const std::shared_ptr<MpiOperation>& operation : open) wait(operation);
 }
 
 }  // namespace collegium::comm

@@ -5,14 +5,12 @@
 
 #include <mpi.h>
 
-#include <condition_variable>
 #include <functional>
 #include <list>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "collegium/comm/mpi/mpi.h"
@@ -45,8 +43,9 @@ class MpiOperation {
   const std::optional<std::string>& error() const { return error_; }
 
   /// What     Looks at the messages once and begins the next stage when it may. After the last the stages and
-  ///          the memory they hold are gone.
-  void advance();
+  ///          the memory they hold are gone. What is through now ended now, or where nobody has looked since
+  ///          `last_look`, at some time after that: then this is taken, as more is not known.
+  void advance(std::optional<Clock::time_point> last_look);
   /// Ranks whose messages are not through.
   std::vector<int> missing_ranks() const;
   void release();
@@ -103,10 +102,12 @@ class MpiEngine {
   /// Throws NoAnswer: time-out; CommError: what went wrong with a message.
   void wait(const std::shared_ptr<MpiOperation>& operation);
   bool done(const std::shared_ptr<MpiOperation>& operation);
+  /// What     Waits for what nobody waited for.
+  /// Throws   as wait().
+  void wait_for_all();
 
  private:
-  void advance_all();
-  void run_progress();
+  void advance_all(std::optional<Clock::time_point> last_look);
 
   const MpiOptions options_;
   MPI_Comm comm_ = MPI_COMM_NULL;
@@ -115,11 +116,8 @@ class MpiEngine {
   bool more_ranks_than_cores_ = false;
   std::mutex mutex_;
   std::list<std::shared_ptr<MpiOperation>> active_;
-  std::condition_variable work_to_do_;
-  int num_waiting_ = 0;
-  bool stopping_ = false;
+  Clock::time_point last_look_;
   bool failed_ = false;
-  std::thread progress_;
 };
 
 }  // namespace collegium::comm

@@ -354,6 +354,7 @@ void run_mpi_world(const std::function<void(Communicator&)>& fn, const MpiOption
     const auto world = std::make_shared<MpiCommunicator>(engine, 0, group);
     fn(*world);
     world->barrier();
+    engine->wait_for_all();
   } catch (const NoAnswer& error) {
     // Who has waited longest waits for the rank that is missing, others perhaps for those that wait for it.
     // Who is a call ahead has begun to wait at the same moment, but misses more ranks.

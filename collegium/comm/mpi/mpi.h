@@ -20,12 +20,6 @@ struct MpiOptions {
   /// That this rank may run on; empty: all of its machine. Where the ranks of a machine are more than the
   /// cores of all of them, a rank that waits leaves its core to the others.
   std::vector<int> cores;
-  /// While operations are under way and the rank computes, a thread looks at them this often; 0: only waits
-  /// and starts do. Measured between 2 processes of one machine that start together, all_to_all of 16 MiB
-  /// (2-3 ms alone) before 15 ms of computation: without the thread and with one every 50, 100 or 500 us
-  /// alike, the ranks copy when they start it, computation ends 2 ms later and the wait after it is below
-  /// 0.1 ms.
-  std::chrono::microseconds progress_interval{0};
 };
 
 /// Whether this build has MPI.
