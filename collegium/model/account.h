@@ -22,7 +22,8 @@ struct ParameterAccount {
 ParameterAccount count_parameters(const ModelConfig& config);
 
 /// What     FLOPs of one token in training: 3 x forward; forward = 2 x (weights of the matrix products it
-///          touches) + 2 H (2 A) (S + 1) / 2 per layer for causal attention. A multiply-add counts two.
+///          touches) + 2 H (2 A) keys per layer for attention, (S + 1) / 2 keys without a sliding window. A
+///          multiply-add counts two.
 double training_flops_per_token(const ModelConfig& config, std::int64_t sequence_length);
 
 }  // namespace collegium::model

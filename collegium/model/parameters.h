@@ -24,7 +24,7 @@ struct ExpertRange {
   std::int64_t end(std::int64_t num_experts) const { return count < 0 ? num_experts : first + count; }
 };
 
-/// One tensor in memory. Names: "embed_tokens", "layers.3.attention.q_proj", "layers.3.moe.gate_up",
+/// One tensor in memory. Names: "embed_tokens", "layers.3.attention.q", "layers.3.moe.gate_up",
 /// "layers.3.moe.router", ...
 struct Parameter {
   std::string name;
@@ -60,8 +60,8 @@ std::vector<DiskTensor> list_disk_tensors(const ModelConfig& config,
 at::Tensor disk_view(const DiskTensor& disk, const at::Tensor& source);
 
 /// What     Allocates and fills every parameter from (seed, name, global expert id): the same on any
-///          layout. Normal with standard deviation initializer_range, norms 1, buffers and noise matrices
-///          0.
+///          layout. Normal with standard deviation initializer_range, norms 1, buffers 0, and so a noisy
+///          router's two matrices.
 /// Dtype    drawn in float64, rounded to fp32 (the master) and from there to `dtype`.
 void initialize_parameters(const ModelConfig& config, std::uint64_t seed, at::ScalarType dtype,
                            std::vector<Parameter>& parameters);

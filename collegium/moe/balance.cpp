@@ -79,7 +79,9 @@ void add_layer(const MoeOptions& options, const LayerStatistics& layer, std::siz
   const BalanceOptions& balance = options.balance;
   const RouterTotals& totals = layer.totals;
   const auto num_experts = static_cast<double>(options.num_experts);
-  const double per_choice = num_experts / static_cast<double>(options.top_k);
+  // Of a token on average: top_k, but where experts choose.
+  const double choices = totals.choice_counts_E().sum().item<double>() / totals.num_tokens();
+  const double per_choice = choices > 0.0 ? num_experts / choices : 0.0;
   constexpr auto kProbs = &RouterStatisticsGradient::prob_sums_BE;
   loss.normalized_balance += totals.normalized_balance() / num_layers;
   if (balance.load_balance != 0.0) {

@@ -84,7 +84,7 @@ void validate_router(const MoeOptions& o, const std::string& path, bool causal, 
                  path);
 }
 
-// What the experts' own choice, and a balanced assignment, would pass over without a word.
+// What the experts' own choice, a balanced assignment and a forced one would pass over without a word.
 void validate_selection(const MoeOptions& o, const std::string& path) {
   const RouterOptions& r = o.router;
   const auto refuse = [&](bool combined, std::string_view with) {
@@ -92,11 +92,12 @@ void validate_selection(const MoeOptions& o, const std::string& path) {
                    enum_name(r.selection), with);
   };
   const bool by_experts = r.selection == Selection::kExpertChoice;
-  refuse((by_experts || r.selection == Selection::kSinkhorn) && r.noise == Noise::kGumbel,
+  const bool forced = r.selection == Selection::kForcedBalance || r.selection == Selection::kForcedSkew;
+  refuse((by_experts || forced || r.selection == Selection::kSinkhorn) && r.noise == Noise::kGumbel,
          "router.noise = \"gumbel\"");
   refuse(by_experts && r.noise == Noise::kRandomSecondExpert, "router.noise = \"random_second_expert\"");
-  refuse(by_experts && r.bias_balancing, "router.bias_balancing = true");
-  refuse(by_experts && r.num_groups > 1, "router.num_groups above 1");
+  refuse((by_experts || forced) && r.bias_balancing, "router.bias_balancing = true");
+  refuse((by_experts || forced) && r.num_groups > 1, "router.num_groups above 1");
   refuse(by_experts && o.capacity.drop_policy != DropPolicy::kNone,
          "capacity.drop_policy: its capacity is full");
   refuse(by_experts && o.balance.gshard > 0.0, "balance.gshard: no choice of a token is its first");

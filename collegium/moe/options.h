@@ -122,7 +122,8 @@ struct BalanceOptions {
 };
 template <class Fields>
 void describe(Fields& fields, BalanceOptions& o) {
-  fields("load_balance", o.load_balance, "coefficient of E sum_e f_e P_e, f = counts/(K T); 1 when balanced");
+  fields("load_balance", o.load_balance,
+         "coefficient of E sum_e f_e P_e, f = counts/sum(counts); 1 when balanced");
   fields("load_balance_scope", o.load_balance_scope,
          "sequence: per sequence, then averaged; batch: all tokens of the micro-step over all data-parallel "
          "ranks");

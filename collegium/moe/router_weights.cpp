@@ -15,6 +15,7 @@ namespace collegium::moe {
 namespace {
 
 // DeepSeek-V3's guard for sigmoid scores, which may all be tiny; a softmax's K best never sum to zero.
+// Experts that were chosen otherwise (forced, balanced, biased, noisy) may: their weights are 0 then.
 constexpr double kSigmoidGuard = 1e-20;
 
 // raw / sum(raw): the divisor is 1 for a token without any choice, whose weights are 0, not 0/0.

@@ -98,8 +98,28 @@ TEST(ModelConfig, base_of_the_rotary_embedding_is_the_same_wherever_it_stands) {
   EXPECT_EQ(theta(R"({"rope_theta": 60, "rope_scaling": null, "rope_parameters": {"rope_theta": 60}})"), 60);
   EXPECT_EQ(theta(R"({"rope_theta": 50, "rope_parameters": {"rope_theta": 60}})"), 60)
       << "as transformers reads it";
+  EXPECT_EQ(
+      theta(
+          R"({"rope_theta": 50, "rope_parameters": {"rope_theta": 60}, "rope_scaling": {"type": "default"}})"),
+      50)
+      << "as transformers reads it";
+  EXPECT_EQ(theta(R"({"rope_theta": 50, "rope_parameters": {"rope_theta": 60}, "rope_scaling": {}})"), 60);
   EXPECT_EQ(message(with("mixtral", R"({"rope_scaling": 2})")),
             "config.json: rope_scaling = 2: must be an object, or null");
+}
+
+TEST(ModelConfig, what_would_be_read_wrongly_is_refused) {
+  EXPECT_EQ(message(with("mixtral", R"({"hidden_act": "swish"})")), "accepted");
+  EXPECT_EQ(message(with("mixtral", R"({"hidden_act": "gelu"})")),
+            "config.json: hidden_act = \"gelu\": only \"silu\" can be represented");
+  EXPECT_EQ(message(with("mixtral", R"({"quantization_config": null})")), "accepted");
+  EXPECT_EQ(message(with("mixtral", R"({"quantization_config": {"quant_method": "fp8"}})")),
+            "config.json: quantization_config: only weights that are not quantized can be represented");
+  const ModelConfig plain = parse_model_config(with("olmoe", "{}"), "config.json");
+  const std::int64_t wrong = plain.hidden_size / plain.num_heads + 1;
+  EXPECT_EQ(message(with("olmoe", fmt::format(R"({{"head_dim": {}}})", wrong))),
+            fmt::format("config.json: head_dim = {}: must be hidden_size / num_attention_heads = {} / {}",
+                        wrong, plain.hidden_size, plain.num_heads));
 }
 
 TEST(ModelConfig, clipping_needs_a_positive_bound) {

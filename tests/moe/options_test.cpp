@@ -127,6 +127,22 @@ TEST(MoeOptions, what_a_selection_would_pass_over_is_refused) {
           o.router.selection = Selection::kSinkhorn;
           o.router.noise = Noise::kGumbel;
         }},
+       {"moe.router.selection = \"forced_balance\": cannot be combined with router.noise = \"gumbel\"",
+        [](MoeOptions& o) {
+          o.router.selection = Selection::kForcedBalance;
+          o.router.noise = Noise::kGumbel;
+        }},
+       {"moe.router.selection = \"forced_balance\": cannot be combined with router.num_groups above 1",
+        [](MoeOptions& o) {
+          o.router.selection = Selection::kForcedBalance;
+          o.router.num_groups = 2;
+        }},
+       {"moe.router.selection = \"forced_skew\": cannot be combined with router.bias_balancing = true",
+        [](MoeOptions& o) {
+          o.router.selection = Selection::kForcedSkew;
+          o.router.forced_skew = 1;
+          o.router.bias_balancing = true;
+        }},
        {"moe.router.selection = \"expert_choice\": cannot be combined with router.noise = "
         "\"random_second_expert\"",
         by_experts([](MoeOptions& o) { o.router.noise = Noise::kRandomSecondExpert; })},
@@ -303,7 +319,12 @@ TEST(BalanceLoss, normalised_balance_is_one_whatever_the_number_of_choices) {
   statistics.importance_BE = statistics.prob_sums_BE;
   statistics.squared_lse_B = at::zeros({1}, at::kDouble);
   statistics.entropy_B = at::zeros({1}, at::kDouble);
-  EXPECT_DOUBLE_EQ(test::balance_of(options, statistics).normalized_balance, 1.0);
+  for (const moe::LossScope scope : {moe::LossScope::kBatch, moe::LossScope::kSequence}) {
+    options.balance = {.load_balance = 1.0, .load_balance_scope = scope};
+    const moe::BalanceLoss loss = test::balance_of(options, statistics);
+    EXPECT_DOUBLE_EQ(loss.normalized_balance, 1.0);
+    EXPECT_DOUBLE_EQ(loss.terms.at("load_balance"), 1.0);
+  }
 }
 
 // The values of a balanced and of a collapsed router, worked out by hand for E = 16, K = 4 (one layer).

@@ -7,19 +7,20 @@ namespace collegium::model {
 namespace {
 
 // Version 5 of transformers nests rope_theta in rope_parameters; the hub has it at the top, with rope_scaling
-// beside it. As there, the nested one counts where both are given.
+// beside it. As there, the nested one counts where both are given, and of two objects rope_scaling alone.
 double read_rope_theta(const HfReader& reader, double fallback) {
-  double theta = reader.get("rope_theta", fallback);
-  for (const char* key : {"rope_parameters", "rope_scaling"}) {
+  const double theta = reader.get("rope_theta", fallback);
+  for (const char* key : {"rope_scaling", "rope_parameters"}) {
     if (!reader.has(key)) continue;
     const Json& json = reader.json()[key];
     require_config(json.is_object(), "{}: {} = {}: must be an object, or null", reader.origin(), key,
                    json.dump());
+    if (json.empty()) continue;
     const HfReader rope(json, reader.origin() + ": " + key);
-    const auto type = rope.get<std::string>({"type", "rope_type"}, "default");
+    const auto type = rope.get<std::string>({"rope_type", "type"}, "default");
     require_config(type == "default", "{}: rope_type = \"{}\": only \"default\" can be represented",
                    rope.origin(), type);
-    theta = rope.get("rope_theta", theta);
+    return rope.get("rope_theta", theta);
   }
   return theta;
 }
@@ -32,10 +33,13 @@ std::int64_t read_num_kv_heads(const HfReader& reader, std::int64_t fallback) {
 
 void refuse_unsupported(const HfReader& reader) {
   const auto act = reader.get<std::string>("hidden_act", "silu");
-  require_config(act == "silu", "{}: hidden_act = \"{}\": only \"silu\" can be represented", reader.origin(),
-                 act);
+  require_config(act == "silu" || act == "swish", "{}: hidden_act = \"{}\": only \"silu\" can be represented",
+                 reader.origin(), act);
   require_config(!reader.get("attention_bias", false),
                  "{}: attention_bias = true: only false can be represented", reader.origin());
+  require_config(!reader.has("quantization_config"),
+                 "{}: quantization_config: only weights that are not quantized can be represented",
+                 reader.origin());
   const double dropout = reader.get("attention_dropout", 0.0);
   require_config(dropout == 0.0, "{}: attention_dropout = {}: only 0 can be represented", reader.origin(),
                  dropout);
@@ -60,7 +64,7 @@ ModelConfig parse_common(const HfReader& reader, const ModelConfig& defaults) {
   c.initializer_range = reader.get("initializer_range", c.initializer_range);
   c.tie_embeddings = reader.get("tie_word_embeddings", c.tie_embeddings);
   c.padding_id = reader.get("pad_token_id", c.padding_id);
-  c.moe.num_experts = reader.get({"num_experts", "num_local_experts"}, c.moe.num_experts);
+  c.moe.num_experts = reader.get({"num_local_experts", "num_experts"}, c.moe.num_experts);
   c.moe.top_k = reader.get("num_experts_per_tok", c.moe.top_k);
   c.output_router_logits = reader.get("output_router_logits", c.output_router_logits);
   c.router_aux_loss_coef = reader.get("router_aux_loss_coef", c.router_aux_loss_coef);

@@ -32,7 +32,9 @@ class HfReader {
   T get(std::initializer_list<const char*> keys, T fallback) const {
     for (const char* key : keys) {
       const auto found = json_.find(key);
-      if (found != json_.end() && !found->is_null()) read_fields(*found, origin_ + ": " + key, fallback);
+      if (found == json_.end() || found->is_null()) continue;
+      read_fields(*found, origin_ + ": " + key, fallback);
+      break;
     }
     return fallback;
   }

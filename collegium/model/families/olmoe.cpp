@@ -17,7 +17,9 @@ ModelConfig parse_olmoe(const HfReader& reader) {
   defaults.moe.num_experts = 64;
   defaults.moe.top_k = 8;
   ModelConfig c = parse_common(reader, defaults);
-  c.head_dim = 0;  // the family has no such key: hidden_size / num_heads
+  require_config(c.head_dim == 0 || c.head_dim * c.num_heads == c.hidden_size,
+                 "{}: head_dim = {}: must be hidden_size / num_attention_heads = {} / {}", reader.origin(),
+                 c.head_dim, c.hidden_size, c.num_heads);
   if (!reader.json().contains("pad_token_id")) c.padding_id = 1;  // null means none
   c.moe.ffn_size = reader.get<std::int64_t>("intermediate_size", 2048);
   c.clip_qkv = reader.get("clip_qkv", 0.0);

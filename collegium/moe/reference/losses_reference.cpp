@@ -43,19 +43,22 @@ std::map<std::string, double> losses(const MoeOptions& o, const std::vector<Toke
                                      const TokenContext& c) {
   std::map<std::string, double> result;
   const auto num_experts = static_cast<double>(o.num_experts);
-  const auto top_k = static_cast<double>(o.top_k);
+  double choices = 0.0;
+  for (const TokenRouting& token : tokens) {
+    for (const int expert : token.chosen) choices += expert >= 0 ? 1.0 : 0.0;
+  }
+  const double per_choice = choices > 0.0 ? num_experts * static_cast<double>(tokens.size()) / choices : 0.0;
   const std::size_t length = static_cast<std::size_t>(c.sequence_length);
   double by_sequence = 0.0;
   double gshard = 0.0;
   for (std::size_t begin = 0; begin < tokens.size(); begin += length) {
-    by_sequence += product(o, tokens, begin, begin + length, false, num_experts / top_k) /
-                   static_cast<double>(c.num_sequences);
+    by_sequence +=
+        product(o, tokens, begin, begin + length, false, per_choice) / static_cast<double>(c.num_sequences);
     gshard += product(o, tokens, begin, begin + length, true, 1.0 / num_experts) /
               static_cast<double>(c.num_sequences);
   }
   const bool batch = o.balance.load_balance_scope == LossScope::kBatch;
-  result["load_balance"] =
-      batch ? product(o, tokens, 0, tokens.size(), false, num_experts / top_k) : by_sequence;
+  result["load_balance"] = batch ? product(o, tokens, 0, tokens.size(), false, per_choice) : by_sequence;
   result["gshard"] = gshard;
   result["switch_top1"] = product(o, tokens, 0, tokens.size(), true, num_experts);
   result["hf_pooled"] = product(o, tokens, 0, tokens.size(), false, num_experts);
