@@ -29,6 +29,14 @@ class Keys {
   std::int64_t get(const char* key, std::int64_t fallback) const {
     return present(key) ? integer(key) : fallback;
   }
+  /// The number of layers, of which lists are made.
+  std::int64_t layers(std::initializer_list<const char*> keys) const {
+    constexpr std::int64_t kMost = 10000;
+    const std::int64_t value = require(keys);
+    require_config(value >= 1 && value <= kMost, "{}: layers = {}: must lie between 1 and {}", origin_, value,
+                   kMost);
+    return value;
+  }
   /// A whole number of at least `least`.
   std::int64_t at_least(std::int64_t least, const char* key, std::int64_t fallback) const {
     const std::int64_t value = get(key, fallback);
@@ -73,7 +81,13 @@ class Keys {
   std::int64_t integer(const char* key) const {
     require_config(json_[key].is_number_integer(), "{}: {} = {}: must be a whole number", origin_, key,
                    json_[key].dump());
-    return json_[key].get<std::int64_t>();
+    // Products of two sizes fit 63 bits.
+    constexpr std::int64_t kLimit = std::int64_t{1} << 31;
+    const auto value = json_[key].get<std::int64_t>();
+    const bool huge = json_[key].is_number_unsigned() && value < 0;
+    require_config(!huge && value > -kLimit && value < kLimit, "{}: {} = {}: must be below 2^31", origin_,
+                   key, json_[key].dump());
+    return value;
   }
 
   Json json_;
@@ -85,7 +99,7 @@ ModelSpec llama_like(const Keys& keys) {
   ModelSpec m;
   m.vocab = keys.require({"vocab_size"});
   m.hidden = keys.require({"hidden_size"});
-  m.layers = keys.require({"num_hidden_layers", "num_layers"});
+  m.layers = keys.layers({"num_hidden_layers", "num_layers"});
   m.heads = keys.require({"num_attention_heads"});
   m.kv_heads = keys.get("num_key_value_heads", m.heads);
   m.head_dim = keys.get("head_dim", 0);
@@ -208,7 +222,7 @@ ModelSpec gpt2(const Keys& keys) {
   ModelSpec m;
   m.vocab = keys.require({"vocab_size"});
   m.hidden = keys.require({"n_embd", "hidden_size"});
-  m.layers = keys.require({"n_layer", "num_hidden_layers"});
+  m.layers = keys.layers({"n_layer", "num_hidden_layers"});
   m.heads = keys.require({"n_head", "num_attention_heads"});
   m.dense_ffn = keys.get("n_inner", 4 * m.hidden);
   m.max_positions = keys.get("n_positions", 1024);
@@ -220,7 +234,7 @@ ModelSpec bloom(const Keys& keys) {
   ModelSpec m;
   m.vocab = keys.require({"vocab_size"});
   m.hidden = keys.require({"hidden_size", "n_embed"});
-  m.layers = keys.require({"n_layer", "num_hidden_layers"});
+  m.layers = keys.layers({"n_layer", "num_hidden_layers"});
   m.heads = keys.require({"n_head", "num_attention_heads"});
   m.dense_ffn = 4 * m.hidden;
   m.max_positions = keys.get("seq_length", 2048);
@@ -274,7 +288,7 @@ ModelSpec collegium_moe(const Keys& file) {
   ModelSpec m;
   m.vocab = keys.require({"vocab_size"});
   m.hidden = keys.require({"hidden_size"});
-  m.layers = keys.require({"num_layers"});
+  m.layers = keys.layers({"num_layers"});
   m.heads = keys.require({"num_heads"});
   m.kv_heads = keys.get("num_kv_heads", 0);
   m.head_dim = keys.get("head_dim", 0);
@@ -292,8 +306,7 @@ ModelSpec collegium_moe(const Keys& file) {
   if (kind != "none") m.shared_ffn = shared.at_least(1, "ffn_size", 0);
   if (kind != "none") m.shared_gates = kind == "gated" ? 1 : (kind == "residual_mix" ? 2 : 0);
   m.window = keys.at_least(0, "sliding_window", 0);
-  if (m.window > 0)
-    m.window_layers.assign(static_cast<std::size_t>(std::max<std::int64_t>(0, m.layers)), true);
+  if (m.window > 0) m.window_layers.assign(static_cast<std::size_t>(m.layers), true);
   const std::string norm = keys.name("qk_norm", {"none", "per_head", "projection"});
   m.qk_norm = norm == "per_head" ? SpecQkNorm::kPerHead
                                  : (norm == "projection" ? SpecQkNorm::kProjection : SpecQkNorm::kNone);

@@ -79,6 +79,21 @@ void require_positive_size(std::int64_t value, const std::string& origin, const 
   require_config(value >= 1, "{}: {} = {}: must be at least 1", origin, field, value);
 }
 
+// Counts of weights are whole numbers of 63 bits; a few times as many must fit, too.
+void require_countable(const ModelSpec& m, const std::string& origin) {
+  constexpr double kMost = 1e17;
+  const auto real = [](std::int64_t value) { return static_cast<double>(value); };
+  const double heads = real(m.heads) * real(m.q_head_dim() + m.value_head_dim());
+  const double networks = real(m.experts) * real(m.expert_ffn) + real(m.shared_ffn) +
+                          (m.num_moe_layers() < m.layers ? real(m.dense_ffn) : 0.0);
+  const double rank = real(m.latent.kv_rank) + real(m.latent.q_rank);
+  const double weights = (2.0 * real(m.vocab) + real(m.learned_positions)) * real(m.hidden) +
+                         real(m.layers) * (real(m.hidden) * (3.0 * networks + 2.0 * heads + real(m.experts)) +
+                                           rank * (heads + real(m.hidden)));
+  require_config(weights < kMost, "{}: its sizes make {:.1e} parameters: must be below {:.0e}", origin,
+                 weights, kMost);
+}
+
 void check_experts(const ModelSpec& m, const std::string& origin) {
   require_positive_size(m.expert_ffn, origin, "width of an expert");
   require_config(m.top_k >= 1 && m.top_k <= m.experts,
@@ -149,6 +164,7 @@ void complete(ModelSpec& m, const std::string& origin) {
                  m.layers);
   if (m.num_moe_layers() < m.layers)
     require_positive_size(m.dense_ffn, origin, "width of the dense feed-forward network");
+  require_countable(m, origin);
 }
 
 std::vector<std::string> model_names() {
@@ -176,13 +192,7 @@ ModelSpec load_model(const std::string& name_or_path) {
         "the {} names",
         name_or_path, nearest ? fmt::format(" (did you mean {}?)", *nearest) : "", names.size()));
   }
-  Json config;
-  try {
-    config = Json::parse(read_file(path));
-  } catch (const Json::parse_error& error) {
-    throw ConfigError(fmt::format("{}: not JSON: {}", path.string(), error.what()));
-  }
-  ModelSpec model = parse_model(config, path.string());
+  ModelSpec model = parse_model(read_json_file(path), path.string());
   model.name =
       path.filename() == "config.json" ? path.parent_path().filename().string() : path.stem().string();
   return model;

@@ -149,6 +149,26 @@ TEST(Model, errors_name_key_value_and_rule) {
   EXPECT_THROW(load_model("mixtral-8x7c"), ConfigError);
 }
 
+TEST(Model, sizes_that_cannot_be_counted_are_refused) {
+  const Json model = {{"model_type", "mixtral"},  {"vocab_size", 10},         {"hidden_size", 64},
+                      {"num_hidden_layers", 2},   {"num_attention_heads", 4}, {"intermediate_size", 32},
+                      {"num_experts_per_tok", 2}, {"num_local_experts", 8}};
+  const auto message = [&](const Json& sizes) {
+    Json config = model;
+    config.update(sizes);
+    return message_of(config);
+  };
+  EXPECT_EQ(message({{"num_hidden_layers", 10000}}), "no error");
+  EXPECT_THAT(message({{"num_hidden_layers", std::int64_t{1} << 30}}),
+              HasSubstr("layers = 1073741824: must lie between 1 and 10000"));
+  EXPECT_THAT(message({{"num_hidden_layers", 0}}), HasSubstr("layers = 0: must lie between 1 and 10000"));
+  EXPECT_THAT(message({{"hidden_size", std::int64_t{1} << 31}}),
+              HasSubstr("hidden_size = 2147483648: must be below 2^31"));
+  EXPECT_THAT(message({{"hidden_size", std::uint64_t{1} << 63}}), HasSubstr("must be below 2^31"));
+  EXPECT_THAT(message({{"hidden_size", 1 << 30}, {"intermediate_size", 1 << 30}}),
+              HasSubstr("its sizes make 6.5e+19 parameters: must be below 1e+17"));
+}
+
 TEST(Model, layers_and_groups_that_cannot_be_are_refused) {
   const auto message = [](Json config, const char* key, const Json& value) {
     config[key] = value;
