@@ -42,6 +42,14 @@ train::RunConfig config_of_flags(const StepBenchOptions& o) {
   return c;
 }
 
+// Without what only a choice by score would use.
+void force_balance(moe::RouterOptions& router) {
+  router.selection = moe::Selection::kForcedBalance;
+  router.bias_balancing = false;
+  router.num_groups = router.top_groups = 1;
+  if (router.noise == moe::Noise::kGumbel) router.noise = moe::Noise::kNone;
+}
+
 }  // namespace
 
 train::RunConfig step_bench_config(const StepBenchOptions& o) {
@@ -50,9 +58,10 @@ train::RunConfig step_bench_config(const StepBenchOptions& o) {
   if (c.model.vocab_size == 0) c.model.vocab_size = data::Dataset(c.data.path).index().vocab_size;
   require_config(o.routing == "forced" || o.routing == "learned", "--routing {}: must be forced or learned",
                  o.routing);
-  if (o.routing == "forced") c.model.moe.router.selection = moe::Selection::kForcedBalance;
+  if (o.routing == "forced") force_balance(c.model.moe.router);
   const at::ScalarType dtype = model::parse_dtype(c.train.dtype, "--dtype");
   model::validate(c.model, /*training=*/true);
+  train::validate_batch(c);
   apply_layout(o.layout, dtype, c.parallel);
   parallel::validate(c.parallel);
   c.run_folder.clear();
@@ -141,7 +150,7 @@ Json result_json(const train::RunConfig& c, const StepBenchResult& r) {
           {"counted_bytes_of_rank", r.memory.total()},
           {"activation_bytes_per_token_and_layer",
            {{"counted", r.activations_counted},
-            {"measured", r.activations_measured},
+            {"measured", r.activations_measured ? Json(*r.activations_measured) : Json()},
             {"recomputed", r.activations_recomputed}}}};
 }
 
@@ -159,7 +168,8 @@ void print_phases(const StepBenchResult& r) {
 
 void print_memory(const train::RunConfig& c, const StepBenchResult& r) {
   fmt::print("activations    {} per token and layer counted, {} measured, {} if blocks are recomputed{}\n",
-             format_bytes(r.activations_counted), format_bytes(r.activations_measured),
+             format_bytes(r.activations_counted),
+             r.activations_measured ? format_bytes(*r.activations_measured) : "too little",
              format_bytes(r.activations_recomputed), c.train.recompute ? " (they are)" : "");
   const StepMemory& m = r.memory;
   fmt::print("memory         {} at the peak, all ranks", format_bytes(r.peak_rss_bytes));

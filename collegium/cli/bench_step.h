@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -84,8 +85,10 @@ struct StepBenchResult {
   std::vector<PhaseSums> phases;
   double peak_rss_bytes = 0.0;  ///< of all processes
   StepMemory memory;
-  double activations_counted = 0.0;     ///< bytes per token and layer, as the run has it
-  double activations_measured = 0.0;    ///< the same, of a forward pass on the step's tokens, all ranks
+  double activations_counted = 0.0;  ///< bytes per token and layer, as the run has it
+  /// The same, of a forward pass on the step's tokens, all ranks; none where it is too little to be told from
+  /// what lies beside it.
+  std::optional<double> activations_measured;
   double activations_recomputed = 0.0;  ///< counted, with every block recomputed
 };
 

@@ -34,7 +34,8 @@ constexpr std::array kPhases = {"plan",   "dispatch", "combine", "combine backwa
 // Enough for some steps; an epoch after the other if there are more.
 void write_random_corpus(const fs::path& folder, const train::RunConfig& config) {
   constexpr std::int64_t kSteps = 4;
-  const double bytes = sizeof(std::int64_t) * static_cast<double>(kSteps * config.batch.global_batch) *
+  const double bytes = static_cast<double>(kSteps * sizeof(std::int64_t)) *
+                       static_cast<double>(config.batch.global_batch) *
                        static_cast<double>(config.data.sequence_length + 1);
   require_config(bytes <= machine_memory_bytes(),
                  "bench step: {} sequences of {} tokens: {} steps of them take {}, this machine has {}",
@@ -123,7 +124,8 @@ class StepBench {
     const auto layers = static_cast<double>(run.model.layers);
     r.activations_recomputed = bytes.recomputed / layers;
     r.activations_counted = (run.recompute ? bytes.recomputed : bytes.layers) / layers;
-    r.activations_measured = (measure_activations() - bytes.outside) / layers;
+    const double measured = (measure_activations() - bytes.outside) / layers;
+    if (measured > 0.0) r.activations_measured = measured;
     const double program = resident_bytes() - static_cast<double>(ops::arena_statistics().touched_bytes);
     r.memory.program = peak_memory_of_a_rank(*world_, program);
     r.memory.tensors = plan::own_tensors(run);

@@ -277,6 +277,12 @@ void print(const EvalArguments& arguments, const EvalResult& result) {
              result.total_loss);
 }
 
+// However a file is spelt.
+std::filesystem::path place_of(const std::string& file) {
+  std::error_code unknown;
+  return std::filesystem::weakly_canonical(std::filesystem::absolute(file), unknown);
+}
+
 void run(const EvalArguments& arguments) {
   require_config(arguments.sequence_length >= 2, "--sequence-length {}: must be at least 2",
                  arguments.sequence_length);
@@ -288,8 +294,10 @@ void run(const EvalArguments& arguments) {
   require_config(given == 1, "eval: give either --input or --data, or a text by --text or --file");
   require_config(arguments.data.empty() || (arguments.logits_file.empty() && arguments.grads_file.empty()),
                  "eval: --logits and --grads need --input, --text or --file");
-  require_config(arguments.logits_file.empty() || arguments.logits_file != arguments.grads_file,
-                 "eval: --logits and --grads both name {}", arguments.logits_file);
+  require_config(arguments.logits_file.empty() || arguments.grads_file.empty() ||
+                     place_of(arguments.logits_file) != place_of(arguments.grads_file),
+                 "eval: --logits {} and --grads {} are the same file", arguments.logits_file,
+                 arguments.grads_file);
   const at::ScalarType dtype = model::parse_dtype(arguments.dtype, "--dtype");
   const model::ModelConfig config = model::read_model_config(arguments.model);
   model::validate(config, /*training=*/false);

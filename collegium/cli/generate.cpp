@@ -6,6 +6,7 @@
 
 #include <CLI/CLI.hpp>
 #include <charconv>
+#include <limits>
 #include <memory>
 #include <optional>
 
@@ -119,7 +120,7 @@ void add_generate(CLI::App& app) {
   verb->add_option("--top-p", arguments->sampling.top_p, "sample from the smallest set with this probability")
       ->capture_default_str();
   verb->add_option("--seed", arguments->sampling.seed, "of the sampling")
-      ->check(CLI::NonNegativeNumber)
+      ->check(CLI::Range(std::int64_t{0}, std::numeric_limits<std::int64_t>::max()))
       ->capture_default_str();
   verb->add_option("--dtype", arguments->dtype, "float64, float32 or bfloat16")->capture_default_str();
   verb->add_flag("--json", arguments->json, "print one JSON object");

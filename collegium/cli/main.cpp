@@ -1,20 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <c10/util/Exception.h>
-#include <fmt/ranges.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
 #include <cstdio>
-#include <cstring>
 #include <exception>
 #include <new>
 #include <thread>
 
 #include "collegium/base/error.h"
-#include "collegium/base/fields.h"
 #include "collegium/base/log.h"
+#include "collegium/cli/command_line.h"
 #include "collegium/cli/mpirun.h"
 #include "collegium/cli/signals.h"
 #include "collegium/cli/verb.h"
@@ -58,29 +55,14 @@ void wait_for_turn(std::size_t others_know = 0) {
   collegium::comm::abort_mpi_world(exit_code);
 }
 
-// CLI11 would only say that an argument was not expected. `place` is where the verb stands.
-void require_known_verb(const CLI::App& app, const std::vector<std::string>& arguments,
-                        std::size_t place = 1) {
-  if (arguments.size() <= place || arguments[place].starts_with('-')) return;
-  std::vector<std::string> verbs;
-  for (const CLI::App* verb : app.get_subcommands({})) {
-    if (verb->get_name() == arguments[place]) {
-      if (!verb->get_subcommands({}).empty()) require_known_verb(*verb, arguments, place + 1);
-      return;
-    }
-    verbs.push_back(verb->get_name());
+// Help and the version are exceptions to CLI11, which shows them.
+void parse(CLI::App& app, std::vector<std::string> arguments) {
+  try {
+    app.parse(std::move(arguments));
+  } catch (const CLI::Success& shown) {
+    wait_for_turn();
+    app.exit(shown);
   }
-  const auto nearest = collegium::nearest_name(arguments[place], verbs);
-  throw collegium::ConfigError(fmt::format("no verb '{}'; {}", arguments[place],
-                                           nearest ? fmt::format("did you mean '{}'?", *nearest)
-                                                   : fmt::format("there are: {}", fmt::join(verbs, ", "))));
-}
-
-// What was printed may wait in a buffer, and the disk that it goes to may be full.
-void require_written() {
-  if (std::fflush(stdout) == 0 && std::ferror(stdout) == 0) return;
-  throw collegium::Error(fmt::format("cannot write to standard output: {}",
-                                     std::strerror(errno)));  // NOLINT(concurrency-mt-unsafe): at the end
 }
 
 int run(int argc, char** argv) {
@@ -88,7 +70,7 @@ int run(int argc, char** argv) {
                "collegium");
   app.require_subcommand(1);
   app.failure_message(CLI::FailureMessage::simple);
-  app.set_version_flag("--version", "collegium 0.1.0");
+  app.set_version_flag("--version", fmt::format("collegium {}", collegium::cli::kVersion));
   collegium::cli::add_prepare(app);
   collegium::cli::add_train(app);
   collegium::cli::add_eval(app);
@@ -99,18 +81,20 @@ int run(int argc, char** argv) {
   collegium::cli::add_plan(app);
   collegium::cli::add_simulate(app);
   collegium::cli::add_verify(app);
+  collegium::cli::finish_options(app);
   try {
     std::vector<std::string> arguments = collegium::cli::program_arguments(argc, argv);
-    require_known_verb(app, arguments);
+    collegium::cli::require_known_verb(app, arguments);
     // CLI11 takes them without the name, the last first.
     std::reverse(arguments.begin(), arguments.end());
     arguments.pop_back();
-    app.parse(std::move(arguments));
-    require_written();
+    parse(app, std::move(arguments));
+    collegium::cli::require_written();
     return 0;
   } catch (const CLI::ParseError& error) {
     wait_for_turn();
-    return app.exit(error) == 0 ? 0 : kWrongUsage;
+    app.exit(error);
+    return kWrongUsage;
   } catch (const collegium::cli::RanksFailed& error) {
     fail(error.what(), error.exit_code());
   } catch (const collegium::ConfigError& error) {

@@ -4,12 +4,14 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <poll.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <csignal>
@@ -27,7 +29,8 @@ namespace collegium::cli {
 namespace {
 
 // What a rank is told by the program that started it: that program's folder in /proc, whose command line is
-// the rank's too, the file there for the report of a failure, and whether a person is watching.
+// the rank's too, the file there for the report of a failure, and where a person is watching, how many
+// columns the terminal has.
 constexpr const char* kStarter = "COLLEGIUM_STARTER";
 constexpr const char* kReport = "COLLEGIUM_REPORT";
 constexpr const char* kTerminal = "COLLEGIUM_TERMINAL";
@@ -61,7 +64,7 @@ std::vector<std::string> ranks_environment(int report_file) {
     environment.emplace_back("OMPI_MCA_opal_signal=");
   environment.push_back(fmt::format("{}=/proc/{}", kStarter, ::getpid()));
   environment.push_back(fmt::format("{}=/proc/{}/fd/{}", kReport, ::getpid(), report_file));
-  if (stderr_is_terminal()) environment.push_back(fmt::format("{}=1", kTerminal));
+  if (const int columns = terminal_columns()) environment.push_back(fmt::format("{}={}", kTerminal, columns));
   return environment;
 }
 
@@ -110,14 +113,17 @@ class StopSignals {
 
 struct Process {
   pid_t id = -1;
-  int errors = -1;  ///< reading end of its standard error
+  int output = -1;  ///< reading end of its standard output
+  int errors = -1;  ///< and error
 };
 
 Process start(std::vector<std::string> command, std::vector<std::string> environment,
               const sigset_t& signals) {
   const std::vector<char*> argv = pointers(command);
   const std::vector<char*> envp = pointers(environment);
+  std::array<int, 2> output{};
   std::array<int, 2> errors{};
+  checked(::pipe2(output.data(), O_CLOEXEC), "pipe");
   checked(::pipe2(errors.data(), O_CLOEXEC), "pipe");
   const int nothing = checked(::open("/dev/null", O_RDONLY | O_CLOEXEC), "/dev/null");
   const pid_t id = checked(::fork(), "fork");
@@ -127,35 +133,48 @@ Process start(std::vector<std::string> command, std::vector<std::string> environ
     ::prctl(PR_SET_PDEATHSIG, SIGTERM);
     ::sigprocmask(SIG_SETMASK, &signals, nullptr);
     ::dup2(nothing, STDIN_FILENO);
+    ::dup2(output[1], STDOUT_FILENO);
     ::dup2(errors[1], STDERR_FILENO);
     ::execve(argv[0], argv.data(), envp.data());
     ::_exit(127);
   }
+  ::close(output[1]);
   ::close(errors[1]);
   ::close(nothing);
-  return {.id = id, .errors = errors[0]};
+  return {.id = id, .output = output[0], .errors = errors[0]};
 }
 
-// Passes standard error on until mpirun has ended. Returns the last signal that came, 0 if none.
+// Passes output and errors on until mpirun has ended. Output goes through here because mpirun does not say
+// when it cannot be written. Returns the last signal that came, 0 if none.
 int attend(const Process& process, const StopSignals& signals, MpirunOutput& output) {
   int last_signal = 0;
-  std::array<pollfd, 2> files = {pollfd{.fd = process.errors, .events = POLLIN, .revents = 0},
+  std::array<pollfd, 3> files = {pollfd{.fd = process.output, .events = POLLIN, .revents = 0},
+                                 pollfd{.fd = process.errors, .events = POLLIN, .revents = 0},
                                  pollfd{.fd = signals.file(), .events = POLLIN, .revents = 0}};
   std::array<char, 65536> buffer{};
-  for (;;) {
-    if (::poll(files.data(), files.size(), -1) < 0 && errno != EINTR) break;
-    if ((files[1].revents & POLLIN) != 0) {
+  // What there is; a file that has ended is not looked at any more.
+  const auto read_from = [&](pollfd& file) -> std::string_view {
+    if ((file.revents & (POLLIN | POLLHUP)) == 0) return {};
+    const ssize_t count = ::read(file.fd, buffer.data(), buffer.size());
+    if (count <= 0) file.fd = -1;
+    return {buffer.data(), static_cast<std::size_t>(std::max<ssize_t>(count, 0))};
+  };
+  while (files[0].fd >= 0 || files[1].fd >= 0) {
+    if (::poll(files.data(), files.size(), -1) < 0) {
+      if (errno == EINTR) continue;
+      break;
+    }
+    if ((files[2].revents & POLLIN) != 0) {
       const bool first = last_signal == 0;
       last_signal = signals.read();
       ::kill(process.id, first ? SIGUSR1 : SIGTERM);
     }
-    if ((files[0].revents & (POLLIN | POLLHUP)) != 0) {
-      const ssize_t count = ::read(process.errors, buffer.data(), buffer.size());
-      if (count <= 0) break;
-      const std::string text = output.pass({buffer.data(), static_cast<std::size_t>(count)});
-      std::fwrite(text.data(), 1, text.size(), stderr);
-      std::fflush(stderr);
-    }
+    const std::string_view text = read_from(files[0]);
+    std::fwrite(text.data(), 1, text.size(), stdout);
+    if (!text.empty()) std::fflush(stdout);
+    const std::string errors = output.pass(read_from(files[1]));
+    std::fwrite(errors.data(), 1, errors.size(), stderr);
+    std::fflush(stderr);
   }
   const std::string rest = output.finish();
   std::fwrite(rest.data(), 1, rest.size(), stderr);
@@ -216,6 +235,7 @@ void run_with_mpirun(const std::string& mpirun, int num_ranks) {
     const StopSignals signals;
     const Process process = start(command, ranks_environment(report_file), signals.former());
     signal = attend(process, signals, output);
+    ::close(process.output);
     ::close(process.errors);
     while (::waitpid(process.id, &status, 0) < 0 && errno == EINTR) {
     }
@@ -264,9 +284,16 @@ bool report_to_starter(const std::string& message, int exit_code) {
   return written;
 }
 
-bool stderr_is_terminal() {
-  // NOLINTNEXTLINE(concurrency-mt-unsafe): nothing changes the environment
-  return ::isatty(STDERR_FILENO) == 1 || std::getenv(kTerminal) != nullptr;
+int terminal_columns() {
+  constexpr int kUsual = 80;
+  if (::isatty(STDERR_FILENO) == 1) {
+    winsize size{};
+    return ::ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : kUsual;
+  }
+  const char* columns =
+      std::getenv(kTerminal);  // NOLINT(concurrency-mt-unsafe): nothing changes the environment
+  return columns != nullptr ? std::max(0, std::atoi(columns))
+                            : 0;  // NOLINT(cert-err34-c): written by the starter
 }
 
 }  // namespace collegium::cli

@@ -40,8 +40,8 @@ std::vector<std::string> program_arguments(int argc, char** argv);
 ///          prints the first it gets. Returns false in any other program.
 bool report_to_starter(const std::string& message, int exit_code);
 
-/// What     Whether standard error is a terminal; in a rank that run_with_mpirun() started, whether that
-///          program's is.
-bool stderr_is_terminal();
+/// What     Columns of the terminal that standard error is, 0 where it is none; in a rank that
+///          run_with_mpirun() started, of that program's.
+int terminal_columns();
 
 }  // namespace collegium::cli

@@ -215,13 +215,14 @@ void add_plan(CLI::App& app) {
   verb->add_option("--gpus", arguments->gpus, "search the layouts of this many accelerators")
       ->check(CLI::Range(1, plan::kMostAccelerators));
   verb->add_option("--global-batch", arguments->global_batch, "sequences of an optimizer step");
-  verb->add_option("--precision", arguments->precision, "of matrix products: bf16, fp8, mxfp8, nvfp4, fp32")
+  verb->add_option("--precision", arguments->precision,
+                   "of matrix products: bf16, fp16, fp8, mxfp8, nvfp4, fp32, tf32")
       ->capture_default_str();
   verb->add_option("--imbalance", arguments->imbalance,
                    "tokens of the fullest rank over the mean (1 = balanced)")
       ->capture_default_str();
   verb->add_option("--top", arguments->top, "rows of the ranking")
-      ->check(CLI::PositiveNumber)
+      ->check(CLI::Range(1, 1000000))
       ->capture_default_str();
   verb->add_flag("--all-schedules", arguments->all_schedules, "zero-bubble and DualPipe too");
   verb->add_option("--explain", arguments->layout,

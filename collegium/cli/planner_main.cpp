@@ -6,6 +6,7 @@
 #include <exception>
 
 #include "collegium/base/error.h"
+#include "collegium/cli/command_line.h"
 #include "collegium/cli/verb.h"
 
 int main(int argc, char** argv) {
@@ -14,13 +15,22 @@ int main(int argc, char** argv) {
   CLI::App app("The planner of Collegium: what fits, how fast, and why.", "collegium_planner");
   app.require_subcommand(1);
   app.failure_message(CLI::FailureMessage::simple);
+  app.set_version_flag("--version", fmt::format("collegium_planner {}", collegium::cli::kVersion));
   collegium::cli::add_plan(app);
   collegium::cli::add_simulate(app);
+  collegium::cli::finish_options(app);
   try {
-    app.parse(argc, argv);
+    collegium::cli::require_known_verb(app, {argv, argv + argc});
+    try {
+      app.parse(argc, argv);
+    } catch (const CLI::Success& shown) {
+      app.exit(shown);
+    }
+    collegium::cli::require_written();
     return 0;
   } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : kWrongUsage;
+    app.exit(error);
+    return kWrongUsage;
   } catch (const collegium::ConfigError& error) {
     fmt::print(stderr, "collegium: {}\n", error.what());
     return kWrongUsage;

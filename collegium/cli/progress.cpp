@@ -15,13 +15,13 @@ constexpr std::chrono::seconds kLogInterval{10};
 
 }  // namespace
 
-Progress::Progress()
-    : terminal_(stderr_is_terminal()), last_(std::chrono::steady_clock::now() - kLogInterval) {}
+Progress::Progress() : columns_(terminal_columns()), last_(std::chrono::steady_clock::now() - kLogInterval) {}
 
 void Progress::show(const std::string& line, bool force) {
   const auto now = std::chrono::steady_clock::now();
-  if (terminal_) {
-    fmt::print(stderr, "\r{}\x1b[K", line);
+  if (columns_ > 0) {
+    // A longer one would go on in the next row, which the next line would not overwrite.
+    fmt::print(stderr, "\r{}\x1b[K", line.substr(0, static_cast<std::size_t>(columns_ - 1)));
     std::fflush(stderr);
     live_ = true;
   } else if (force || now - last_ >= kLogInterval) {

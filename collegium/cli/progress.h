@@ -20,7 +20,7 @@ class Progress {
   void finish();
 
  private:
-  bool terminal_;
+  int columns_;  // of the terminal; 0 = a log
   bool live_ = false;
   std::chrono::steady_clock::time_point last_;
 };

@@ -4,6 +4,7 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <optional>
 
@@ -115,6 +116,7 @@ void run_simulate(const SimulateArguments& a) {
                  a.skew);
   require_config(a.skew > 0.0 || !a.seed, "--seed = {} needs --skew: nothing else is random",
                  a.seed.value_or(0));
+  require_folder_of(a.trace, "--trace");
   const std::vector<Outcome> all = run_all(a);
   require_config(!all.empty(), "--schedules: none of the schedules is possible with this layout");
   if (a.json) {
@@ -145,13 +147,15 @@ void add_simulate(CLI::App& app) {
   verb->add_option("--layout", a->layout, "such as tp1.pp4.dp8.ep8.mb1.1f1b")->required();
   verb->add_option("--global-batch", a->global_batch, "sequences of an optimizer step");
   verb->add_option("--seq", a->seq_len, "positions of a sequence")->capture_default_str();
-  verb->add_option("--precision", a->precision, "of matrix products: bf16, fp8, mxfp8, nvfp4, fp32")
+  verb->add_option("--precision", a->precision,
+                   "of matrix products: bf16, fp16, fp8, mxfp8, nvfp4, fp32, tf32")
       ->capture_default_str();
   verb->add_option("--skew", a->skew,
                    "routing skew: popularity of an expert is exp(skew x normal); 0 = balanced");
   verb->add_option("--routing", a->routing,
                    "take the skew from a routing that `train --record-routing` wrote");
-  verb->add_option("--seed", a->seed, "of the skew");
+  verb->add_option("--seed", a->seed, "of the skew")
+      ->check(CLI::Range(std::int64_t{0}, std::numeric_limits<std::int64_t>::max()));
   verb->add_option("--trace", a->trace, "write a Chrome/Perfetto trace to this file");
   verb->add_flag("--schedules", a->schedules, "compare all schedules");
   verb->add_flag("--json", a->json, "print JSON");

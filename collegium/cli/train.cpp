@@ -5,15 +5,20 @@
 #include <memory>
 
 #include "collegium/base/error.h"
+#include "collegium/base/file.h"
+#include "collegium/base/log.h"
 #include "collegium/base/units.h"
 #include "collegium/cli/launch.h"
+#include "collegium/cli/load_model.h"
 #include "collegium/cli/train_loop.h"
+#include "collegium/cli/train_sample.h"
 #include "collegium/cli/verb.h"
 #include "collegium/data/dataset.h"
 #include "collegium/model/account.h"
 #include "collegium/model/tensor_io.h"
 #include "collegium/parallel/rank_card.h"
 #include "collegium/train/freeze.h"
+#include "collegium/train/validation.h"
 
 namespace collegium::cli {
 
@@ -37,11 +42,24 @@ void print_config_help() {
   }
 }
 
+// The run as it would begin, checked as far as that goes without ranks and before data is prepared.
+train::RunConfig checked_run(const train::RunConfig& config) {
+  if (config.model.vocab_size > 0 && !path_exists(config.data.path)) {
+    log_warning(fmt::format("data.path = {}: not there yet, so what depends on data was not checked",
+                            config.data.path));
+    model::validate(config.model, /*training=*/true);
+    return config;
+  }
+  const data::Dataset dataset(config.data.path);
+  const train::RunConfig resolved = train::with_tokens_of(dataset, config);
+  const data::Sampler sampler(dataset, data::Split::kTrain, config.data.sequence_length, config.train.seed);
+  train::require_validation(dataset, train::validation_shape(config), resolved.model.moe);
+  const RunSample sample(config, dataset, resolved.model);
+  return resolved;
+}
+
 void print_plan(const train::RunConfig& config, int num_ranks, bool json) {
-  train::RunConfig resolved = config;
-  if (resolved.model.vocab_size == 0)
-    resolved.model.vocab_size = data::Dataset(config.data.path).index().vocab_size;
-  model::validate(resolved.model, /*training=*/true);
+  const train::RunConfig resolved = checked_run(config);
   train::find_frozen(resolved.model, resolved.model_source.freeze);
   const model::ParameterAccount a = model::count_parameters(resolved.model);
   const double flops = model::training_flops_per_token(resolved.model, resolved.data.sequence_length);
@@ -80,15 +98,22 @@ void run(const TrainArguments& arguments) {
     print_plan(config, num_ranks(arguments.launch), arguments.json);
     return;
   }
+  TrainRequest request = arguments.request;
+  if (!request.weights_only.empty()) {
+    request.weights_only = find_model(request.weights_only);
+    require_config(is_folder(request.weights_only), "--weights-only {}: there is no such folder",
+                   request.weights_only);
+  }
+  require_folder_of(request.record_routing, "--record-routing");
   LaunchOptions options = arguments.launch;
   options.threads = config.train.threads;
   launch(options, [&](const std::shared_ptr<comm::Communicator>& world) {
-    const TrainSummary summary = run_training(config, arguments.request, world);
+    const TrainSummary summary = run_training(config, request, world);
     if (world->rank() != 0) return;
     if (arguments.json) {
       fmt::print("{}\n", summary_json(summary).dump());
     } else {
-      print_summary(config, arguments.request, summary);
+      print_summary(config, request, summary);
     }
   });
 }
@@ -102,15 +127,20 @@ void add_train(CLI::App& app) {
   verb->add_option("run_file", arguments->run_file, "TOML run file (keys: --help-config)");
   verb->add_option("--set", arguments->overrides,
                    "KEY=VALUE replaces a key of the run file; repeat for more");
-  verb->add_flag("--fresh", arguments->request.fresh, "start over: removes the run folder's checkpoints");
+  CLI::Option* dry_run =
+      verb->add_flag("--dry-run", arguments->dry_run,
+                     "check the run file; print the parameter account and every rank's card");
+  verb->add_flag("--fresh", arguments->request.fresh, "start over: removes the run folder's checkpoints")
+      ->excludes(dry_run);
   verb->add_option("--weights-only", arguments->request.weights_only,
-                   "start from the weights of this checkpoint, with a new optimizer");
+                   "start from the weights of this checkpoint, model folder or run, with a new optimizer")
+      ->excludes(dry_run);
   verb->add_option("--record-routing", arguments->request.record_routing,
-                   "write every token's experts to this file");
+                   "write every token's experts to this file")
+      ->excludes(dry_run);
   verb->add_option("--replay-routing", arguments->request.replay_routing,
-                   "take every token's experts from this file");
-  verb->add_flag("--dry-run", arguments->dry_run,
-                 "check the run file; print the parameter account and every rank's card");
+                   "take every token's experts from this file")
+      ->excludes(dry_run);
   add_launch_options(*verb, arguments->launch);
   verb->add_flag("--help-config", arguments->help_config, "list every key of a run file, as Markdown");
   verb->add_flag("--json", arguments->json, "print one JSON object at the end");

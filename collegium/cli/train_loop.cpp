@@ -17,10 +17,9 @@
 #include "collegium/cli/bench.h"
 #include "collegium/cli/progress.h"
 #include "collegium/cli/signals.h"
+#include "collegium/cli/train_sample.h"
 #include "collegium/cli/train_start.h"
-#include "collegium/data/tokenizer.h"
 #include "collegium/model/account.h"
-#include "collegium/model/generate.h"
 #include "collegium/model/tensor_io.h"
 #include "collegium/ops/threads.h"
 #include "collegium/train/metrics.h"
@@ -31,12 +30,6 @@ namespace collegium::cli {
 namespace {
 
 using Clock = BenchClock;
-
-train::ValidationShape validation_shape(const train::RunConfig& config) {
-  return {.sequence_length = config.data.sequence_length,
-          .max_sequences = config.validation.sequences,
-          .mask_documents = config.data.mask_documents};
-}
 
 class Loop {
  public:
@@ -80,9 +73,9 @@ class Loop {
 
   train::ValidationResult validate() {
     const train::ValidationResult result = train::validate_model(
-        trainer_.decoder(), trainer_.dataset(), validation_shape(config_), trainer_.groups());
+        trainer_.decoder(), trainer_.dataset(), train::validation_shape(config_), trainer_.groups());
     if (!is_root()) return result;
-    metrics_->write(trainer_.state().step, result);
+    metrics_->write(trainer_.state().step, result, trainer_.dataset().index().domains);
     progress_.finish();
     progress_.show(
         fmt::format("step {}: validation loss {:.4f} nats/token", trainer_.state().step, result.loss), true);
@@ -194,7 +187,7 @@ class Loop {
             "{:.2f}x mean  {} left",
             report.step, config_.train.steps, report.loss, speed.tokens_per_s,
             100.0 * speed.share_of_gemm_peak, 1.0 + violation, format_duration(remaining)),
-        report.step == first_step_ + 1);
+        report.step == first_step_ + 1 || report.step == config_.train.steps);
   }
 
   const train::RunConfig& config_;
@@ -212,54 +205,6 @@ class Loop {
   double peak_bytes_ = 0.0;               ///< after two steps
   double step_seconds_ = 0.0;
   double tokens_ = 0.0;
-};
-
-// The text that ends a run; checked before the run.
-class Sample {
- public:
-  Sample(const train::RunConfig& config, const train::Trainer& trainer) : config_(config), trainer_(trainer) {
-    if (config.logging.sample_prompt.empty()) return;
-    require_config(trainer.dataset().has_tokenizer(),
-                   "logging.sample_prompt: data.path = {} has token ids and no tokenizer that would read it",
-                   config.data.path);
-    tokenizer_ = data::Tokenizer::load(trainer.dataset().tokenizer_file());
-    ids_ = tokenizer_->encode(config.logging.sample_prompt, /*add_bos=*/true);
-    const auto length = static_cast<std::int64_t>(ids_.size());
-    require_config(length > 0, "logging.sample_prompt = \"{}\": the tokenizer makes no token of it",
-                   config.logging.sample_prompt);
-    model::require_generation(trainer.decoder().config(), "logging.sample_prompt");
-    eos_ids_ = model::read_eos_ids(config.model_source.init, trainer.decoder().config());
-    if (eos_ids_.empty()) eos_ids_ = {tokenizer_->eos_id()};
-    const std::int64_t most = trainer.decoder().config().max_positions;
-    require_config(config.logging.sample_tokens <= most - length,
-                   "logging.sample_tokens = {}: with the {} tokens of logging.sample_prompt more than "
-                   "model.max_positions = {}",
-                   config.logging.sample_tokens, length, most);
-  }
-
-  std::string generate() {
-    if (!tokenizer_) return "";
-    constexpr double kTemperature = 0.8;
-    constexpr double kTopP = 0.95;
-    const std::vector<std::int64_t> more = model::generate(trainer_.decoder(), ids_,
-                                                           {.max_tokens = config_.logging.sample_tokens,
-                                                            .temperature = kTemperature,
-                                                            .top_k = 0,
-                                                            .top_p = kTopP,
-                                                            .seed = config_.train.seed,
-                                                            .eos_ids = eos_ids_},
-                                                           {}, trainer_.groups().world.get());
-    std::vector<std::int64_t> all = ids_;
-    all.insert(all.end(), more.begin(), more.end());
-    return tokenizer_->decode(all);
-  }
-
- private:
-  const train::RunConfig& config_;
-  const train::Trainer& trainer_;
-  std::optional<data::Tokenizer> tokenizer_;  ///< none: no sample is wanted, or none can be made
-  std::vector<std::int64_t> ids_;             ///< the prompt
-  std::vector<std::int64_t> eos_ids_;
 };
 
 std::string describe_run(const train::Trainer& trainer) {
@@ -290,8 +235,9 @@ TrainSummary run_training(const train::RunConfig& config, const TrainRequest& re
   if (trainer.groups().is_root()) log_info(describe_run(trainer));
   if (!request.record_routing.empty() && !request.replay_routing.empty())
     moe::require_different_files(request.record_routing, request.replay_routing);
-  train::require_validation(trainer.dataset(), validation_shape(config), trainer.decoder().config().moe);
-  Sample sample(config, trainer);
+  train::require_validation(trainer.dataset(), train::validation_shape(config),
+                            trainer.decoder().config().moe);
+  const RunSample sample(config, trainer.dataset(), trainer.decoder().config());
   const std::unique_ptr<FolderLock> lock = start_or_resume(config, request, trainer);
   install_stop_signals();
   Loop loop(config, trainer);
@@ -305,7 +251,7 @@ TrainSummary run_training(const train::RunConfig& config, const TrainRequest& re
   if (summary.stop == Stop::kSignal) return summary;
   summary.comparison = loop.compare();
   summary.validation = loop.validate();
-  summary.sample = sample.generate();
+  summary.sample = sample.generate(trainer);
   return summary;
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "collegium/base/error.h"
+#include "collegium/base/file.h"
 #include "collegium/base/log.h"
 #include "collegium/train/on_all_ranks.h"
 
@@ -80,9 +81,10 @@ void resume(const std::filesystem::path& folder, const TrainRequest& request, tr
 }
 
 void make_run_folder(const std::filesystem::path& folder) {
+  require_config(!path_exists(folder) || is_folder(folder), "run_folder = {}: is a file", folder.string());
   std::error_code code;
   std::filesystem::create_directories(folder, code);
-  if (code) throw Error(fmt::format("cannot create {}: {}", folder.string(), code.message()));
+  if (code) throw Error(fmt::format("cannot create run_folder = {}: {}", folder.string(), code.message()));
 }
 
 }  // namespace

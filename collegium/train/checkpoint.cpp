@@ -28,6 +28,7 @@ namespace fs = std::filesystem;
 constexpr const char* kManifest = "training/manifest.json";
 constexpr const char* kState = "training/state.json";
 constexpr const char* kOptimizerPrefix = "training/optimizer";
+constexpr int kVersion = 1;  // of what is in training/
 
 // The step of a folder called step-N; nothing for other names, and for numbers that no step has.
 std::optional<std::int64_t> step_of(const std::string& name) {
@@ -68,9 +69,25 @@ Json manifest_files(const fs::path& checkpoint) {
   require_config(path_exists(checkpoint / kManifest), "{}: not a committed checkpoint ({} is missing)",
                  checkpoint.string(), kManifest);
   const Json manifest = read_json_file(checkpoint / kManifest);
-  require_config(manifest.contains("files") && manifest["files"].is_object(), "{}: {} lists no files",
-                 checkpoint.string(), kManifest);
+  require_config(manifest.is_object() && manifest.contains("files") && manifest["files"].is_object(),
+                 "{}: {} lists no files", checkpoint.string(), kManifest);
+  const Json version = manifest.value("version", Json());
+  require_config(version == kVersion, "{}: {}: version = {}: this program reads version {}",
+                 checkpoint.string(), kManifest, version.dump(), kVersion);
   return manifest["files"];
+}
+
+struct ListedFile {
+  std::uintmax_t bytes = 0;
+  std::string xxh3;
+};
+
+// The manifest's entry of a file.
+ListedFile listed_file(const fs::path& checkpoint, const std::string& name, const Json& entry) {
+  const bool whole = entry.is_object() && entry.contains("bytes") && entry["bytes"].is_number_unsigned() &&
+                     entry.contains("xxh3") && entry["xxh3"].is_string();
+  require_config(whole, "{}: {} has no size and checksum of {}", checkpoint.string(), kManifest, name);
+  return {.bytes = entry["bytes"].get<std::uintmax_t>(), .xxh3 = entry["xxh3"].get<std::string>()};
 }
 
 void require_finite(const optim::MasterWeights& masters) {
@@ -84,10 +101,14 @@ void require_finite(const optim::MasterWeights& masters) {
 void remove_checkpoint(const fs::path& folder) {
   // Half removed, it is called a temporary folder, which the next run removes.
   const fs::path aside = folder.string() + ".tmp-removed";
-  fs::remove_all(aside);
-  fs::rename(folder, aside);
-  sync_folder(folder.parent_path());
-  fs::remove_all(aside);
+  try {
+    fs::remove_all(aside);
+    fs::rename(folder, aside);
+    sync_folder(folder.parent_path());
+    fs::remove_all(aside);
+  } catch (const fs::filesystem_error& error) {
+    throw Error(fmt::format("cannot remove checkpoint {}: {}", folder.string(), error.code().message()));
+  }
 }
 
 void prune(const fs::path& run_folder, std::int64_t keep_last) {
@@ -175,9 +196,13 @@ class CheckpointWriter {
       for (const std::string& name : description) list_file(temporary_, name, files_);
       for (const CompanionFile& file : companions) add_file(file.name, file.content);
       add_file(kState, state_json().dump(1));
-      write_file_atomically(temporary_ / kManifest, Json{{"version", 1}, {"files", files_}}.dump(1));
+      write_file_atomically(temporary_ / kManifest, Json{{"version", kVersion}, {"files", files_}}.dump(1));
       replace_folder(temporary_, final_);
-      prune(run_folder_, keep_last);
+      return Json();
+    });
+    // The checkpoint is there, whatever becomes of older ones.
+    on_all_ranks(*groups_.world, [&] {
+      if (groups_.is_root()) prune(run_folder_, keep_last);
       return Json();
     });
   }
@@ -228,20 +253,16 @@ class CheckpointWriter {
 void verify_file(const fs::path& checkpoint, const std::string& name, const Json& entry) {
   const fs::path path = checkpoint / name;
   require_config(path_exists(path), "{}: {} is missing", checkpoint.string(), name);
-  const bool whole = entry.is_object() && entry.contains("bytes") && entry["bytes"].is_number_unsigned() &&
-                     entry.contains("xxh3") && entry["xxh3"].is_string();
-  require_config(whole, "{}: {} has no size and checksum of {}", checkpoint.string(), kManifest, name);
-  const auto bytes = entry["bytes"].get<std::uintmax_t>();
-  require_config(fs::file_size(path) == bytes, "{}: {} has {} bytes, the manifest says {}",
-                 checkpoint.string(), name, fs::file_size(path), bytes);
+  const ListedFile listed = listed_file(checkpoint, name, entry);
+  require_config(fs::file_size(path) == listed.bytes, "{}: {} has {} bytes, the manifest says {}",
+                 checkpoint.string(), name, fs::file_size(path), listed.bytes);
   const std::string sum = checksum_file(path);
-  const auto expected = entry["xxh3"].get<std::string>();
   require_config(
-      sum == expected,
+      sum == listed.xxh3,
       "{}: {} is damaged or was changed: checksum {}, the manifest says {}; if it was edited, start "
       "from its weights alone with --weights-only; if it is damaged, remove the folder: the run then "
       "continues from the checkpoint before",
-      checkpoint.string(), name, sum, expected);
+      checkpoint.string(), name, sum, listed.xxh3);
 }
 
 // Files number `first`, first + stride, ... of the manifest against what is there.
@@ -329,7 +350,7 @@ void warn_of_changed_weights(const fs::path& directory) {
   for (const auto& [name, entry] : files.items()) {
     const fs::path path = directory / name;
     if (fs::path(name).has_parent_path() || path.extension() != ".safetensors" || !is_file(path)) continue;
-    if (entry.value("xxh3", "") == checksum_file(path)) continue;
+    if (listed_file(directory, name, entry).xxh3 == checksum_file(path)) continue;
     log_warning(
         fmt::format("{} is not the file that training wrote: it was edited, or is damaged", path.string()));
   }

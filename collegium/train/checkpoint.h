@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// Checkpoints of a run: RUN/step-00000100 is a Hugging Face model folder plus `training/`:
-//   training/optimizer-00000.safetensors   masters and moments that the first writing rank holds
-//   (optimizer_files.h) training/state.json                    step, samples, tokens, seconds, run
-//   configuration training/manifest.json                 size and checksum of every file; written last: it
-//   commits the checkpoint
+// Checkpoints of a run: RUN/step-00000100 is a Hugging Face model folder plus `training/`, in which
+//   - optimizer-00000.safetensors and so on are masters and moments, by the ranks that wrote them
+//     (optimizer_files.h),
+//   - state.json has step, samples, tokens, seconds and the run configuration,
+//   - manifest.json has size and checksum of every other file; written last, it commits the checkpoint.
 // The folder is written under a temporary name, synced and renamed, so a killed run leaves the older ones
 // untouched. The ranks share a file system. Nothing in it depends on the number of ranks that wrote it but
 // how tensors are spread over files: any ranks can read what any others wrote.

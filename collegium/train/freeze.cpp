@@ -18,8 +18,10 @@ bool matches(std::string_view pattern, std::string_view text) {
 Freezing find_frozen(const model::ModelConfig& config, const std::vector<std::string>& patterns) {
   // Of the whole model, so that every rank says the same of a pattern.
   const std::vector<model::Parameter> parameters = model::list_parameters(config);
-  const auto disk_tensors = model::list_disk_tensors(config, parameters);
   Freezing freezing;
+  freezing.trained.assign(parameters.size(), true);
+  if (patterns.empty()) return freezing;  // a model may have a million of tensors on disk
+  const auto disk_tensors = model::list_disk_tensors(config, parameters);
   for (const std::string& pattern : patterns) {
     bool any = false;
     for (const model::DiskTensor& disk : disk_tensors) {

@@ -3,9 +3,9 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
-#include <unistd.h>
 
 #include <cstring>
+#include <random>
 
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
@@ -22,9 +22,10 @@ MachineFolder::MachineFolder(const std::shared_ptr<comm::Communicator>& world, c
                              const std::function<void(const std::filesystem::path&)>& fill,
                              const std::filesystem::path& parent)
     : world_(world), one_machine_(seats.first_ranks().size() == 1) {
-  const at::Tensor pid = at::scalar_tensor(static_cast<std::int64_t>(::getpid()), at::kLong);
-  world_->broadcast(pid, 0).wait();
-  path_ = parent / fmt::format("{}-{}", name, pid.item<std::int64_t>());
+  // A name that no other run has, on any of the machines.
+  const at::Tensor number = at::scalar_tensor(static_cast<std::int64_t>(std::random_device()()), at::kLong);
+  world_->broadcast(number, 0).wait();
+  path_ = parent / fmt::format("{}-{:08x}", name, number.item<std::int64_t>());
   on_all_ranks(*world_, [&] {
     if (world_->rank() == seats.neighbours().front()) {
       own_ = std::make_unique<TemporaryFolder>(path_);

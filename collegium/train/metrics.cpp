@@ -68,7 +68,8 @@ void MetricsWriter::write(const StepReport& report, const StepSpeed& speed) {
           {"tokens_per_s", speed.tokens_per_s},
           {"share_of_gemm_peak", speed.share_of_gemm_peak},
           {"communication",
-           {{"bytes_within_nodes", comm.bytes_within_nodes},
+           {{"rank", 0},
+            {"bytes_within_nodes", comm.bytes_within_nodes},
             {"bytes_between_nodes", comm.bytes_between_nodes},
             {"all_to_all_s", comm.all_to_all_s},
             {"all_to_all_exposed_s", comm.all_to_all_exposed_s},
@@ -76,7 +77,8 @@ void MetricsWriter::write(const StepReport& report, const StepSpeed& speed) {
           {"layers", layers_json(report.layers)}});
 }
 
-void MetricsWriter::write(std::int64_t step, const ValidationResult& validation) {
+void MetricsWriter::write(std::int64_t step, const ValidationResult& validation,
+                          const std::vector<std::string>& domains) {
   if (step == last_validation_) return;
   last_validation_ = step;
   Json specialization = Json::array();
@@ -86,6 +88,7 @@ void MetricsWriter::write(std::int64_t step, const ValidationResult& validation)
           {"step", step},
           {"loss", validation.loss},
           {"target_tokens", validation.num_targets},
+          {"domains", domains},
           {"domain_loss", validation.domain_loss},
           {"hf_pooled", validation.hf_pooled},
           {"layers", layers_json(validation.monitors)},

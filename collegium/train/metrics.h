@@ -30,7 +30,8 @@ class MetricsWriter {
 
   void write(const StepReport& report, const StepSpeed& speed);
   /// Does nothing when this step was validated before: a resumed run sees the same weights.
-  void write(std::int64_t step, const ValidationResult& validation);
+  /// `domains` names those of the result.
+  void write(std::int64_t step, const ValidationResult& validation, const std::vector<std::string>& domains);
   void write(std::int64_t step, const std::vector<PredictedFigure>& comparison);
 
  private:

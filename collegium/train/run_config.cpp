@@ -6,6 +6,7 @@
 #include "collegium/base/error.h"
 #include "collegium/base/file.h"
 #include "collegium/base/machine.h"
+#include "collegium/base/toml.h"
 #include "collegium/data/tokenizer.h"
 #include "collegium/model/tensor_io.h"
 #include "collegium/moe/capacity.h"
@@ -141,28 +142,6 @@ void validate_capacity(const RunConfig& c) {
   }
 }
 
-void validate_batch(const RunConfig& c) {
-  const BatchOptions& b = c.batch;
-  require_config(b.global_batch >= 1, "batch.global_batch = {}: must be at least 1", b.global_batch);
-  require_config(b.micro_sequences >= 1 && b.micro_sequences <= b.global_batch,
-                 "batch.micro_sequences = {}: must lie between 1 and batch.global_batch = {}",
-                 b.micro_sequences, b.global_batch);
-  // 2^32: a thousand times the largest steps that were ever published.
-  constexpr std::int64_t kMaxStepTokens = std::int64_t{1} << 32;
-  require_config(
-      b.global_batch <= kMaxStepTokens / c.data.sequence_length,
-      "batch.global_batch = {}: with data.sequence_length = {} a step would have more than {} tokens",
-      b.global_batch, c.data.sequence_length, kMaxStepTokens);
-  const std::int64_t group = c.model.moe.capacity.group_sequences;
-  const bool grouped = moe::tokens_interact_in_groups(c.model.moe, /*training=*/true);
-  require_config(!grouped || group >= 1, "model.moe.capacity.group_sequences = {}: must be at least 1",
-                 group);
-  require_config(!grouped || (b.micro_sequences % group == 0 && b.global_batch % group == 0),
-                 "model.moe.capacity.group_sequences = {}: must divide batch.micro_sequences = {} and "
-                 "batch.global_batch = {}",
-                 group, b.micro_sequences, b.global_batch);
-}
-
 void validate(const RunConfig& c) {
   require_config(!c.run_folder.empty(), "run_folder: name the folder of the run");
   require_config(!c.data.path.empty(), "data.path: name a folder made by 'collegium prepare'");
@@ -195,6 +174,28 @@ void validate(const RunConfig& c) {
 }
 
 }  // namespace
+
+void validate_batch(const RunConfig& c) {
+  const BatchOptions& b = c.batch;
+  require_config(b.global_batch >= 1, "batch.global_batch = {}: must be at least 1", b.global_batch);
+  require_config(b.micro_sequences >= 1 && b.micro_sequences <= b.global_batch,
+                 "batch.micro_sequences = {}: must lie between 1 and batch.global_batch = {}",
+                 b.micro_sequences, b.global_batch);
+  // 2^32: a thousand times the largest steps that were ever published.
+  constexpr std::int64_t kMaxStepTokens = std::int64_t{1} << 32;
+  require_config(
+      b.global_batch <= kMaxStepTokens / c.data.sequence_length,
+      "batch.global_batch = {}: with data.sequence_length = {} a step would have more than {} tokens",
+      b.global_batch, c.data.sequence_length, kMaxStepTokens);
+  const std::int64_t group = c.model.moe.capacity.group_sequences;
+  const bool grouped = moe::tokens_interact_in_groups(c.model.moe, /*training=*/true);
+  require_config(!grouped || group >= 1, "model.moe.capacity.group_sequences = {}: must be at least 1",
+                 group);
+  require_config(!grouped || (b.micro_sequences % group == 0 && b.global_batch % group == 0),
+                 "model.moe.capacity.group_sequences = {}: must divide batch.micro_sequences = {} and "
+                 "batch.global_batch = {}",
+                 group, b.micro_sequences, b.global_batch);
+}
 
 RunConfig read_run_config(const fs::path& file, const std::vector<std::string>& overrides) {
   Json json = parse_toml(read_file(file), file.string());
@@ -232,6 +233,12 @@ RunConfig with_tokens_of(const data::Dataset& dataset, RunConfig config) {
     config.model.source["eos_token_id"] = or_null(tokenizer.eos_id());
   }
   return config;
+}
+
+ValidationShape validation_shape(const RunConfig& config) {
+  return {.sequence_length = config.data.sequence_length,
+          .max_sequences = config.validation.sequences,
+          .mask_documents = config.data.mask_documents};
 }
 
 Json run_config_json(const RunConfig& config, const data::Dataset& dataset) {

@@ -14,6 +14,7 @@
 #include "collegium/optim/adamw.h"
 #include "collegium/optim/schedule.h"
 #include "collegium/parallel/options.h"
+#include "collegium/train/validation.h"
 
 namespace collegium::train {
 
@@ -135,6 +136,10 @@ struct RunConfig {
 ///          (field, value, rule).
 RunConfig read_run_config(const std::filesystem::path& file, const std::vector<std::string>& overrides);
 
+/// What     Checks what a step and its micro-steps are made of.
+/// Throws   ConfigError (field, value, rule).
+void validate_batch(const RunConfig& config);
+
 /// Path, default and documentation of every key, in the order of the file.
 std::vector<FieldDoc> document_run_config();
 
@@ -142,6 +147,9 @@ std::vector<FieldDoc> document_run_config();
 ///          and the tokens that begin and end a new model's texts (one that starts from another has its own).
 /// Throws   ConfigError: more tokens than the model has, or a model that cannot be trained.
 RunConfig with_tokens_of(const data::Dataset& dataset, RunConfig config);
+
+/// What     What the run's validation looks at.
+ValidationShape validation_shape(const RunConfig& config);
 
 /// What     The whole configuration as JSON, every key present, with a checksum of the data's description,
 ///          which has those of its tokens and tokenizer: what a checkpoint keeps and a resumed run is
@@ -151,8 +159,5 @@ Json run_config_json(const RunConfig& config, const data::Dataset& dataset);
 /// What     The first key in which two configurations (run_config_json) differ, as "train.seed = 3, not 4";
 ///          empty when they are equal.
 std::string first_difference(const Json& ours, const Json& theirs, const std::string& path = "");
-
-/// What     TOML text as JSON. `origin` names it in messages.
-Json parse_toml(std::string_view text, const std::string& origin);
 
 }  // namespace collegium::train

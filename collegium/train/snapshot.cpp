@@ -81,10 +81,21 @@ double relative(double a, double b) {
 }
 
 void compare_all(const std::map<std::string, at::Tensor>& ours,
-                 const std::map<std::string, at::Tensor>& reference, double& largest, std::string& where) {
+                 const std::map<std::string, at::Tensor>& reference, const LeastNorms& least, double& largest,
+                 std::string& where) {
   COLLEGIUM_CHECK(ours.size() == reference.size(), "{} tensors and {}", ours.size(), reference.size());
-  for (const auto& [name, tensor] : reference)
-    keep_largest(norm_difference(ours.at(name), tensor), name, largest, where);
+  for (const auto& [name, tensor] : reference) {
+    const auto found = least.find(name);
+    const double difference =
+        norm_difference(ours.at(name), tensor, found == least.end() ? 0.0 : found->second);
+    keep_largest(difference, name, largest, where);
+  }
+}
+
+double norm_of(const at::Tensor& tensor) { return tensor.to(at::kDouble).norm().item<double>(); }
+
+double distance(const at::Tensor& a, const at::Tensor& b) {
+  return norm_of(a.to(at::kDouble) - b.to(at::kDouble));
 }
 
 }  // namespace
@@ -112,24 +123,31 @@ Snapshot take_snapshot(const RunConfig& config, const std::shared_ptr<comm::Comm
   return snapshot;
 }
 
-double norm_difference(const at::Tensor& a, const at::Tensor& b) {
-  const double scale = b.to(at::kDouble).norm().item<double>();
-  const double distance = (a.to(at::kDouble) - b.to(at::kDouble)).norm().item<double>();
-  return scale < 1e-12 ? distance : distance / scale;
+double norm_difference(const at::Tensor& a, const at::Tensor& b, double least) {
+  const double scale = std::max(norm_of(b), least);
+  return scale < 1e-12 ? distance(a, b) : distance(a, b) / scale;
 }
 
 double Difference::largest() const { return std::max({loss, gradient, parameter, norm}); }
 
-Difference compare(const Snapshot& snapshot, const Snapshot& reference) {
+Difference compare(const Snapshot& snapshot, const Snapshot& reference, const LeastNorms& least) {
   Difference difference;
   std::string ignored;
   for (std::size_t step = 0; step < reference.losses.size(); ++step) {
     keep_largest(relative(snapshot.losses[step], reference.losses[step]), "", difference.loss, ignored);
     keep_largest(relative(snapshot.norms[step], reference.norms[step]), "", difference.norm, ignored);
   }
-  compare_all(snapshot.gradients, reference.gradients, difference.gradient, difference.worst_gradient);
-  compare_all(snapshot.parameters, reference.parameters, difference.parameter, difference.worst_parameter);
+  compare_all(snapshot.gradients, reference.gradients, least, difference.gradient, difference.worst_gradient);
+  compare_all(snapshot.parameters, reference.parameters, {}, difference.parameter,
+              difference.worst_parameter);
   return difference;
+}
+
+LeastNorms least_norms(const Snapshot& rounded, const Snapshot& exact, double bound) {
+  LeastNorms least;
+  for (const auto& [name, gradient] : rounded.gradients)
+    least[name] = 4.0 * distance(gradient, exact.gradients.at(name)) / bound;
+  return least;
 }
 
 bool bit_identical(const Snapshot& a, const Snapshot& b) {

@@ -37,8 +37,8 @@ struct RoutingFiles {
 Snapshot take_snapshot(const RunConfig& config, const std::shared_ptr<comm::Communicator>& world,
                        std::int64_t steps, const RoutingFiles& routing = {});
 
-/// ||a - b|| / ||b||, and ||a - b|| where ||b|| is below 1e-12.
-double norm_difference(const at::Tensor& a, const at::Tensor& b);
+/// ||a - b|| / max(||b||, least), and ||a - b|| where that is below 1e-12.
+double norm_difference(const at::Tensor& a, const at::Tensor& b, double least = 0.0);
 
 /// The largest differences between two snapshots, and where they are.
 struct Difference {
@@ -51,8 +51,17 @@ struct Difference {
 
   double largest() const;
 };
+/// Norms, by name of a gradient, below which a difference is not taken relative to the gradient's own.
+using LeastNorms = std::map<std::string, double>;
+
 /// What     How far a snapshot is from the reference, tensor by tensor.
-Difference compare(const Snapshot& snapshot, const Snapshot& reference);
+Difference compare(const Snapshot& snapshot, const Snapshot& reference, const LeastNorms& least = {});
+
+/// What     The least norms for comparisons with `rounded`: parts of a gradient may cancel, such as a key's
+///          where a query sees one key alone, and what is left is their rounding.
+/// Math     4 ||rounded - exact|| / bound: another run's roundings are of the size of this one's, and they
+///          differ by 4 standard deviations at most.
+LeastNorms least_norms(const Snapshot& rounded, const Snapshot& exact, double bound);
 
 /// What     Whether two snapshots are the same bits.
 bool bit_identical(const Snapshot& a, const Snapshot& b);

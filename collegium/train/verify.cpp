@@ -60,18 +60,28 @@ class Verification {
     return take_snapshot(alone, comm::single_rank_world(), steps_, {.record = record, .replay = {}});
   }
 
+  // The same step in float64, where the experts are those that low precision chose.
+  LeastNorms rounding_of(const Snapshot& expected, RunConfig config, const fs::path& routing,
+                         double bound) const {
+    if (world_->rank() != 0) return {};
+    config = with_layout(config, {});
+    config.train.dtype = "float64";
+    const RoutingFiles files{.record = {}, .replay = routing};
+    return least_norms(expected, take_snapshot(config, comm::single_rank_world(), steps_, files), bound);
+  }
+
   void run_layouts(const std::string& section, const RunConfig& config, const std::vector<Layout>& layouts,
                    double bound, bool replay = false) {
     constexpr const char* kRouting = "routing";
     const fs::path routing = replay ? folder_.path() / kRouting : fs::path();
     const Snapshot expected = reference(config, routing);
+    least_ = replay ? rounding_of(expected, config, routing, bound) : LeastNorms();
     replay ? folder_.share(kRouting) : world_->barrier();
-    int rerun_ep = 0;  // the last layout of every ep is run twice
     for (std::size_t i = 0; i < layouts.size(); ++i) {
+      // The last layout of every ep is run twice.
       const bool rerun = i + 1 == layouts.size() || layouts[i + 1].ep != layouts[i].ep;
-      if (rerun) rerun_ep = layouts[i].ep;
       const RunConfig laid_out = with_layout(config, layouts[i]);
-      compare_one(section, layouts[i].name(), laid_out, expected, bound, routing, rerun && rerun_ep > 0);
+      compare_one(section, layouts[i].name(), laid_out, expected, bound, routing, rerun);
     }
   }
 
@@ -83,6 +93,7 @@ class Verification {
     }
     for (const OptionCase& option : pairwise_cases(folder_.path(), chosen)) {
       const Snapshot expected = reference(option.config, {});
+      least_.clear();
       world_->barrier();
       compare_one("options", option.name, option.config, expected, kExactBound, {}, /*rerun=*/false);
     }
@@ -97,7 +108,7 @@ class Verification {
     if (world_->rank() != 0) return;
     VerifyRow row{.section = section,
                   .layout = name,
-                  .difference = compare(ours, expected),
+                  .difference = compare(ours, expected, least_),
                   .bound = bound,
                   .ranks_agree = ours.ranks_agree,
                   .rerun_identical = !again || bit_identical(ours, *again)};
@@ -127,6 +138,7 @@ class Verification {
   MachineFolder folder_;
   std::int64_t steps_ = 0;  ///< of the comparison under way
   std::int64_t num_failed_ = 0;
+  LeastNorms least_;  ///< of the section under way
 };
 
 }  // namespace

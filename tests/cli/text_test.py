@@ -153,7 +153,7 @@ def check_refused_before_weights(model: str, folder: pathlib.Path) -> None:
 
 def check_messages(model: str, folder: pathlib.Path, run_file: pathlib.Path) -> None:
     expect(2, "no verb 'evall'; did you mean 'eval'?", "evall", "--model", model)
-    expect(2, '--ids "": must be token ids', "generate", "--model", model, "--ids", "")
+    expect(2, "--ids: is empty", "generate", "--model", model, "--ids", "")
     expect(2, '--ids "1,x": must be token ids', "generate", "--model", model, "--ids", "1,x")
     expect(2, "give either --input or --data, or a text", "eval", "--model", model, "--text", "a", "--file", "b")
     expect(2, "cannot read nowhere", "eval", "--model", model, "--file", "nowhere")
@@ -247,7 +247,8 @@ def check_refused_before_training(folder: pathlib.Path, run_file: pathlib.Path) 
     run = folder / "kept"
     train = ["train", str(run_file), "--set", f"run_folder={run}"]
     checkpoint = checkpoint_of(collegium(BINARY, *train, "--json"))
-    expect(1, "cannot write /no/such/file", *train, "--fresh", "--record-routing", "/no/such/file")
+    expect(2, "there is no folder /no/such", *train, "--fresh", "--record-routing", "/no/such/file")
+    expect(1, "cannot write /proc/routing", *train, "--fresh", "--record-routing", "/proc/routing")
     expect(2, "leave --weights-only out to continue", *train, "--weights-only", str(checkpoint))
     sample = "logging.sample_tokens = 60: with the "
     expect(2, sample, *train, "--fresh", "--set", "logging.sample_tokens=60")
@@ -304,7 +305,7 @@ def check_damaged_run(folder: pathlib.Path, run_file: pathlib.Path) -> None:
     state.write_text(whole.replace("bfloat16", "bfloat61", 1))
     expect(2, "training/state.json is damaged or was changed", *train)
     manifest = checkpoint / "training/manifest.json"
-    manifest.write_text(json.dumps({"files": {"training/state.json": 5}}))
+    manifest.write_text(json.dumps({"version": 1, "files": {"training/state.json": 5}}))
     expect(2, "training/manifest.json has no size and checksum of training/state.json", *train)
 
 

@@ -5,6 +5,7 @@
 import json
 import pathlib
 import shutil
+import subprocess
 import sys
 import tempfile
 
@@ -100,6 +101,58 @@ def check_unwritable(run_file: pathlib.Path) -> None:
     expect(1, "cannot create", "train", str(run_file), "--set", f"run_folder={file}/run")
 
 
+def check_dry_run(run_file: pathlib.Path) -> None:
+    """It refuses what a run refuses, and says what it did not check."""
+    dry = ["train", str(run_file), "--dry-run"]
+    expect(0, "parameters", *dry)
+    for wrong, message in [
+        ("model.vocab_size=3", "vocab_size = 3"),
+        ("logging.sample_prompt=x", "has token ids and no tokenizer"),
+        ("data.sequence_length=100000", "sequence_length"),
+    ]:
+        for way in (dry, dry[:-1]):
+            expect(2, message, *way, "--set", wrong)
+    absent = ["--set", "data.path=nowhere"]
+    expect(0, "parameters", *dry, *absent, "--set", "model.vocab_size=64")
+    expect(2, "nowhere: no prepared data here", *dry, *absent, "--set", "model.vocab_size=0")
+    # No tensor of the million experts is listed.
+    many = ["--set", "model.num_layers=10000", "--set", "model.moe.num_experts=1048576"]
+    expect(0, "parameters", *dry, *many)
+    for option in (["--fresh"], ["--weights-only", "x"], ["--replay-routing", "x"], ["--record-routing", "x"]):
+        expect(2, "--dry-run", *dry, *option)
+
+
+def check_command_lines(run_file: pathlib.Path, checkpoint: pathlib.Path, ids: str) -> None:
+    """An empty value is that of a variable that is not set; an option takes one value."""
+    train = ["train", "--set", "train.steps=1", str(run_file)]
+    expect(2, "--weights-only: is empty", *train, "--weights-only", "")
+    expect(2, "--logits: is empty", "eval", "--model", str(checkpoint), "--input", "x", "--logits", "")
+    expect(0, "parameters", *train, "--dry-run")
+    folder = run_file.parent
+    expect(2, "there is no folder", *train, "--record-routing", str(folder / "none" / "routing"))
+    expect(2, "--weights-only nowhere: there is no such folder", *train, "--fresh", "--weights-only", "nowhere")
+    with pathlib.Path("/dev/full").open("w") as full:
+        for ranks in ([], ["--ranks", "2"]):
+            command = [BINARY, "eval", "--model", str(checkpoint), "--input", ids, "--json", *ranks]
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+            assert done.returncode == 1 and "cannot write to standard output" in done.stderr, (ranks, done)
+        done = subprocess.run([BINARY, "plan", "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 1 and "cannot write to standard output" in done.stderr, done
+
+
+def check_manifest(checkpoint: pathlib.Path, ids: str, scratch: pathlib.Path) -> None:
+    folder = pathlib.Path(shutil.copytree(checkpoint, scratch / "manifest"))
+    manifest = folder / "training" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for change, message in [
+        ({"files": {"model.safetensors": 3}}, "has no size and checksum of model.safetensors"),
+        ({"version": 99}, "version = 99: this program reads version 1"),
+        ({"files": []}, "lists no files"),
+    ]:
+        manifest.write_text(json.dumps(content | change))
+        expect(2, message, "eval", "--model", str(folder), "--input", ids)
+
+
 def main() -> None:
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as temporary:
@@ -110,7 +163,7 @@ def main() -> None:
         expect(2, "", "train", "--no-such-option")
         expect(2, "", "no-such-verb")
         expect(2, "cannot read nowhere.toml", "train", "nowhere.toml")
-        expect(0, "parameters", "train", str(run_file), "--dry-run")
+        check_dry_run(run_file)
         summary = json.loads(expect(0, "checkpoint", "train", str(run_file), "--json"))
         checkpoint = pathlib.Path(summary["checkpoint"])
         expect(
@@ -145,14 +198,16 @@ def main() -> None:
         no_tokenizer = ["--set", "logging.sample_prompt=x", "--set", f"run_folder={folder}/sampled"]
         expect(2, "has token ids and no tokenizer", "train", str(run_file), *no_tokenizer)
         assert not (folder / "sampled").exists()
-        to_both = ["--input", "ids", "--logits", "same.safetensors", "--grads", "same.safetensors"]
-        expect(2, "--logits and --grads both name same.safetensors", "eval", "--model", str(checkpoint), *to_both)
+        to_both = ["--input", "ids", "--logits", "same.safetensors", "--grads", "./same.safetensors"]
+        expect(2, "./same.safetensors are the same file", "eval", "--model", str(checkpoint), *to_both)
         expect(2, "--seed", "generate", "--model", str(checkpoint), "--ids", "1", "--seed", "-1")
         expect(2, "--global-batch = 0: ", "plan", "--model", "mixtral-8x7b", "--gpus", "8", "--global-batch", "0")
 
         ids = str(folder / "ids.safetensors")
         save_file({"input_ids": torch.arange(22).view(2, 11) % 23}, ids)
         check_transformers_loads(checkpoint, ids)
+        check_command_lines(run_file, checkpoint, ids)
+        check_manifest(checkpoint, ids, folder)
         expect(
             0,
             "nats/token",

@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <set>
 
 #include "collegium/base/error.h"
@@ -50,6 +51,40 @@ TEST_F(Verify, finds_what_differs_and_where) {
 
   gradient.view({-1})[0] = std::numeric_limits<double>::quiet_NaN();
   EXPECT_TRUE(std::isinf(train::compare(other, reference).gradient));
+}
+
+// A query that sees one key alone has no gradient for it but rounding, which any other order changes wholly.
+TEST_F(Verify, gradients_whose_parts_cancel_are_held_against_their_rounding) {
+  train::RunConfig config = train::verification_run(folder_);
+  config.model.sliding_window = 1;
+  config.optimizer.learning_rate = 1e-4;  // AdamW makes more of such a gradient than it is
+  config.train.dtype = "float32";
+  std::vector<train::VerifyRow> rows;
+  train::VerifyRequest request{
+      .config = config, .steps = 1, .on_row = [&](const auto& row) { rows.push_back(row); }};
+  comm::run_ranks(
+      3, [&](comm::Communicator& world) { EXPECT_TRUE(train::verify(request, world.shared_from_this())); });
+  for (const train::VerifyRow& row : rows) EXPECT_TRUE(row.passed) << train::row_json(row).dump();
+  EXPECT_EQ(std::count_if(rows.begin(), rows.end(), [](const auto& row) { return row.section == "float32"; }),
+            12);
+}
+
+TEST_F(Verify, rounding_hides_no_wrong_gradient) {
+  const train::RunConfig exact_config = train::verification_run(folder_);
+  train::RunConfig config = exact_config;
+  config.train.dtype = "float32";
+  const train::RoutingFiles replay{.record = {}, .replay = folder_ / "routing"};
+  const train::Snapshot reference =
+      train::take_snapshot(config, comm::single_rank_world(), 1, {.record = replay.replay, .replay = {}});
+  const train::Snapshot exact = train::take_snapshot(exact_config, comm::single_rank_world(), 1, replay);
+  const double bound = train::low_precision_bound(at::kFloat, config.model.num_layers);
+  const train::LeastNorms least = train::least_norms(reference, exact, bound);
+  EXPECT_LT(train::compare(exact, reference, least).gradient, bound);
+  for (const auto& [name, gradient] : reference.gradients) {
+    train::Snapshot wrong = reference;
+    wrong.gradients.at(name) = gradient * 1.001;
+    EXPECT_GT(train::compare(wrong, reference, least).gradient, bound) << name;
+  }
 }
 
 // Another optimizer is what a wrong gradient scale would look like from outside.
