@@ -162,6 +162,7 @@ void complete(ModelSpec& m, const std::string& origin) {
   require_config(static_cast<std::int64_t>(m.moe_layers.size()) == m.layers,
                  "{}: {} layers are marked dense or experts, but there are {}", origin, m.moe_layers.size(),
                  m.layers);
+  if (m.num_moe_layers() == 0) m.experts = 0;  // no layer has them
   if (m.num_moe_layers() < m.layers)
     require_positive_size(m.dense_ffn, origin, "width of the dense feed-forward network");
   require_countable(m, origin);

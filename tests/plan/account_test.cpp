@@ -149,6 +149,17 @@ TEST(Model, errors_name_key_value_and_rule) {
   EXPECT_THROW(load_model("mixtral-8x7c"), ConfigError);
 }
 
+TEST(Model, without_a_layer_of_experts_is_dense) {
+  const Json qwen = {{"model_type", "qwen3_moe"}, {"vocab_size", 10},         {"hidden_size", 64},
+                     {"num_hidden_layers", 2},    {"num_attention_heads", 4}, {"moe_intermediate_size", 32},
+                     {"num_experts", 16},         {"intermediate_size", 128}, {"decoder_sparse_step", 3}};
+  const ModelSpec model = parse_model(qwen, "config.json");
+  EXPECT_FALSE(model.is_moe());
+  const Account counted = account(model);
+  EXPECT_EQ(counted.total, counted.active);
+  EXPECT_THAT(format_account(model, counted, 16), HasSubstr("3 x 64 x 128"));
+}
+
 TEST(Model, sizes_that_cannot_be_counted_are_refused) {
   const Json model = {{"model_type", "mixtral"},  {"vocab_size", 10},         {"hidden_size", 64},
                       {"num_hidden_layers", 2},   {"num_attention_heads", 4}, {"intermediate_size", 32},

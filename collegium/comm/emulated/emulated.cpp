@@ -44,11 +44,10 @@ class EmulatedWork : public Work::State {
     inner_.wait();
     control_.wait();
     settle();
-    const Clock::time_point came = Clock::now();
     std::this_thread::sleep_until(timeline_.done);
     // What took longer than the network would have, took longer; but not what was through before anybody
     // asked.
-    if (called < timeline_.done) timeline_.done = std::max(timeline_.done, came);
+    if (called < timeline_.done) timeline_.done = std::max(timeline_.done, inner_.timeline().done);
     waited_ = true;
   }
   bool done() override {
