@@ -36,12 +36,13 @@ void refuse_other_kinds(const fs::path& directory) {
       directory.string()));
 }
 
-// SentencePiece's words without the place in its sources and the condition there:
-// "Internal: src/file.cc(12) [(a) <= (b)] What it says."
+// SentencePiece's words without the place in its sources and the condition there, and without options of its
+// own program: "Internal: src/file.cc(12) [(a) <= (b)] What it says. Do this or that with --option."
 std::string reason_of(const std::string& status) {
   const std::size_t place = status.find(".cc(");
   const std::size_t end = place == std::string::npos ? place : status.find("] ", place);
-  return end == std::string::npos ? status : status.substr(end + 2);
+  const std::string reason = end == std::string::npos ? status : status.substr(end + 2);
+  return reason.substr(0, reason.find(" or decrease character_coverage"));
 }
 
 class LineIterator : public sentencepiece::SentenceIterator {

@@ -49,7 +49,8 @@ class Books {
   }
 
   int node(int rank) const {
-    return run_.node_of_rank.empty() ? 0 : run_.node_of_rank.at(static_cast<std::size_t>(first_rank_ + rank));
+    const auto place = static_cast<std::size_t>(first_rank_) + static_cast<std::size_t>(rank);
+    return run_.node_of_rank.empty() ? 0 : run_.node_of_rank.at(place);
   }
   void round_trip(int from, int to, double rows, double pairs) {
     add(from, to, 0, rows * row_ + pairs * weight_);

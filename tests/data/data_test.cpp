@@ -122,6 +122,14 @@ TEST_F(Corpus, wrong_options_are_named) {
   EXPECT_THAT(refusal(),
               testing::MatchesRegex("cannot train a tokenizer of vocab_size = 1000000 on [0-9]+ files: "
                                     "Vocabulary size too high.*"));
+  std::string many;  // different characters
+  for (int i = 0; i < 400; ++i) {
+    for (const int byte : {0xE4, 0xB8 + i / 64, 0x80 + i % 64}) many += static_cast<char>(byte);
+  }
+  write_file_atomically(folder_ / "many.txt", many);
+  options_.texts = {{"many", folder_ / "many.txt"}};
+  options_.vocab_size = 300;
+  EXPECT_THAT(refusal(), testing::EndsWith("Increase vocab_size"));
   options_.vocab_size = 380;
   options_.texts = {{"none", folder_ / "missing"}};
   EXPECT_THAT(refusal(), testing::HasSubstr("no such file or folder"));
