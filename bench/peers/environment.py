@@ -5,8 +5,6 @@ import hashlib
 import os
 import pathlib
 import subprocess
-import sysconfig
-import venv
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 REQUIREMENTS = pathlib.Path(__file__).with_name("requirements.txt")
@@ -34,8 +32,10 @@ def make_environment() -> None:
     if stamp.exists() and stamp.read_text() == wanted:
         return
     print("making .venv-peers", flush=True)
-    venv.create(ROOT / ".venv-peers", with_pip=True, symlinks=True, clear=True)
-    name = sysconfig.get_path("purelib", vars={"base": "", "platbase": ""}).lstrip("/")
+    # With .venv's own Python, whoever runs this.
+    subprocess.run([PYTHON, "-m", "venv", "--clear", "--symlinks", str(ROOT / ".venv-peers")], check=True)
+    where = "import sysconfig; print(sysconfig.get_path('purelib', vars={'base': '', 'platbase': ''}).lstrip('/'))"
+    name = subprocess.check_output([PYTHON, "-c", where], text=True).strip()
     (ROOT / ".venv-peers" / name / "shared.pth").write_text(f"{ROOT / '.venv' / name}\n")
     alone = [
         line.removeprefix(WITHOUT_DEPENDENCIES)

@@ -74,7 +74,10 @@ def measure(system: System, shape, setting: Setting) -> dict:
     if process.returncode != 0:
         said = [line for line in stderr.splitlines() if line.strip()]
         return {"error": said[-1] if said else f"exit code {process.returncode}", "stderr": said[-20:]}
-    return {"result": json.loads(stdout.strip().splitlines()[-1])}
+    try:
+        return {"result": json.loads(stdout.strip().splitlines()[-1])}
+    except (ValueError, IndexError):
+        return {"error": "printed no result", "stdout": stdout[-1000:]}
 
 
 def plan(arguments: argparse.Namespace) -> list[dict]:
@@ -137,7 +140,10 @@ def run(arguments: argparse.Namespace) -> dict:
         said = f"{1e3 * record['result']['seconds_median']:.1f} ms" if "result" in record else record["error"]
         print(f"[{number}/{len(todo)}] {what}: {said} ({time.monotonic() - start:.0f} s in all)", flush=True)
         session["records"].append(record)
-        arguments.out.write_text(json.dumps(session, indent=1) + "\n")
+        # An interrupt leaves the file as it was or as it is now.
+        partial = arguments.out.with_suffix(".partial")
+        partial.write_text(json.dumps(session, indent=1) + "\n")
+        partial.replace(arguments.out)
     return session
 
 
@@ -146,9 +152,9 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
-        "  bench/peers/run.py --out layer.json --work layer --repetitions 10\n"
-        "  bench/peers/run.py --work step --shapes coarse --dtypes bf16 --peers transformers --seconds 10\n"
-        "  bench/peers/run.py --out layer.json --table\n",
+        "  ./dev bench --out layer.json --work layer --repetitions 10\n"
+        "  ./dev bench --work step --shapes coarse --dtypes bf16 --peers transformers --seconds 10\n"
+        "  ./dev bench --out layer.json --table\n",
     )
     several = {"nargs": "+", "metavar": "NAME"}
     shapes = list(dict.fromkeys([*LAYERS, *STEPS]))

@@ -32,8 +32,8 @@ class Cell:
         return self.series(system, lambda result: result[key] / (1.0 - result.get("dropped", 0.0)))
 
     def best(self, peer: str) -> Series:
-        """The peer's fastest way, by the median of its repetitions."""
-        systems = {record["system"] for record in self.records if record["system"].split("/")[0] == peer}
+        """The peer's fastest way, by the median of its repetitions; one that failed in any is left out."""
+        systems = {record["system"] for record in self.records if record["system"].split("/")[0] == peer} - self.failed
         every = [self.seconds(system) for system in systems]
         return min(every, key=lambda series: statistics.median(series.values()), default={})
 

@@ -101,8 +101,9 @@ std::string choose_mpirun(const LaunchOptions& options) {
 
 void add_launch_options(CLI::App& verb, LaunchOptions& options) {
   const auto group = [](CLI::Option* option) { option->group("Ranks")->capture_default_str(); };
-  group(verb.add_option("--ranks", options.ranks,
-                        "ranks to start on this machine; 0 = those of mpirun or srun, else 1"));
+  group(verb.add_option(
+      "--ranks", options.ranks,
+      "ranks to start on this machine; 0 = those of mpirun or srun, else of --emulate, else 1"));
   group(verb.add_option("--backend", options.backend,
                         "auto, local (ranks are threads) or mpi (ranks are processes)"));
   group(verb.add_option("--timeout", options.timeout_s,

@@ -14,6 +14,8 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <charconv>
+#include <climits>
 #include <csignal>
 #include <cstdlib>
 #include <cstring>
@@ -144,39 +146,77 @@ Process start(std::vector<std::string> command, std::vector<std::string> environ
   return {.id = id, .output = output[0], .errors = errors[0]};
 }
 
-// Passes output and errors on until mpirun has ended. Output goes through here because mpirun does not say
-// when it cannot be written. Returns the last signal that came, 0 if none.
-int attend(const Process& process, const StopSignals& signals, MpirunOutput& output) {
+// Output on its way to this program's own. mpirun does not say when it cannot be written, so it goes through
+// here; whoever reads it may be slow, which must not keep signals waiting.
+class PassedOutput {
+ public:
+  bool waits() const { return !waiting_.empty(); }
+  void add(std::string_view text) {
+    if (failure_ == 0) waiting_ += text;
+  }
+  // As much as is taken at once.
+  void write_some() {
+    // A pipe that is ready takes as much without waiting.
+    const ssize_t written =
+        ::write(STDOUT_FILENO, waiting_.data(), std::min<std::size_t>(waiting_.size(), PIPE_BUF));
+    if (written < 0 && errno != EINTR) {
+      failure_ = errno;
+      waiting_.clear();
+    }
+    if (written > 0) waiting_.erase(0, static_cast<std::size_t>(written));
+  }
+  void require_written() const {
+    if (failure_ != 0)
+      throw Error(fmt::format("cannot write to standard output: {}",
+                              std::strerror(failure_)));  // NOLINT(concurrency-mt-unsafe): one thread
+  }
+
+ private:
+  std::string waiting_;
+  int failure_ = 0;
+};
+
+// Passes output and errors on until mpirun has ended. Returns the last signal that came, 0 if none.
+int attend(const Process& process, const StopSignals& signals, PassedOutput& output, MpirunOutput& errors) {
   int last_signal = 0;
-  std::array<pollfd, 3> files = {pollfd{.fd = process.output, .events = POLLIN, .revents = 0},
+  enum : std::size_t { kSignals, kErrors, kOutput, kOwn };
+  std::array<pollfd, 4> files = {pollfd{.fd = signals.file(), .events = POLLIN, .revents = 0},
                                  pollfd{.fd = process.errors, .events = POLLIN, .revents = 0},
-                                 pollfd{.fd = signals.file(), .events = POLLIN, .revents = 0}};
+                                 pollfd{.fd = process.output, .events = POLLIN, .revents = 0},
+                                 pollfd{.fd = STDOUT_FILENO, .events = POLLOUT, .revents = 0}};
   std::array<char, 65536> buffer{};
-  // What there is; a file that has ended is not looked at any more.
-  const auto read_from = [&](pollfd& file) -> std::string_view {
-    if ((file.revents & (POLLIN | POLLHUP)) == 0) return {};
-    const ssize_t count = ::read(file.fd, buffer.data(), buffer.size());
-    if (count <= 0) file.fd = -1;
-    return {buffer.data(), static_cast<std::size_t>(std::max<ssize_t>(count, 0))};
-  };
-  while (files[0].fd >= 0 || files[1].fd >= 0) {
+  bool ended = false;
+  while (!ended || output.waits() || files[kErrors].fd >= 0) {
+    // One of the two: what there is is written before more is read. Negative ones are passed over.
+    files[kOutput].fd = ended || output.waits() ? -1 : process.output;
+    files[kOwn].fd = output.waits() ? STDOUT_FILENO : -1;
     if (::poll(files.data(), files.size(), -1) < 0) {
       if (errno == EINTR) continue;
       break;
     }
-    if ((files[2].revents & POLLIN) != 0) {
+    if ((files[kSignals].revents & POLLIN) != 0) {
       const bool first = last_signal == 0;
       last_signal = signals.read();
+      if (ended) break;  // nothing runs any more: who reads the output is what is waited for
       ::kill(process.id, first ? SIGUSR1 : SIGTERM);
     }
-    const std::string_view text = read_from(files[0]);
-    std::fwrite(text.data(), 1, text.size(), stdout);
-    if (!text.empty()) std::fflush(stdout);
-    const std::string errors = output.pass(read_from(files[1]));
-    std::fwrite(errors.data(), 1, errors.size(), stderr);
-    std::fflush(stderr);
+    if (files[kErrors].revents != 0) {
+      const ssize_t count = ::read(process.errors, buffer.data(), buffer.size());
+      if (count <= 0) files[kErrors].fd = -1;
+      const std::string text =
+          errors.pass({buffer.data(), static_cast<std::size_t>(std::max<ssize_t>(count, 0))});
+      std::fwrite(text.data(), 1, text.size(), stderr);
+      std::fflush(stderr);
+    }
+    if (files[kOutput].fd >= 0 && files[kOutput].revents != 0) {
+      const ssize_t count = ::read(process.output, buffer.data(), buffer.size());
+      ended = count <= 0;
+      output.add({buffer.data(), static_cast<std::size_t>(std::max<ssize_t>(count, 0))});
+    } else if (files[kOwn].fd >= 0 && files[kOwn].revents != 0) {
+      output.write_some();
+    }
   }
-  const std::string rest = output.finish();
+  const std::string rest = errors.finish();
   std::fwrite(rest.data(), 1, rest.size(), stderr);
   return last_signal;
 }
@@ -230,11 +270,12 @@ void run_with_mpirun(const std::string& mpirun, int num_ranks) {
   const int report_file = checked(::memfd_create("report", MFD_CLOEXEC), "memfd_create");
   int status = 0;
   int signal = 0;
-  MpirunOutput output;
+  PassedOutput output;
+  MpirunOutput errors;
   {
     const StopSignals signals;
     const Process process = start(command, ranks_environment(report_file), signals.former());
-    signal = attend(process, signals, output);
+    signal = attend(process, signals, output, errors);
     ::close(process.output);
     ::close(process.errors);
     while (::waitpid(process.id, &status, 0) < 0 && errno == EINTR) {
@@ -242,10 +283,10 @@ void run_with_mpirun(const std::string& mpirun, int num_ranks) {
   }
   const std::optional<Report> report = first_report(report_file);
   ::close(report_file);
-  if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return;
+  if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return output.require_written();
   // Ranks that do not know how to stop were ended by the request.
   if (signal != 0 && !report) end_by(signal);
-  if (const auto ended = output.ended_by_signal()) {
+  if (const auto ended = errors.ended_by_signal()) {
     throw RanksFailed(
         fmt::format("rank {} of {} was ended by signal {} ({}){}", ended->rank, num_ranks, ended->signal,
                     ended->name,
@@ -256,7 +297,7 @@ void run_with_mpirun(const std::string& mpirun, int num_ranks) {
   throw RanksFailed(
       fmt::format("{} failed{}{}", mpirun,
                   WIFEXITED(status) ? fmt::format(" with exit code {}", WEXITSTATUS(status)) : "",
-                  output.notices().empty() ? "" : ":\n" + output.notices()),
+                  errors.notices().empty() ? "" : ":\n" + errors.notices()),
       1);
 }
 
@@ -290,10 +331,10 @@ int terminal_columns() {
     winsize size{};
     return ::ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : kUsual;
   }
-  const char* columns =
-      std::getenv(kTerminal);  // NOLINT(concurrency-mt-unsafe): nothing changes the environment
-  return columns != nullptr ? std::max(0, std::atoi(columns))
-                            : 0;  // NOLINT(cert-err34-c): written by the starter
+  const char* text = std::getenv(kTerminal);  // NOLINT(concurrency-mt-unsafe): nothing changes it
+  int columns = 0;
+  if (text != nullptr) std::from_chars(text, text + std::strlen(text), columns);
+  return columns;
 }
 
 }  // namespace collegium::cli

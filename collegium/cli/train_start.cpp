@@ -81,7 +81,6 @@ void resume(const std::filesystem::path& folder, const TrainRequest& request, tr
 }
 
 void make_run_folder(const std::filesystem::path& folder) {
-  require_config(!path_exists(folder) || is_folder(folder), "run_folder = {}: is a file", folder.string());
   std::error_code code;
   std::filesystem::create_directories(folder, code);
   if (code) throw Error(fmt::format("cannot create run_folder = {}: {}", folder.string(), code.message()));

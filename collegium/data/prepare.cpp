@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collegium/data/prepare.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <random>
 #include <utility>
 
 #include "collegium/base/error.h"
@@ -228,7 +227,7 @@ PrepareSummary prepare(const PrepareOptions& options,
   if (!options.texts.empty()) corpus = find_texts(options.texts);
   summary.num_skipped = corpus.num_skipped;
   const fs::path out = options.out.filename().empty() ? options.out.parent_path() : options.out;
-  TemporaryFolder folder(fmt::format("{}.tmp-{}", out.string(), ::getpid()));
+  TemporaryFolder folder(fmt::format("{}.tmp-{:08x}", out.string(), std::random_device()()));
   if (!options.texts.empty()) {
     const fs::path model_file = folder.path() / "tokenizer.model";
     if (options.tokenizer.empty()) {

@@ -185,7 +185,7 @@ at::Tensor sigmoid_gradient(const RouterState& state, const at::Tensor& grad_slo
   at::Tensor grad_TE = at::zeros_like(state.scores_TE);
   if (statistics.prob_sums_BE.defined()) {
     const at::Tensor coefficient_TE = per_token(state, statistics.prob_sums_BE);
-    const at::Tensor mean_T1 = (coefficient_TE * state.scores_TE).sum(1, true) / state.score_sum_T1;
+    const at::Tensor mean_T1 = (coefficient_TE * (state.scores_TE / state.score_sum_T1)).sum(1, true);
     grad_TE = (coefficient_TE - mean_T1) / state.score_sum_T1;
   }
   // The slots of a token name different experts, except that absent ones point to expert 0 and carry exactly

@@ -21,10 +21,15 @@ class Keys {
   Keys(Json json, std::string origin) : json_(std::move(json)), origin_(std::move(origin)) {}
 
   std::int64_t require(std::initializer_list<const char*> keys) const {
+    const char* found = nullptr;
     for (const char* key : keys) {
-      if (present(key)) return integer(key);
+      if (!present(key)) continue;
+      if (found == nullptr) found = key;
+      require_config(integer(found) == integer(key), "{}: {} = {}: differs from {} = {}", origin_, key,
+                     integer(key), found, integer(found));
     }
-    throw ConfigError(fmt::format("{}: {} is missing", origin_, *keys.begin()));
+    require_config(found != nullptr, "{}: {} is missing", origin_, *keys.begin());
+    return integer(found);
   }
   std::int64_t get(const char* key, std::int64_t fallback) const {
     return present(key) ? integer(key) : fallback;

@@ -26,13 +26,18 @@ MachineFolder::MachineFolder(const std::shared_ptr<comm::Communicator>& world, c
   const at::Tensor number = at::scalar_tensor(static_cast<std::int64_t>(std::random_device()()), at::kLong);
   world_->broadcast(number, 0).wait();
   path_ = parent / fmt::format("{}-{:08x}", name, number.item<std::int64_t>());
-  on_all_ranks(*world_, [&] {
-    if (world_->rank() == seats.neighbours().front()) {
-      own_ = std::make_unique<TemporaryFolder>(path_);
-      fill(path_);
-    }
-    return Json();
-  });
+  const auto make = [&](bool here) {
+    on_all_ranks(*world_, [&] {
+      if (here) {
+        own_ = std::make_unique<TemporaryFolder>(path_);
+        fill(path_);
+      }
+      return Json();
+    });
+  };
+  make(world_->rank() == 0);
+  // Machines may share the parent: then rank 0's is there already.
+  make(world_->rank() != 0 && world_->rank() == seats.neighbours().front() && !path_exists(path_));
 }
 
 void MachineFolder::share(const std::string& name) {

@@ -144,6 +144,8 @@ void validate_capacity(const RunConfig& c) {
 
 void validate(const RunConfig& c) {
   require_config(!c.run_folder.empty(), "run_folder: name the folder of the run");
+  require_config(!path_exists(c.run_folder) || is_folder(c.run_folder), "run_folder = {}: is a file",
+                 c.run_folder);
   require_config(!c.data.path.empty(), "data.path: name a folder made by 'collegium prepare'");
   require_config(c.data.sequence_length >= 2, "data.sequence_length = {}: must be at least 2",
                  c.data.sequence_length);

@@ -112,6 +112,9 @@ def check_dry_run(run_file: pathlib.Path) -> None:
     ]:
         for way in (dry, dry[:-1]):
             expect(2, message, *way, "--set", wrong)
+    for config in sorted((pathlib.Path(__file__).resolve().parents[2] / "configs").glob("*.toml")):
+        made_up = ["--set", "data.path=nowhere", "--set", "model.vocab_size=4096"]
+        expect(0, "parameters", "train", str(config), "--dry-run", "--ranks", "4", *made_up)
     absent = ["--set", "data.path=nowhere"]
     expect(0, "parameters", *dry, *absent, "--set", "model.vocab_size=64")
     expect(2, "nowhere: no prepared data here", *dry, *absent, "--set", "model.vocab_size=0")

@@ -115,6 +115,9 @@ TEST(ModelConfig, what_would_be_read_wrongly_is_refused) {
   EXPECT_EQ(message(with("mixtral", R"({"quantization_config": null})")), "accepted");
   EXPECT_EQ(message(with("mixtral", R"({"quantization_config": {"quant_method": "fp8"}})")),
             "config.json: quantization_config: only weights that are not quantized can be represented");
+  EXPECT_EQ(message(with("mixtral", R"({"num_local_experts": 4})")), "accepted");
+  EXPECT_EQ(message(with("mixtral", R"({"num_local_experts": 8})")),
+            "config.json: num_experts = 4: differs from num_local_experts = 8");
   const ModelConfig plain = parse_model_config(with("olmoe", "{}"), "config.json");
   const std::int64_t wrong = plain.hidden_size / plain.num_heads + 1;
   EXPECT_EQ(message(with("olmoe", fmt::format(R"({{"head_dim": {}}})", wrong))),

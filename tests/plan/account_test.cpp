@@ -170,6 +170,9 @@ TEST(Model, sizes_that_cannot_be_counted_are_refused) {
     return message_of(config);
   };
   EXPECT_EQ(message({{"num_hidden_layers", 10000}}), "no error");
+  EXPECT_EQ(message({{"num_experts", 8}}), "no error");
+  EXPECT_EQ(message({{"num_experts", 16}}),
+            "config.json: num_experts = 16: differs from num_local_experts = 8");
   EXPECT_THAT(message({{"num_hidden_layers", std::int64_t{1} << 30}}),
               HasSubstr("layers = 1073741824: must lie between 1 and 10000"));
   EXPECT_THAT(message({{"num_hidden_layers", 0}}), HasSubstr("layers = 0: must lie between 1 and 10000"));

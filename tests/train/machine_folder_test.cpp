@@ -53,6 +53,27 @@ TEST_F(MachineFolders, are_filled_once_on_every_machine_and_share_rank_0s_files)
   }
 }
 
+TEST_F(MachineFolders, are_one_where_machines_share_their_parent) {
+  std::atomic<int> fills = 0;
+  comm::run_ranks(4, [&](comm::Communicator& world) {
+    const comm::Seats seats(world, {}, machine_of(world.rank()));
+    MachineFolder folder(
+        world.shared_from_this(), seats, "folder",
+        [&](const fs::path& path) {
+          ++fills;
+          write_file_atomically(path / "made", "x");
+        },
+        root_ / "a");
+    EXPECT_EQ(read_file(folder.path() / "made"), "x");
+    if (world.rank() == 0) write_file_atomically(folder.path() / "record", "what rank 0 wrote");
+    folder.share("record");
+    EXPECT_EQ(read_file(folder.path() / "record"), "what rank 0 wrote");
+    world.barrier();
+  });
+  EXPECT_EQ(fills, 1);
+  EXPECT_TRUE(fs::is_empty(root_ / "a"));
+}
+
 TEST_F(MachineFolders, a_machine_that_cannot_fill_its_own_is_named) {
   try {
     comm::run_ranks(3, [&](comm::Communicator& world) {

@@ -24,9 +24,10 @@ double quantity(std::string_view field, std::string_view text,
   double value = 0.0;
   const auto result = std::from_chars(text.data(), text.data() + text.size(), value);
   const std::string_view unit = text.substr(static_cast<std::size_t>(result.ptr - text.data()));
-  if (result.ec != std::errc() || !units.contains(unit) || !(value >= 0.0) || !std::isfinite(value))
-    refuse(field, text, rule);
-  return value * units.at(unit);
+  if (result.ec != std::errc() || !units.contains(unit)) refuse(field, text, rule);
+  value *= units.at(unit);
+  if (!(value >= 0.0) || !std::isfinite(value)) refuse(field, text, rule);
+  return value;
 }
 
 Link parse_link(std::string_view field, std::string_view text) {
@@ -95,11 +96,11 @@ Network parse_network(const std::string& text) {
   for (Link& link : network.links) {
     link.bytes_per_s /= scale;
     link.latency_s *= scale;
-    // Times are counted in nanoseconds of 63 bits.
-    constexpr double kSlowest = 1.0;
+    // So that times are nanoseconds of 63 bits, for messages of up to 9e12 bytes.
+    constexpr double kSlowest = 1e3;
     constexpr double kLongest = 1e6;
     if (link.bytes_per_s < kSlowest || link.latency_s > kLongest)
-      refuse("scale", fields["scale"], "slows a link below 1 B/s, or to a latency above 1e6 s");
+      refuse("scale", fields["scale"], "leaves a link less than 1 KB/s, or a latency above 1e6 s");
   }
   return network;
 }

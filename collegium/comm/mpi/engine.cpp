@@ -230,6 +230,7 @@ void MpiOperation::advance(std::optional<Clock::time_point> last_look) {
       return;
     }
     begin_next_stage();
+    last_look.reset();  // it was before this stage
   }
 }
 

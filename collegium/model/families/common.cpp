@@ -45,6 +45,15 @@ void refuse_unsupported(const HfReader& reader) {
                  dropout);
 }
 
+// Which of two names counts differs between transformers' classes.
+std::int64_t read_num_experts(const HfReader& reader, std::int64_t fallback) {
+  const std::int64_t local = reader.get("num_local_experts", fallback);
+  const std::int64_t count = reader.get("num_experts", local);
+  require_config(!reader.has("num_local_experts") || count == local,
+                 "{}: num_experts = {}: differs from num_local_experts = {}", reader.origin(), count, local);
+  return count;
+}
+
 }  // namespace
 
 ModelConfig parse_common(const HfReader& reader, const ModelConfig& defaults) {
@@ -64,7 +73,7 @@ ModelConfig parse_common(const HfReader& reader, const ModelConfig& defaults) {
   c.initializer_range = reader.get("initializer_range", c.initializer_range);
   c.tie_embeddings = reader.get("tie_word_embeddings", c.tie_embeddings);
   c.padding_id = reader.get("pad_token_id", c.padding_id);
-  c.moe.num_experts = reader.get({"num_local_experts", "num_experts"}, c.moe.num_experts);
+  c.moe.num_experts = read_num_experts(reader, c.moe.num_experts);
   c.moe.top_k = reader.get("num_experts_per_tok", c.moe.top_k);
   c.output_router_logits = reader.get("output_router_logits", c.output_router_logits);
   c.router_aux_loss_coef = reader.get("router_aux_loss_coef", c.router_aux_loss_coef);
