@@ -55,16 +55,6 @@ void wait_for_turn(std::size_t others_know = 0) {
   collegium::comm::abort_mpi_world(exit_code);
 }
 
-// Help and the version are exceptions to CLI11, which shows them.
-void parse(CLI::App& app, std::vector<std::string> arguments) {
-  try {
-    app.parse(std::move(arguments));
-  } catch (const CLI::Success& shown) {
-    wait_for_turn();
-    app.exit(shown);
-  }
-}
-
 int run(int argc, char** argv) {
   CLI::App app("Collegium trains Mixture-of-Experts language models and shows what every expert did.",
                "collegium");
@@ -81,15 +71,8 @@ int run(int argc, char** argv) {
   collegium::cli::add_plan(app);
   collegium::cli::add_simulate(app);
   collegium::cli::add_verify(app);
-  collegium::cli::finish_options(app);
   try {
-    std::vector<std::string> arguments = collegium::cli::program_arguments(argc, argv);
-    collegium::cli::require_known_verb(app, arguments);
-    // CLI11 takes them without the name, the last first.
-    std::reverse(arguments.begin(), arguments.end());
-    arguments.pop_back();
-    parse(app, std::move(arguments));
-    collegium::cli::require_written();
+    collegium::cli::run_verb(app, collegium::cli::program_arguments(argc, argv), [] { wait_for_turn(); });
     return 0;
   } catch (const CLI::ParseError& error) {
     wait_for_turn();

@@ -24,6 +24,7 @@
 #include <optional>
 
 #include "collegium/base/error.h"
+#include "collegium/cli/command_line.h"
 #include "collegium/cli/mpirun_output.h"
 
 namespace collegium::cli {
@@ -166,9 +167,7 @@ class PassedOutput {
     if (written > 0) waiting_.erase(0, static_cast<std::size_t>(written));
   }
   void require_written() const {
-    if (failure_ != 0)
-      throw Error(fmt::format("cannot write to standard output: {}",
-                              std::strerror(failure_)));  // NOLINT(concurrency-mt-unsafe): one thread
+    if (failure_ != 0) throw_not_written(failure_);
   }
 
  private:

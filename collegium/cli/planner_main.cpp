@@ -18,15 +18,8 @@ int main(int argc, char** argv) {
   app.set_version_flag("--version", fmt::format("collegium_planner {}", collegium::cli::kVersion));
   collegium::cli::add_plan(app);
   collegium::cli::add_simulate(app);
-  collegium::cli::finish_options(app);
   try {
-    collegium::cli::require_known_verb(app, {argv, argv + argc});
-    try {
-      app.parse(argc, argv);
-    } catch (const CLI::Success& shown) {
-      app.exit(shown);
-    }
-    collegium::cli::require_written();
+    collegium::cli::run_verb(app, {argv, argv + argc});
     return 0;
   } catch (const CLI::ParseError& error) {
     app.exit(error);

@@ -29,6 +29,7 @@ ParameterAccount count_parameters(const ModelConfig& config) {
       account.embedding += count;
     } else {
       account.dense += count;
+      account.norms += p.kind == ParameterKind::kNorm ? count : 0;
     }
   }
   return account;
@@ -37,13 +38,10 @@ ParameterAccount count_parameters(const ModelConfig& config) {
 double training_flops_per_token(const ModelConfig& config, std::int64_t sequence_length) {
   const ParameterAccount account = count_parameters(config);
   const auto embedding = static_cast<double>(config.vocab_size * config.hidden_size);
-  double norms = 0.0;
-  for (const Parameter& p : list_parameters(config))
-    norms += p.kind == ParameterKind::kNorm ? static_cast<double>(num_values(p)) : 0.0;
   // The input embedding is a look-up; a tied one is counted once in `active`, and that once is the output
   // product.
   const double products =
-      static_cast<double>(account.active) - norms - (config.tie_embeddings ? 0.0 : embedding);
+      static_cast<double>(account.active - account.norms) - (config.tie_embeddings ? 0.0 : embedding);
   const double keys = plan::mean_visible_keys(static_cast<double>(sequence_length), config.sliding_window);
   const double attention = static_cast<double>(config.num_layers * config.num_heads) * 2.0 * 2.0 *
                            static_cast<double>(config.head_dim) * keys;

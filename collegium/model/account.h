@@ -16,6 +16,7 @@ struct ParameterAccount {
   std::int64_t router = 0;
   std::int64_t embedding = 0;
   std::int64_t dense = 0;  ///< everything else
+  std::int64_t norms = 0;  ///< of these, the weights of norms
 };
 /// What     Counts from the list of parameters alone; nothing is allocated. Buffers do not count.
 /// Throws   ConfigError as num_values().

@@ -130,20 +130,21 @@ double norm_difference(const at::Tensor& a, const at::Tensor& b, double least) {
 
 double Difference::largest() const { return std::max({loss, gradient, parameter, norm}); }
 
-Difference compare(const Snapshot& snapshot, const Snapshot& reference, const LeastNorms& least) {
+Difference compare(const Snapshot& snapshot, const Snapshot& reference) {
   Difference difference;
   std::string ignored;
   for (std::size_t step = 0; step < reference.losses.size(); ++step) {
     keep_largest(relative(snapshot.losses[step], reference.losses[step]), "", difference.loss, ignored);
     keep_largest(relative(snapshot.norms[step], reference.norms[step]), "", difference.norm, ignored);
   }
-  compare_all(snapshot.gradients, reference.gradients, least, difference.gradient, difference.worst_gradient);
+  compare_all(snapshot.gradients, reference.gradients, reference.least_norms, difference.gradient,
+              difference.worst_gradient);
   compare_all(snapshot.parameters, reference.parameters, {}, difference.parameter,
               difference.worst_parameter);
   return difference;
 }
 
-LeastNorms least_norms(const Snapshot& rounded, const Snapshot& exact, double bound) {
+LeastNorms least_norms_of(const Snapshot& rounded, const Snapshot& exact, double bound) {
   LeastNorms least;
   for (const auto& [name, gradient] : rounded.gradients)
     least[name] = 4.0 * distance(gradient, exact.gradients.at(name)) / bound;

@@ -16,12 +16,16 @@
 
 namespace collegium::train {
 
+/// Norms, by name of a gradient, below which a difference is not taken relative to the gradient's own.
+using LeastNorms = std::map<std::string, double>;
+
 struct Snapshot {
   std::vector<double> losses;  ///< per step: cross-entropy and balance losses
   std::vector<double> norms;   ///< per step: global gradient norm
   /// "step 2: layers.0.moe.down": every trained parameter with all its experts, before clipping.
   std::map<std::string, at::Tensor> gradients;
   std::map<std::string, at::Tensor> parameters;  ///< masters after the last step
+  LeastNorms least_norms;   ///< for comparisons with this one, where it is a reference: least_norms_of()
   bool ranks_agree = true;  ///< replicas of gradients, weights and the norm are bit-identical on all ranks
 };
 
@@ -51,17 +55,14 @@ struct Difference {
 
   double largest() const;
 };
-/// Norms, by name of a gradient, below which a difference is not taken relative to the gradient's own.
-using LeastNorms = std::map<std::string, double>;
-
 /// What     How far a snapshot is from the reference, tensor by tensor.
-Difference compare(const Snapshot& snapshot, const Snapshot& reference, const LeastNorms& least = {});
+Difference compare(const Snapshot& snapshot, const Snapshot& reference);
 
 /// What     The least norms for comparisons with `rounded`: parts of a gradient may cancel, such as a key's
 ///          where a query sees one key alone, and what is left is their rounding.
 /// Math     4 ||rounded - exact|| / bound: another run's roundings are of the size of this one's, and they
 ///          differ by 4 standard deviations at most.
-LeastNorms least_norms(const Snapshot& rounded, const Snapshot& exact, double bound);
+LeastNorms least_norms_of(const Snapshot& rounded, const Snapshot& exact, double bound);
 
 /// What     Whether two snapshots are the same bits.
 bool bit_identical(const Snapshot& a, const Snapshot& b);

@@ -67,15 +67,15 @@ class Verification {
     config = with_layout(config, {});
     config.train.dtype = "float64";
     const RoutingFiles files{.record = {}, .replay = routing};
-    return least_norms(expected, take_snapshot(config, comm::single_rank_world(), steps_, files), bound);
+    return least_norms_of(expected, take_snapshot(config, comm::single_rank_world(), steps_, files), bound);
   }
 
   void run_layouts(const std::string& section, const RunConfig& config, const std::vector<Layout>& layouts,
                    double bound, bool replay = false) {
     constexpr const char* kRouting = "routing";
     const fs::path routing = replay ? folder_.path() / kRouting : fs::path();
-    const Snapshot expected = reference(config, routing);
-    least_ = replay ? rounding_of(expected, config, routing, bound) : LeastNorms();
+    Snapshot expected = reference(config, routing);
+    if (replay) expected.least_norms = rounding_of(expected, config, routing, bound);
     replay ? folder_.share(kRouting) : world_->barrier();
     for (std::size_t i = 0; i < layouts.size(); ++i) {
       // The last layout of every ep is run twice.
@@ -93,7 +93,6 @@ class Verification {
     }
     for (const OptionCase& option : pairwise_cases(folder_.path(), chosen)) {
       const Snapshot expected = reference(option.config, {});
-      least_.clear();
       world_->barrier();
       compare_one("options", option.name, option.config, expected, kExactBound, {}, /*rerun=*/false);
     }
@@ -108,7 +107,7 @@ class Verification {
     if (world_->rank() != 0) return;
     VerifyRow row{.section = section,
                   .layout = name,
-                  .difference = compare(ours, expected, least_),
+                  .difference = compare(ours, expected),
                   .bound = bound,
                   .ranks_agree = ours.ranks_agree,
                   .rerun_identical = !again || bit_identical(ours, *again)};
@@ -138,7 +137,6 @@ class Verification {
   MachineFolder folder_;
   std::int64_t steps_ = 0;  ///< of the comparison under way
   std::int64_t num_failed_ = 0;
-  LeastNorms least_;  ///< of the section under way
 };
 
 }  // namespace

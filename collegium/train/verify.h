@@ -45,7 +45,7 @@ inline constexpr double kExactBound = 1e-11;
 ///          of the head; roundings are independent, so their root counts, and 4 standard deviations are
 ///          allowed. eps is half the distance of neighbouring numbers: 2^-8 in bf16, 2^-24 in fp32. A
 ///          gradient that is smaller than what was summed up for it is held against its own rounding:
-///          least_norms().
+///          least_norms_of().
 double low_precision_bound(at::ScalarType dtype, std::int64_t num_layers);
 
 /// What     Runs all comparisons. float64: every layout, then option sets; then one step in the run's own
